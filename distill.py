@@ -1,4 +1,4 @@
-"""Distil a GPT: a small student learns from a teacher's whole next-token distribution, not from the text alone.
+"""Distil a GPT: a small student learns from a teacher's whole next-token distribution, not from text alone.
 
     python distill.py                                           the demo: offline, minutes on a laptop
     python distill.py --teacher gpt2 --student-layers 6         the same with GPT-2 on OpenWebText
@@ -31,21 +31,9 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import model as models
+import run
 from data import InputError, batch_at, load_tokenizer, prepare, run_cli
 from eval_ppl import format_table
-from run import (
-    RUN_FILES,
-    Log,
-    Ranks,
-    bf16_is_fast,
-    claim,
-    print_plan,
-    resume,
-    save_state,
-    stop_signals,
-    validate,
-    write_card,
-)
 
 DEMO_TEACHER = os.path.relpath(Path(__file__).parent / "demo" / "teacher")
 
@@ -53,21 +41,22 @@ RECIPES = {
     # `--teacher gpt2 --student-layers 6` and nothing else: the defaults in parse_args, 131M tokens.
     "plain": {},
     # Offline, from what the repository ships. The control is the same run without the teacher.
-    "demo": {"teacher": DEMO_TEACHER, "student_layers": "3", "data": "stdlib", "seq_len": 256, "batch_size": 16,
-             "grad_accum": 1, "steps": 150, "lr": 1e-3, "control": True, "eval_tokens": 200_000},
+    "demo": {"teacher": DEMO_TEACHER, "student_layers": "3", "data": "stdlib", "seq_len": 256,
+             "batch_size": 16, "grad_accum": 1, "steps": 150, "lr": 1e-3, "control": True,
+             "eval_tokens": 200_000},
     # How the demo's teacher was made: the shape of demo/teacher/config.json, fresh weights, no teacher.
-    "demo-teacher": {"teacher": "none", "student": DEMO_TEACHER, "student_init": "random", "data": "stdlib",
-                     "seq_len": 256, "batch_size": 16, "grad_accum": 1, "epochs": 9, "clm_weight": 1.0, "lr": 2e-3,
-                     "warmup": 0.02, "weight_decay": 0.1, "dropout": 0.1, "attention_dropout": 0.0,
-                     "eval_interval": 500, "eval_tokens": 200_000},
-    # DistilGPT2. Published: teacher, layers, data, context, T, optimizer, schedule, clip, dropout, 3 epochs of
-    # 2,000 sequences a step (5 x 50 x 8 GPUs). Never published: the loss weights; these are the script's defaults.
+    "demo-teacher": {"teacher": "none", "student": DEMO_TEACHER, "student_init": "random",
+                     "data": "stdlib", "seq_len": 256, "batch_size": 16, "grad_accum": 1, "epochs": 9,
+                     "clm_weight": 1.0, "lr": 2e-3, "warmup": 0.02, "weight_decay": 0.1, "dropout": 0.1,
+                     "attention_dropout": 0.0, "eval_interval": 500, "eval_tokens": 200_000},
+    # DistilGPT2. Published: teacher, layers, data, context, T, optimizer, schedule, clip, dropout, epochs, and
+    # 2,000 sequences a step (5 x 50 x 8 GPUs). Never published: the loss weights; these are the script's own.
     "distilgpt2": {"teacher": "gpt2", "student_layers": "6", "data": "openwebtext", "seq_len": 1024,
                    "batch_size": 5, "grad_accum": 400, "epochs": 3, "temperature": 2.0, "kd_weight": 0.5,
                    "clm_weight": 0.5, "lr": 5e-4, "betas": [0.9, 0.98], "eps": 1e-6, "weight_decay": 0.0,
                    "warmup": 0.05, "schedule": "linear", "clip": 5.0, "dropout": 0.1},
-    # DistilPythia, from its model card, which does not name AdamW's betas and the clip. The card's run had its
-    # weights in bf16: that is `--precision bf16-pure`, and the README measures what it costs.
+    # DistilPythia, from its model card, which names neither AdamW's betas nor a clip. The card's run had bf16
+    # weights: that is `--precision bf16-pure`, and the README measures what it costs.
     "distilpythia": {"teacher": "EleutherAI/pythia-160m", "student": "EleutherAI/pythia-70m", "data": "pile",
                      "seq_len": 2048, "batch_size": 2, "grad_accum": 2048, "steps": 64, "temperature": 2.0,
                      "kd_weight": 0.5, "clm_weight": 0.5, "lr": 1e-4, "warmup": 0.0, "schedule": "constant"},
@@ -83,14 +72,14 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--recipe", choices=RECIPES, help="a named set of defaults: `demo` if no model is named, else `plain`")
+    add("--recipe", choices=RECIPES, help="a named set of defaults: `demo` if no model is named, or `plain`")
     add("--teacher", help="Hub id or folder, or `none` to train on the text alone")
     add("--student", help="Hub id or folder of a smaller model to start from (DistilPythia's way)")
     add("--student-layers", help="how many of the teacher's layers, evenly spread, or a list: 0,2,4,7,9,11")
     add("--student-init", choices=["teacher", "random"], default="teacher",
         help="random: the same shape, from scratch")
-    add("--data", default="openwebtext", help="openwebtext, pile, wikitext-103, wikitext-2, stdlib, a Hub data set "
-        "id[:config], or a file or folder of .txt, .jsonl, .parquet")
+    add("--data", default="openwebtext", help="openwebtext, pile, wikitext-103, wikitext-2, stdlib, any Hub "
+        "data set id[:config], a file or folder of .txt, .jsonl, .parquet")
     add("--text-column", default="text", help="the column or field with a document's text")
     add("--data-folder", default="corpora", help="where tokenised corpora are kept")
     add("--workers", type=int, default=os.cpu_count(), help="processes that tokenise")
@@ -110,9 +99,9 @@ def parse_args(argv=None):
     add("--eps", type=float, default=1e-8, help="AdamW's")
     add("--weight-decay", type=float, default=0.0, help="AdamW's, on matrices only")
     add("--warmup", type=float, default=0.05, help="share of the steps in which the learning rate rises")
-    add("--schedule", choices=["constant", "linear", "cosine"], default="cosine", help="the last two fall to 0")
+    add("--schedule", choices=["constant", "linear", "cosine"], default="cosine", help="linear, cosine: to 0")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient; 0: no limit")
-    add("--dropout", type=float, default=0.0, help="of the student's embeddings, residual branches, attention")
+    add("--dropout", type=float, default=0.0, help="of the student: embeddings, residual branches, attention")
     add("--attention-dropout", type=float, help="of attention weights, where it should differ (slow on CPUs)")
     add("--precision", choices=["auto", "bf16", "fp32", "bf16-pure"], default="auto",
         help="bf16: autocast, float32 weights; bf16-pure: bf16 weights, too; auto: bf16 where it is fast")
@@ -128,12 +117,12 @@ def parse_args(argv=None):
     add("--out", default="out", help="folder of the student, its log and its state")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--overwrite", action="store_true", help="replace the run in --out")
-    given = parser.parse_args(argv)
+    given = parser.parse_args(argv, argparse.Namespace(steps=None))
     recipe = given.recipe or ("plain" if given.teacher or given.student else "demo")
     parser.set_defaults(**RECIPES[recipe])
     if given.student or given.student_layers:  # the user's student replaces the recipe's, of either kind
         parser.set_defaults(student=None, student_layers=None)
-    if given.steps != 1000:
+    if given.steps:
         parser.set_defaults(epochs=None)
     args = parser.parse_args(argv)
     args.recipe = recipe
@@ -148,8 +137,9 @@ def check(args):
             if value is not None and not condition(value):
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
 
-    refuse("temperature batch_size grad_accum seq_len steps epochs lr eps chunk_size save_interval eval_tokens "
-           "workers", lambda value: 0 < value < math.inf, "above 0")
+    refuse("temperature batch_size grad_accum seq_len steps epochs lr eps chunk_size save_interval "
+           "eval_tokens workers",
+           lambda value: 0 < value < math.inf, "above 0")
     refuse("kd_weight clm_weight cos_weight weight_decay clip eval_interval",
            lambda value: 0 <= value < math.inf, "0 or more")
     refuse("warmup dropout attention_dropout", lambda value: 0 <= value < 1, "at least 0 and below 1")
@@ -162,7 +152,7 @@ def check(args):
             raise InputError("--student-layers are a teacher's; with --teacher none name a --student")
         args.kd_weight = args.cos_weight = 0.0
     if args.kd_weight + args.clm_weight + args.cos_weight == 0:
-        raise InputError("all weights of the loss are 0: nothing would be learned; set --kd-weight or --clm-weight")
+        raise InputError("all weights of the loss are 0: nothing would be learned; raise one of them")
 
 
 # ------------------------------------------------------------------------------------ the loss
@@ -177,26 +167,26 @@ class Losses(NamedTuple):
 
 def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head, targets, *, temperature=2.0,
                       kd_weight=0.5, clm_weight=0.5, cos_weight=0.0, chunk_size=256):
-    """loss = kd_weight * T² * KL(softmax(t / T) || softmax(s / T)) + clm_weight * CLM [+ cos_weight * (1 - cos)].
+    """kd_weight * T² * KL(softmax(t / T) || softmax(s / T)) + clm_weight * CLM + cos_weight * (1 - cos).
 
     student_hidden (N, C_s), teacher_hidden (N, C_t): final hidden states; student_head (V, C_s), teacher_head
-    (V, C_t); targets (N,), where -100 is counted in no term. Returns (loss, kl, clm), *sums* over the counted tokens
-    in nats: divide once, by the tokens of the whole step. The KL is the forward one with the teacher's entropy in
-    it, so a perfect student scores 0; T² keeps its gradient from shrinking as T grows (Hinton et al. 2015, section
-    2). The gradient flows to the student alone. ValueError if the heads differ in V.
+    (V, C_t); targets (N,), where -100 is counted in no term. Returns (loss, kl, clm), *sums* over the counted
+    tokens, in nats: divide once, by the tokens of the whole step. The KL is the forward one, the teacher's
+    entropy included, so a perfect student scores 0. T² keeps its gradient from shrinking as T grows (Hinton et
+    al. 2015, section 2). The gradient flows to the student alone. ValueError if the heads differ in V.
     """
-    return all_losses(student_hidden, student_head, teacher_hidden, teacher_head, targets, temperature, kd_weight,
-                      clm_weight, cos_weight, chunk_size)[:3]
+    return all_losses(student_hidden, student_head, teacher_hidden, teacher_head, targets, temperature,
+                      kd_weight, clm_weight, cos_weight, chunk_size)[:3]
 
 
 def all_losses(student_hidden, student_head, teacher_hidden, teacher_head, targets, temperature, kd_weight,
                clm_weight, cos_weight, chunk_size):
     """`distillation_loss` with all that the log shows. Without a teacher (None) only the CLM term is left."""
     if teacher_head is not None and len(teacher_head) != len(student_head):
-        raise ValueError(f"heads of {len(student_head)} and {len(teacher_head)} entries: pass what they share")
+        raise ValueError(f"heads of {len(student_head)} and {len(teacher_head)} rows: pass what they share")
     loss, kl, clm, teacher_clm = ChunkedLoss.apply(
-        student_hidden, student_head, teacher_hidden, teacher_head, targets, temperature, kd_weight, clm_weight,
-        chunk_size)
+        student_hidden, student_head, teacher_hidden, teacher_head, targets, temperature, kd_weight,
+        clm_weight, chunk_size)
     cos = torch.zeros_like(kl)
     if cos_weight:
         s, t = (hidden[targets != -100].float() for hidden in (student_hidden, teacher_hidden))
@@ -209,8 +199,8 @@ class ChunkedLoss(torch.autograd.Function):
     """Both terms and their gradients in one pass over chunks of tokens.
 
     Logits are a language model's largest tensors (2 x 2048 tokens x 50,304 entries = 0.8 GB in float32), and
-    autograd would keep several. Here they live for one chunk; what stays is the gradient of hidden states and head.
-    With logits s, t and p = softmax(t / T), q = softmax(s / T), both gradients are differences of probabilities:
+    autograd would keep several. Here they live for one chunk; what stays are two gradients, of hidden states
+    and head. With logits s, t and p = softmax(t / T), q = softmax(s / T) they begin as
         d/ds T² * KL(p || q) = T * (q - p)          d/ds CLM = softmax(s) - onehot(target)
     """
 
@@ -258,22 +248,22 @@ def matmul_dtype(tensor):
 
 
 class Objective(torch.nn.Module):
-    """The loss of one micro-batch. DistributedDataParallel wraps this, so that its hooks see every forward pass."""
+    """The loss of one micro-batch. DistributedDataParallel wraps this, so its hooks see each forward pass."""
 
     def __init__(self, student, teacher, vocab_size, args):
         super().__init__()
         self.student, self.vocab_size, self.args = student, vocab_size, args
-        self.frozen = (teacher,)  # in a tuple it is no submodule: never trained, exchanged between ranks, or saved
+        self.frozen = (teacher,)  # in a tuple it is no submodule: neither trained nor exchanged between ranks
 
     def forward(self, ids, targets):
-        """ids, targets (B, T) -> Losses. Heads may be padded, each to its own size: the real vocabulary counts."""
+        """ids, targets (B, T) -> Losses over the real vocabulary, to which both heads are cut."""
         a, (teacher,), hidden, head = self.args, self.frozen, None, None
         if teacher is not None:
             with torch.no_grad():
                 hidden, head = teacher.hidden(ids).flatten(0, 1), teacher.head_weight[:self.vocab_size]
         return all_losses(self.student.hidden(ids).flatten(0, 1), self.student.head_weight[:self.vocab_size],
-                          hidden, head, targets.flatten(), a.temperature, a.kd_weight, a.clm_weight, a.cos_weight,
-                          a.chunk_size)
+                          hidden, head, targets.flatten(), a.temperature, a.kd_weight, a.clm_weight,
+                          a.cos_weight, a.chunk_size)
 
 
 # ------------------------------------------------------------------------------------ the loop
@@ -282,12 +272,13 @@ def train(args, student, teacher, corpus, vocab_size, ranks):
     objective = Objective(student.train(), teacher, vocab_size, args)
     wrapped = DistributedDataParallel(objective) if ranks.world > 1 else objective
     optimizer = make_optimizer(student, args)
-    first = resume(args, corpus, student, optimizer) if args.resume else 0
-    with Log(args, first, ranks) as log, stop_signals() as stop:
+    first = run.resume(args, corpus, student, optimizer) if args.resume else 0
+    with run.Log(args, first, ranks) as log, run.stop_signals() as stop:
         for step in range(first, args.steps):
             started, sums = time.perf_counter(), torch.zeros(6, device=ranks.device)
             for micro in range(ranks.rank, args.grad_accum, ranks.world):
-                ids, targets, counted = micro_batch(corpus, step * args.grad_accum + micro, args, ranks.device)
+                index = step * args.grad_accum + micro
+                ids, targets, counted = micro_batch(corpus, index, args, ranks.device)
                 last = micro + ranks.world >= args.grad_accum  # gradients cross between ranks once a step
                 with contextlib.nullcontext() if last or ranks.world == 1 else wrapped.no_sync():
                     with autocast(args, ranks.device):
@@ -296,19 +287,19 @@ def train(args, student, teacher, corpus, vocab_size, ranks):
                 sums[:5] += torch.stack(losses).detach()
                 sums[5] += counted
                 if ranks.any(stop):
-                    save_state(args, corpus, student, optimizer, step, ranks)
+                    run.save_state(args, corpus, student, optimizer, step, ranks)
                     log.say(f"stopped after step {step}; the same command with --resume goes on from there")
                     sys.exit(128 + (stop or [signal.SIGTERM])[0])
             *sums, tokens = ranks.sum(sums).tolist()
-            losses = Losses(*(total / max(tokens, 1) for total in sums))  # summed losses are divided once, here ...
-            for parameter in student.parameters():  # ... and here; DDP has already divided by the number of ranks
+            losses = Losses(*(total / max(tokens, 1) for total in sums))  # sums are divided once, here ...
+            for parameter in student.parameters():  # ... and here; DDP has divided by the number of ranks
                 parameter.grad.mul_(ranks.world / max(tokens, 1))
             norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip or torch.inf).item()
             lr = lr_at(step, args)
             if not math.isfinite(norm + losses.loss):
-                raise InputError(f"step {step + 1}: loss {losses.loss:.3g}, gradient {norm:.3g} at learning rate "
-                                 f"{lr:.2g}; the last good state is in {args.out}/train_state.pt. Try a lower --lr, "
-                                 "more --warmup, or --precision fp32")
+                raise InputError(f"step {step + 1}: loss {losses.loss:.3g}, gradient {norm:.3g} at learning "
+                                 f"rate {lr:.2g}. Try a lower --lr, more --warmup, or --precision fp32; "
+                                 f"the last good state is in {args.out}/train_state.pt")
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
@@ -316,10 +307,10 @@ def train(args, student, teacher, corpus, vocab_size, ranks):
             log.write(step + 1, losses, lr=lr, grad_norm=norm, tokens=int(tokens),
                       tokens_per_second=round(tokens / (time.perf_counter() - started)))
             if args.eval_interval and (step + 1) % args.eval_interval == 0 and ranks.rank == 0:
-                loss = validate([student], corpus, vocab_size, args, autocast(args, ranks.device))[0]["loss"]
+                loss = run.validate([student], corpus, vocab_size, args, autocast(args, ranks.device))[0]["loss"]
                 log.say(f"step {step + 1}: validation loss {loss:.4f}")
             if (step + 1) % args.save_interval == 0 or step + 1 == args.steps:
-                save_state(args, corpus, student, optimizer, step + 1, ranks)
+                run.save_state(args, corpus, student, optimizer, step + 1, ranks)
     return student.eval()
 
 
@@ -327,15 +318,17 @@ def micro_batch(corpus, index, args, device):
     """Micro-batch number `index` of the run on the device: ids, targets, and how many targets count."""
     ids, targets = (torch.from_numpy(array) for array in batch_at(
         corpus.train, args.seed, index, args.batch_size, args.seq_len, args.packing, corpus.meta["eot"]))
-    # Dropout, like the data, is a function of (seed, index): a resumed run, or one on more ranks, draws the same.
+    # Dropout, like the data, is a function of (seed, index): resumed or on more ranks, a run draws the same.
     torch.manual_seed(args.seed * 1_000_003 + index)
     return ids.to(device), targets.to(device), (targets != -100).sum().item()
 
 
 def make_optimizer(student, args):
     """AdamW, with weight decay on matrices only: biases and norms have nothing to shrink."""
-    groups = [{"params": [p for p in student.parameters() if p.dim() >= 2], "weight_decay": args.weight_decay},
-              {"params": [p for p in student.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+    matrices = [p for p in student.parameters() if p.dim() >= 2]
+    vectors = [p for p in student.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), eps=args.eps,
                              fused=args.device != "mps")
 
@@ -359,8 +352,8 @@ def load_models(args, device):
     """(tokenizer, teacher or None, student), checked against each other and in the run's precision."""
     tokenizer, teacher = load_tokenizer(args.student if args.teacher == "none" else args.teacher), None
     if args.student and load_tokenizer(args.student).fingerprint != tokenizer.fingerprint:
-        raise InputError(f"{args.student} and {args.teacher} have different tokenizers, so their distributions cannot "
-                         "be compared token by token; choose a student of the teacher's family")
+        raise InputError(f"{args.student} and {args.teacher} have different tokenizers: their distributions "
+                         "cannot be compared token by token; choose a student of the teacher's family")
     held = torch.bfloat16 if args.precision.startswith("bf16") else torch.float32
     if args.teacher != "none":  # one that gives its layers away does so in float32, before it is rounded
         teacher = models.load(args.teacher, dtype=held if args.student else torch.float32)
@@ -382,7 +375,8 @@ def load_models(args, device):
     if args.cos_weight and student.norm.weight.shape != teacher.norm.weight.shape:
         raise InputError(f"--cos-weight needs one width; the teacher's is {len(teacher.norm.weight)}, the "
                          f"student's {len(student.norm.weight)}")
-    student.set_dropout(args.dropout, args.dropout if args.attention_dropout is None else args.attention_dropout)
+    on_attention = args.dropout if args.attention_dropout is None else args.attention_dropout
+    student.set_dropout(args.dropout, on_attention)
     if args.compile:
         for block in [*student.blocks, *(teacher.blocks if teacher else ())]:
             block.compile()
@@ -402,12 +396,12 @@ def parse_layers(text, depth):
 def main():
     args = parse_args()
     check(args)
-    ranks = Ranks(args.device)
+    ranks = run.Ranks(args.device)
     if args.grad_accum % ranks.world:
         raise InputError(f"--grad-accum {args.grad_accum} cannot be shared evenly by {ranks.world} processes")
     if args.precision == "auto":
-        args.precision = "bf16" if bf16_is_fast(ranks.device) else "fp32"
-    out, lock = Path(args.out), claim(args) if ranks.rank == 0 else None
+        args.precision = "bf16" if run.bf16_is_fast(ranks.device) else "fp32"
+    out, lock = Path(args.out), run.claim(args) if ranks.rank == 0 else None
     with ranks.rank_0_first():
         tokenizer, teacher, student = load_models(args, ranks.device)
         step_tokens = args.grad_accum * args.batch_size * args.seq_len
@@ -416,10 +410,11 @@ def main():
     if args.epochs:
         args.steps = math.ceil(args.epochs * (len(corpus.train) - 1) / step_tokens)
     if ranks.rank == 0:
-        print_plan(args, teacher, student, corpus, ranks)
-        for name in () if args.resume else RUN_FILES:
-            (out / name).unlink(missing_ok=True)
-        (out / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+        run.print_plan(args, teacher, student, corpus, ranks)
+        if not args.resume:
+            for name in run.RUN_FILES:
+                (out / name).unlink(missing_ok=True)
+            (out / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
     control = copy.deepcopy(student) if args.control and teacher else None
     networks = {"teacher": teacher} if teacher else {}
     networks["student"] = train(args, student, teacher, corpus, tokenizer.vocab_size, ranks)
@@ -432,10 +427,11 @@ def main():
         networks["control"] = train(argparse.Namespace(**{**vars(args), **alone}), control, None, corpus,
                                     tokenizer.vocab_size, ranks)
     if ranks.rank == 0:
-        scores = validate(list(networks.values()), corpus, tokenizer.vocab_size, args, autocast(args, ranks.device))
+        scores = run.validate(list(networks.values()), corpus, tokenizer.vocab_size, args,
+                              autocast(args, ranks.device))
         table = format_table([{"model": name, **score} for name, score in zip(networks, scores, strict=True)])
-        write_card(args, ranks, table)
-        print(f"\n{table}\n\nNext:  python sample.py --model {out}\n       python eval_ppl.py {args.teacher} {out}")
+        run.write_card(args, ranks, table)
+        print(f"\n{table}\n\nNext:  python sample.py --model {out}")
         lock.release()
 
 

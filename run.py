@@ -37,7 +37,7 @@ class Ranks:
                 self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
                 torch.cuda.set_device(self.device)
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(days=1))  # rank 0 may prepare a corpus for hours
+            dist.init_process_group(backend, timeout=timedelta(days=1))  # rank 0 may tokenise for hours
 
     def sum(self, tensor):
         """Add `tensor` up over all ranks, in place."""
@@ -47,7 +47,9 @@ class Ranks:
 
     def any(self, flag):
         """Whether `flag` is true on some rank; all ranks must ask."""
-        return bool(flag) if self.world == 1 else self.sum(torch.tensor(float(bool(flag)), device=self.device)) > 0
+        if self.world == 1:
+            return bool(flag)
+        return self.sum(torch.tensor(float(bool(flag)), device=self.device)).item() > 0
 
     @contextlib.contextmanager
     def rank_0_first(self):
@@ -60,7 +62,7 @@ class Ranks:
 
 
 def bf16_is_fast(device):
-    """GPUs say so. On a CPU a matrix product is timed: without bf16 instructions it is several times slower."""
+    """GPUs say so. On a CPU a product is timed: without bf16 instructions it is several times slower."""
     if device.type != "cpu":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     seconds = []
@@ -92,24 +94,26 @@ def origin(args):
 def print_plan(args, teacher, student, corpus, ranks):
     """What is about to happen, before it does."""
     tokens = args.grad_accum * args.batch_size * args.seq_len
-    for name, network in ((args.teacher, teacher), (origin(args), student)):
+    for role, name, network in (("teacher", args.teacher, teacher), ("student", origin(args), student)):
         if network:
-            print(f"{'teacher' if network is teacher else 'student':10} {name}: {len(network.blocks)} layers, "
-                  f"{network.num_parameters() / 1e6:.1f}M parameters")
+            millions = network.num_parameters() / 1e6
+            print(f"{role:10} {name}: {len(network.blocks)} layers, {millions:.1f}M parameters")
     print(f"objective  {formula(args)}")
     print(f"data       {args.data}: {len(corpus.train):,} tokens to train on, {len(corpus.val):,} held out")
-    print(f"steps      {args.steps:,} of {args.grad_accum} x {args.batch_size} x {args.seq_len} = {tokens:,} tokens")
-    print(f"rate       {args.lr:g}, {args.schedule} after {args.warmup:.0%} warm-up; gradient clipped at {args.clip:g}")
-    print(f"on         {ranks.world} x {ranks.device}, {args.precision}; everything goes to {args.out}/", flush=True)
+    print(f"steps      {args.steps:,} of {args.grad_accum} x {args.batch_size} x {args.seq_len} = {tokens:,} "
+          f"tokens; rate {args.lr:g}, {args.schedule} after {args.warmup:.0%} warm-up")
+    print(f"on         {ranks.world} x {ranks.device}, {args.precision}; all goes to {args.out}/", flush=True)
     if args.precision == "bf16-pure":
-        print("warning    bf16-pure: weights and sums of gradients lose small updates; the README has measured it")
+        print("warning    bf16-pure: weights and sums of gradients lose small updates (see the README)")
     if ranks.device.type == "cpu" and tokens * args.steps > 30_000_000:
-        print("note       this is work for a GPU; on a CPU try --steps 10 --grad-accum 2 --batch-size 2 --seq-len 128")
+        print("note       this is work for a GPU; on a CPU try --steps 10 --grad-accum 2 --batch-size 2 "
+              "--seq-len 128")
 
 
 class Log:
     """out/log.csv, one row a step, and a progress bar with the same figures; silent on ranks above 0."""
-    COLUMNS = ("step", "loss", "kl", "clm", "cos", "teacher_clm", "lr", "grad_norm", "tokens", "tokens_per_second")
+    COLUMNS = ("step", "loss", "kl", "clm", "cos", "teacher_clm", "lr", "grad_norm", "tokens",
+               "tokens_per_second")
 
     def __init__(self, args, first, ranks):
         from tqdm import tqdm
@@ -120,8 +124,8 @@ class Log:
             path = Path(args.out) / "log.csv"
             rows = list(csv.reader(path.open())) if first else [self.COLUMNS]
             with replaced(path) as temporary, open(temporary, "w", newline="") as file:
-                kept = [row for row in rows if row[0] == "step" or int(row[0]) <= first]  # later ones are made again
-                csv.writer(file).writerows(kept)
+                # steps after the last saved state will be made again
+                csv.writer(file).writerows(row for row in rows if row[0] == "step" or int(row[0]) <= first)
             self.file, self.started = open(path, "a", newline="", buffering=1), time.time()
 
     def __enter__(self):
@@ -142,7 +146,8 @@ class Log:
         row = (step, *losses, *rest.values())
         csv.writer(self.file).writerow(f"{v:.7g}" if isinstance(v, float) else v for v in row)
         shown = {"loss": losses.loss, "KL": losses.kl, "CLM": losses.clm, "teacher": losses.teacher_clm}
-        self.bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items() if v} | {"tok/s": rest["tokens_per_second"]})
+        shown = {name: f"{value:.3f}" for name, value in shown.items() if value}
+        self.bar.set_postfix(shown | {"tok/s": rest["tokens_per_second"]}, refresh=False)
         self.bar.update()
         if step == self.first + 3 < self.steps:
             left = timedelta(seconds=round((time.time() - self.started) / 3 * (self.steps - step)))
@@ -150,7 +155,7 @@ class Log:
 
 
 def validate(networks, corpus, vocab_size, args, autocast):
-    """Scores of several models on the start of the held-out text; KL and agreement are with the first of them."""
+    """Scores of several models on the start of the held-out text; a teacher comes first."""
     modes = [network.training for network in networks]
     tokens = torch.from_numpy(corpus.val[:args.eval_tokens + 1].astype("int64"))
     length = min(args.seq_len, len(tokens) - 1)
@@ -161,11 +166,14 @@ def validate(networks, corpus, vocab_size, args, autocast):
     for network, mode in zip(networks, modes, strict=True):
         network.train(mode)
     bytes_per_token = corpus.meta["val"]["bytes"] / corpus.meta["val"]["tokens"]
-    return [{"parameters": network.num_parameters(), "loss": s["nll"] / s["tokens"],
-             "perplexity": math.exp(s["nll"] / s["tokens"]),
-             "bits per byte": s["nll"] / s["tokens"] / bytes_per_token / math.log(2),
-             "KL to first": s["kl"] / s["tokens"], "same top-1": s["agree"] / s["tokens"]}
-            for network, s in zip(networks, sums, strict=True)]
+    rows = []
+    for network, s in zip(networks, sums, strict=True):
+        loss = s["nll"] / s["tokens"]
+        rows.append({"parameters": network.num_parameters(), "loss": loss, "perplexity": math.exp(loss),
+                     "bits per byte": loss / bytes_per_token / math.log(2)})
+        if len(networks) > 1:
+            rows[-1] |= {"KL to teacher": s["kl"] / s["tokens"], "same top-1": s["agree"] / s["tokens"]}
+    return rows
 
 
 # ------------------------------------------------------------------------------------ stopping and surviving
@@ -197,11 +205,11 @@ def replaced(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); what was there before is intact") from error
+        raise InputError(f"{path} cannot be written ({error.strerror}); what was there is intact") from error
 
 
-RUN_FILES = ("args.json", "log.csv", "train_state.pt", "config.json", "generation_config.json", "model.safetensors",
-             "tokenizer.json", "tokenizer_config.json", "README.md")
+RUN_FILES = ("args.json", "log.csv", "train_state.pt", "config.json", "generation_config.json",
+             "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
 
 
 def claim(args):
@@ -225,8 +233,8 @@ def claim(args):
     return lock
 
 
-CHANGES_NOTHING = ("recipe", "out", "resume", "overwrite", "device", "data_folder", "workers", "compile", "control",
-                   "eval_interval", "eval_tokens", "save_interval")
+CHANGES_NOTHING = ("recipe", "out", "resume", "overwrite", "device", "data_folder", "workers", "compile",
+                   "control", "eval_interval", "eval_tokens", "save_interval")
 
 
 def identity(args, corpus):
@@ -254,8 +262,8 @@ def resume(args, corpus, student, optimizer):
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)
     then, now = state["settings"], identity(args, corpus)
-    changed = [f"{k} was {then.get(k)!r}, now {now.get(k)!r}" for k in {**then, **now} if then.get(k) != now.get(k)]
-    if changed:
+    if changed := [f"{name} was {then.get(name)!r}, now {now.get(name)!r}"
+                   for name in {**then, **now} if then.get(name) != now.get(name)]:
         raise InputError(f"--resume of {args.out} with other settings: {'; '.join(changed)}")
     student.load_state_dict(state["student"])
     optimizer.load_state_dict(state["optimizer"])
@@ -274,8 +282,8 @@ Made by distil-from-scratch. Teacher: `{teacher}`. Student: {origin}.
 
     {formula}
 
-{steps:,} steps, {tokens:,} tokens of `{data}` ({packing} packing, sequences of {seq_len}). AdamW, learning rate {lr:g}
-({schedule}), seed {seed}, {precision}. All settings are in `args.json`, every step is in `log.csv`.
+{steps:,} steps, {tokens:,} tokens of `{data}` ({packing} packing, sequences of {seq_len}). AdamW, learning
+rate {lr:g} ({schedule}), seed {seed}, {precision}. Settings: `args.json`; every step: `log.csv`.
 Hardware: {ranks} x {hardware}, {hours:.2f} hours of training steps. Energy and CO2 were not measured.
 
 ## Results on held-out text of the same data
@@ -284,8 +292,8 @@ Hardware: {ranks} x {hardware}, {hours:.2f} hours of training steps. Energy and 
 
 ## Limitations
 
-The student learns to say what its teacher says: the teacher's errors and biases are its own, and being smaller it adds
-some. Read the teacher's card before using this model, and measure it on the task that you have.
+The student learns to say what its teacher says: the teacher's errors and biases become its own, and being
+smaller it adds some. Read the teacher's card before using this model, and measure it on your task.
 """
 
 
@@ -293,7 +301,7 @@ def write_card(args, ranks, table):
     """The model card, from the settings and the log."""
     rows = list(csv.DictReader((Path(args.out) / "log.csv").open()))
     hardware = torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"{platform.machine()} CPU"
-    text = CARD.format(**vars(args), origin=origin(args), formula=formula(args), table=table, ranks=ranks.world,
-                       hardware=hardware, tokens=sum(int(row["tokens"]) for row in rows),
+    text = CARD.format(**vars(args), origin=origin(args), formula=formula(args), table=table,
+                       ranks=ranks.world, hardware=hardware, tokens=sum(int(row["tokens"]) for row in rows),
                        hours=sum(int(row["tokens"]) / int(row["tokens_per_second"]) for row in rows) / 3600)
     (Path(args.out) / "README.md").write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
 """Let a model write: one prompt, several continuations, and a second model beside it if you like.
 
-    python sample.py                                          the student in out/ and its teacher, side by side
-    python sample.py --model distilgpt2 --prompt "The horse raced" --num 3 --temperature 0.8
+    python sample.py                            the student in out/ and its teacher, side by side
+    python sample.py --model gpt2 distilgpt2 --prompt "The horse raced" --num 3 --temperature 0.8
 """
 import argparse
 import json
@@ -20,13 +20,13 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--model", nargs="+", help="Hub ids or folders; without it: out/ and the teacher named in out/args.json")
+    add("--model", nargs="+", help="Hub ids or folders; without it, out/ and its teacher")
     add("--prompt", default=DEFAULT_PROMPT, help="the text to go on from; `-` reads it from standard input")
     add("--num", type=int, default=1, help="continuations of each model")
     add("--tokens", type=int, default=120, help="tokens of each continuation")
     add("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     add("--top-k", type=int, default=50, help="draw from the k likeliest tokens; 0: from all")
-    add("--top-p", type=float, default=1.0, help="draw from the fewest tokens that hold this share of probability")
+    add("--top-p", type=float, default=1.0, help="draw from the fewest tokens with this much probability")
     add("--seed", type=int, default=0, help="of the draws")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps")
     return parser.parse_args(argv)
@@ -35,7 +35,7 @@ def parse_args(argv=None):
 def default_models():
     """The student that distil.py left in out/, and its teacher."""
     if not Path("out/config.json").exists():
-        raise InputError("there is no student in out/ yet: run `python distill.py` first, or pass --model gpt2")
+        raise InputError("no student in out/ yet: run `python distill.py` first, or pass --model gpt2")
     args = Path("out/args.json")
     teacher = json.loads(args.read_text())["teacher"] if args.exists() else "none"
     return ["out"] if teacher == "none" else ["out", teacher]
@@ -51,15 +51,15 @@ def continuations(name, args):
               file=sys.stderr)
     ids = torch.tensor([prompt] * args.num, device=args.device)  # (num, T)
     generator = torch.Generator(args.device).manual_seed(args.seed)
-    new = model.generate(ids, args.tokens, args.temperature, args.top_k or None, args.top_p, generator)[:, len(prompt):]
-    for row in new.tolist():
+    ids = model.generate(ids, args.tokens, args.temperature, args.top_k or None, args.top_p, generator)
+    for row in ids[:, len(prompt):].tolist():
         yield tokenizer.decode(row[:row.index(tokenizer.eot)] if tokenizer.eot in row else row)
 
 
 def main():
     args = parse_args()
-    for flag, good in (("num", args.num > 0), ("tokens", args.tokens > 0), ("temperature", args.temperature >= 0),
-                       ("top_k", args.top_k >= 0), ("top_p", 0 < args.top_p <= 1)):
+    for flag, good in (("num", args.num > 0), ("tokens", args.tokens > 0), ("top_k", args.top_k >= 0),
+                       ("temperature", args.temperature >= 0), ("top_p", 0 < args.top_p <= 1)):
         if not good:
             raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is out of range; see --help")
     if args.prompt == "-":

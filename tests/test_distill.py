@@ -1,4 +1,4 @@
-"""distill.py and run.py: the loss against float64 autograd, the loop against itself, the command against its users."""
+"""distill.py and run.py: the loss against float64 autograd, the loop against itself, the command line."""
 import csv
 import json
 import math
@@ -33,8 +33,10 @@ def reference_loss(student_hidden, student_head, teacher_hidden, teacher_head, t
     log_p, log_q = (t / T).log_softmax(-1)[counted], (s / T).log_softmax(-1)[counted]
     kl = (log_p.exp() * (log_p - log_q)).sum()
     ce = F.cross_entropy(s, targets, ignore_index=-100, reduction="sum")
-    far = (1 - F.cosine_similarity(student_hidden.double(), teacher_hidden.double(), dim=-1))[counted].sum() if cos else 0
-    return kd * T**2 * kl + clm * ce + cos * far, kl, ce
+    if cos:
+        similarity = F.cosine_similarity(student_hidden.double(), teacher_hidden.double(), dim=-1)
+        cos *= (1 - similarity)[counted].sum()
+    return kd * T**2 * kl + clm * ce + cos, kl, ce
 
 
 def loss_inputs(N=50, C_s=24, C_t=24, V=97, scale=1.0):
@@ -57,8 +59,8 @@ def close(a, b, relative=1e-5):
 def test_loss_and_gradients_equal_float64_autograd(T, chunk_size, weights):
     kd, clm, cos = weights
     inputs = loss_inputs()
-    loss, kl, ce = distill.distillation_loss(*inputs, temperature=T, kd_weight=kd, clm_weight=clm, cos_weight=cos,
-                                             chunk_size=chunk_size)
+    loss, kl, ce = distill.distillation_loss(*inputs, temperature=T, kd_weight=kd, clm_weight=clm,
+                                             cos_weight=cos, chunk_size=chunk_size)
     expected = reference_loss(*inputs, T, kd, clm, cos)
     for ours, theirs in zip((loss, kl, ce), expected, strict=True):
         assert close(ours, theirs)
@@ -78,8 +80,8 @@ def test_tied_head_gets_the_gradient_of_both_its_uses():
     _, _, teacher_hidden, teacher_head, targets = loss_inputs()
     ids = torch.arange(50)
     def gradient(loss_of):
-        return torch.autograd.grad(loss_of(torch.tanh(embedding[ids]), embedding, teacher_hidden, teacher_head, targets),
-                                   embedding)[0]
+        loss = loss_of(torch.tanh(embedding[ids]), embedding, teacher_hidden, teacher_head, targets)
+        return torch.autograd.grad(loss, embedding)[0]
     ours = gradient(lambda *x: distill.distillation_loss(*x, chunk_size=16)[0])
     assert close(ours, gradient(lambda *x: reference_loss(*x, 2.0, 0.5, 0.5, 0.0)[0]))
 
@@ -87,8 +89,9 @@ def test_tied_head_gets_the_gradient_of_both_its_uses():
 @pytest.mark.parametrize("T", [1.0, 2.0])
 def test_a_perfect_student_scores_zero(T):
     hidden, head = torch.randn(50, 24, requires_grad=True), torch.randn(97, 24)
-    loss, kl, _ = distill.distillation_loss(hidden, head, hidden.detach(), head, torch.zeros(50, dtype=torch.long),
-                                            temperature=T, kd_weight=1.0, clm_weight=0.0)
+    targets = torch.zeros(50, dtype=torch.long)
+    loss, kl, _ = distill.distillation_loss(hidden, head, hidden.detach(), head, targets, temperature=T,
+                                            kd_weight=1.0, clm_weight=0.0)
     assert abs(kl) < 1e-5
     assert torch.autograd.grad(loss, hidden)[0].abs().max() < 1e-6
 
@@ -140,7 +143,7 @@ def test_no_tensor_of_all_tokens_by_the_vocabulary_exists():
 # ------------------------------------------------------------------------------------ runs in miniature
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
-    """A folder with documents of very different lengths and three small untrained models that share a tokenizer."""
+    """Documents of very different lengths, and two small untrained models that share a tokenizer."""
     folder = tmp_path_factory.mktemp("workshop")
     words = (ROOT / "model.py").read_text().split()
     rng = random.Random(0)
@@ -161,9 +164,10 @@ def workshop(tmp_path_factory):
 
 
 def flags(workshop, out, **changes):
-    settings = {"teacher": workshop / "teacher", "student-layers": 2, "data": workshop / "text", "seq-len": 16,
-                "batch-size": 2, "grad-accum": 4, "steps": 3, "lr": 1e-3, "precision": "fp32", "device": "cpu",
-                "data-folder": workshop / "corpora", "workers": 1, "out": out, "eval-tokens": 500, **changes}
+    settings = {"teacher": workshop / "teacher", "student-layers": 2, "data": workshop / "text",
+                "seq-len": 16, "batch-size": 2, "grad-accum": 4, "steps": 3, "lr": 1e-3, "precision": "fp32",
+                "device": "cpu", "data-folder": workshop / "corpora", "workers": 1, "out": out,
+                "eval-tokens": 500, **changes}
     return [part for name, value in settings.items() if value is not None
             for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
 
@@ -195,7 +199,8 @@ def test_a_run_leaves_a_model_its_log_and_its_settings(workshop, tmp_path, monke
     out = tmp_path / "out"
     code, printed, _ = call(monkeypatch, capsys, flags(workshop, out, control=True))
     assert code == 0
-    assert "layers 0,3 of" in printed and "loss = 0.5 * 2² * KL(teacher || student, T = 2) + 0.5 * CLM" in printed
+    assert "layers 0,3 of" in printed
+    assert "loss = 0.5 * 2² * KL(teacher || student, T = 2) + 0.5 * CLM" in printed
     assert [row["step"] for row in log_rows(out)] == ["1", "2", "3"]
     table = [line for line in printed.splitlines() if line.startswith("| ")]
     assert [line.split()[1] for line in table] == ["model", "teacher", "student", "control"]
@@ -216,10 +221,12 @@ def test_the_log_has_the_sums_of_the_definition(workshop, tmp_path, monkeypatch,
     from model import student_from
     student, sums, tokens = student_from(teacher, [0, 3]), torch.zeros(4), 0
     for micro in range(4):
-        ids, targets = map(torch.from_numpy, batch_at(corpus.train, 0, micro, 2, 16, "padded", corpus.meta["eot"]))
+        batch = batch_at(corpus.train, 0, micro, 2, 16, "padded", corpus.meta["eot"])
+        ids, targets = map(torch.from_numpy, batch)
         s, t = student.hidden(ids).flatten(0, 1), teacher.hidden(ids).flatten(0, 1)
-        parts = reference_loss(s, student.head_weight, t, teacher.head_weight, targets.flatten(), 2.0, 0.5, 0.5, 0)
-        bar = F.cross_entropy(teacher(ids).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+        targets = targets.flatten()
+        parts = reference_loss(s, student.head_weight, t, teacher.head_weight, targets, 2.0, 0.5, 0.5, 0)
+        bar = F.cross_entropy(teacher(ids).flatten(0, 1), targets, ignore_index=-100, reduction="sum")
         sums += torch.stack([*parts, bar]).detach()
         tokens += (targets != -100).sum().item()
     row = log_rows(out)[0]
@@ -241,7 +248,7 @@ def test_accumulation_does_not_change_the_step(workshop, tmp_path, monkeypatch, 
 
 
 def test_warm_start_from_another_architecture_width_and_padding(workshop, tmp_path, monkeypatch, capsys):
-    """A GPT-NeoX student with 4,200 embeddings learns from a GPT-2 teacher with 4,096, over the 4,096 that are real."""
+    """A GPT-NeoX student with 4,200 embeddings learns from a GPT-2 teacher with 4,096, the real ones."""
     out = tmp_path / "out"
     code, printed, error = call(monkeypatch, capsys, flags(workshop, out, student=workshop / "small",
                                                            **{"student-layers": None}, steps=30, lr=1e-2))
@@ -262,21 +269,24 @@ def test_precisions(workshop, tmp_path, monkeypatch, capsys, precision, dtype):
 
 
 def test_student_from_scratch_has_the_shape_but_not_the_weights(workshop, tmp_path, monkeypatch, capsys):
-    code, _, _ = call(monkeypatch, capsys, flags(workshop, tmp_path / "out", steps=1, **{"student-init": "random"}))
+    argv = flags(workshop, tmp_path / "out", steps=1, **{"student-init": "random"})
+    code, _, _ = call(monkeypatch, capsys, argv)
     assert code == 0
     teacher = load(workshop / "teacher").embed.weight
     assert weights(tmp_path / "out")["embed.weight"].std() < 0.05 < teacher.std()
 
 
 def test_no_teacher_is_plain_language_modelling(workshop, tmp_path, monkeypatch, capsys):
-    code, printed, _ = call(monkeypatch, capsys, flags(workshop, tmp_path / "out", teacher="none",
-                                                       student=workshop / "small", **{"student-layers": None}))
+    changes = {"teacher": "none", "student": workshop / "small", "student-layers": None}
+    argv = flags(workshop, tmp_path / "out", **changes)
+    code, printed, _ = call(monkeypatch, capsys, argv)
     assert code == 0 and "loss = 0.5 * CLM" in printed
     assert all(float(row["kl"]) == 0 for row in log_rows(tmp_path / "out"))
 
 
 def test_cosine_term(workshop, tmp_path, monkeypatch, capsys):
-    code, printed, _ = call(monkeypatch, capsys, flags(workshop, tmp_path / "out", **{"cos-weight": 1, "steps": 20}))
+    argv = flags(workshop, tmp_path / "out", **{"cos-weight": 1, "steps": 20})
+    code, printed, _ = call(monkeypatch, capsys, argv)
     rows = log_rows(tmp_path / "out")
     assert code == 0 and "1 * (1 - cos)" in printed and 0 < float(rows[-1]["cos"]) < float(rows[0]["cos"])
 
@@ -291,7 +301,8 @@ def test_control_is_the_same_run_without_the_teacher(workshop, tmp_path, monkeyp
 def test_learning_rate():
     args = distill.parse_args(["--teacher", "t", "--student-layers", "2", "--steps", "100", "--warmup", "0.1",
                                "--lr", "1", "--schedule", "linear"])
-    assert [round(distill.lr_at(step, args), 6) for step in (0, 4, 9, 10, 55, 99)] == [0.1, 0.5, 1, 1, 0.5, 0.011111]
+    rates = [round(distill.lr_at(step, args), 6) for step in (0, 4, 9, 10, 55, 99)]
+    assert rates == [0.1, 0.5, 1, 1, 0.5, 0.011111]
     args.schedule = "cosine"
     assert distill.lr_at(55, args) == pytest.approx(0.5) and distill.lr_at(99, args) < 0.001
     args.schedule, args.warmup = "constant", 0
@@ -324,7 +335,8 @@ BAD = {
     "no student": ({"student-layers": None}, "name one student"),
     "unknown data": ({"data": "nothing-like-it"}, "openwebtext"),
     "sequence longer than the context": ({"seq-len": 65}, "64 positions"),
-    "another width with the cosine": ({"student": "small", "student-layers": None, "cos-weight": 1}, "needs one width"),
+    "another width with the cosine": ({"student": "small", "student-layers": None, "cos-weight": 1},
+                                      "needs one width"),
     "another tokenizer": ({"student": "stranger", "student-layers": None}, "different tokenizers"),
     "a teacher smaller than its tokenizer": ({"teacher": "short"}, "do not belong together"),
     "no such folder": ({"teacher": "./nowhere"}, "nowhere"),
@@ -420,7 +432,8 @@ def command(ranks, *argv):
 
 def start(ranks, argv):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command(ranks, *argv), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command(ranks, *argv), env=env, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)
 
 
 def wait_for_step(out, step, process):
@@ -435,8 +448,8 @@ def wait_for_step(out, step, process):
 
 def kill_family(pid):
     """SIGKILL a process and all that it started: torchrun's workers would outlive it."""
-    table = [tuple(map(int, line.split())) for line in
-             subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True).stdout.splitlines()]
+    listing = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True).stdout
+    table = [tuple(map(int, line.split())) for line in listing.splitlines()]
     family = [pid]
     for member in family:
         family += [child for child, parent in table if parent == member]
@@ -488,10 +501,10 @@ def test_micro_batches_that_cannot_be_shared_are_refused(workshop, tmp_path):
 
 # ------------------------------------------------------------------------------------ the README's command
 def test_the_demo_in_a_few_steps(tmp_path, monkeypatch, capsys):
-    """`python distill.py`, offline, with the shipped teacher, but 3 steps; run twice, since it replaces its own output."""
+    """`python distill.py`, offline, with the shipped teacher, in 3 steps; it may replace its own output."""
     monkeypatch.setattr(run, "bf16_is_fast", lambda device: False)
-    argv = ["--steps", "3", "--batch-size", "2", "--eval-tokens", "2000", "--out", tmp_path / "out", "--data-folder",
-            tmp_path / "corpora", "--workers", "2"]
+    argv = ["--steps", "3", "--batch-size", "2", "--eval-tokens", "2000", "--out", tmp_path / "out",
+            "--data-folder", tmp_path / "corpora", "--workers", "2"]
     for _ in range(2):
         code, printed, error = call(monkeypatch, capsys, argv)
         assert code == 0, error

@@ -1,0 +1,70 @@
+"""What all tests share: a stand-in for the Hub, small tokenizers of both forms, commands run as users do."""
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from fakehub import FakeHub  # noqa: E402
+
+REPO = Path(__file__).parent.parent
+
+
+def pytest_configure(config):
+    """Before any test module is imported: huggingface_hub reads these settings when it is."""
+    config.hub_root = tempfile.TemporaryDirectory()
+    config.hub = FakeHub(config.hub_root.name)
+    os.environ.update(config.hub.env)
+
+
+def pytest_unconfigure(config):
+    config.hub.close()
+    config.hub_root.cleanup()
+
+
+@pytest.fixture
+def hub(request):
+    """The stand-in Hub: `hub.root / "models"`, `hub.root / "datasets"` are what it serves; see fakehub.py."""
+    yield request.config.hub
+    request.config.hub.gated.clear()
+    request.config.hub.cut.clear()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run("data.py", "--help", HF_HUB_OFFLINE="1"): a command of this project, in an empty folder."""
+    def run(script, *args, **env):
+        return subprocess.run([sys.executable, str(REPO / script), *map(str, args)], cwd=tmp_path, text=True,
+                              capture_output=True, env={**os.environ, **env}, timeout=300)
+    return run
+
+
+@pytest.fixture(scope="session")
+def tokenizers_dir(tmp_path_factory):
+    """A folder with gpt2/tokenizer.json and neox/tokenizer.json: 600 tokens in the forms of GPT-2 and GPT-NeoX."""
+    from data import train_tokenizer
+    folder = tmp_path_factory.mktemp("tokenizers")
+    library = Path(sysconfig.get_path("stdlib"))
+    texts = [(library / name).read_text(encoding="utf-8") for name in ("argparse.py", "heapq.py", "textwrap.py")]
+    train_tokenizer(texts, 600, folder / "gpt2")
+    spec = json.loads((folder / "gpt2" / "tokenizer.json").read_text(encoding="utf-8"))
+    (folder / "neox").mkdir()
+    (folder / "neox" / "tokenizer.json").write_text(json.dumps(neox_form(spec)), encoding="utf-8")
+    return folder
+
+
+def neox_form(spec):
+    """A tokenizer.json of GPT-2's form -> of GPT-NeoX's: special tokens first, runs of 24..2 spaces last, NFC."""
+    vocab = {"<|endoftext|>": 0, "<|padding|>": 1}
+    vocab |= {text: i + 2 for text, i in spec["model"]["vocab"].items() if text != "<|endoftext|>"}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False}
+    added = [{"id": i, "content": text, "special": True, "normalized": False, **flags}
+             for i, text in enumerate(["<|endoftext|>", "<|padding|>"])]
+    added += [{"id": len(vocab) + i, "content": " " * n, "special": False, "normalized": True, **flags}
+              for i, n in enumerate(range(24, 1, -1))]
+    return {**spec, "added_tokens": added, "normalizer": {"type": "NFC"}, "model": {**spec["model"], "vocab": vocab}}
