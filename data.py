@@ -228,7 +228,7 @@ def open_data(data, text_column="text"):
     if data == "stdlib":
         return {"data": data, "python": platform.python_version()}, stdlib_split()
     identity = {"data": data, "text_column": text_column}
-    if Path(data).exists():
+    if data not in HUB_DATA and Path(data).exists():
         files = local_files(Path(data))
         stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         identity["files"] = hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
@@ -393,9 +393,10 @@ def prepare(data, tokenizer, folder="corpora", max_tokens=None, workers=1, text_
     is written, so that what has the name is whole. What was killed half-way goes on where it was."""
     if tokenizer.vocab_size > 2**16:
         raise InputError(f"a vocabulary of {tokenizer.vocab_size} does not fit the 16-bit ids of a corpus")
-    identity, documents = open_data(data, text_column)
+    identity, documents = open_data(str(data), text_column)
     wanted = {"source": identity, "tokenizer": tokenizer.fingerprint}
-    path = Path(folder, re.sub(r"[^A-Za-z0-9.]+", "-", data).strip("-.") + "-" + tokenizer.fingerprint[:8])
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", str(data)).strip("-.")[-100:]
+    path = Path(folder, f"{name}-{tokenizer.fingerprint[:8]}")
     part = path.with_name(path.name + ".part")
     try:
         with locked(path):
@@ -405,7 +406,7 @@ def prepare(data, tokenizer, folder="corpora", max_tokens=None, workers=1, text_
                 shutil.rmtree(path, ignore_errors=True)
                 part.rename(path)
     except OSError as error:
-        need = f"{2 * max_tokens / 1e9:.1f} GB" if max_tokens else "about half the size of its text"
+        need = f"{2 * max_tokens // 10**6:,} MB" if max_tokens else "about half the size of its text"
         hint = f"; the corpus takes {need}. Free some space and start again: it goes on where it stopped"
         hint = hint if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise InputError(f"{error.filename or part}: {error.strerror}{hint}") from error
@@ -441,7 +442,8 @@ def build(part, wanted, documents, tokenizer, max_tokens, workers):
     done, saved = restart(part, wanted), time.monotonic()
     with contextlib.ExitStack() as stack:
         files = {split: stack.enter_context(open(part / f"{split}.bin", "ab")) for split in SPLITS}
-        bar = stack.enter_context(tqdm(desc=name, total=max_tokens, unit=" tokens", unit_scale=True))
+        bar = stack.enter_context(tqdm(desc=name, total=max_tokens, initial=done["train"]["tokens"],
+                                       unit=" tokens", unit_scale=True))
         for split in SPLITS:
             files[split].truncate(2 * done[split]["tokens"])
         todo = itertools.islice(documents, done["documents"], None)
@@ -466,6 +468,7 @@ def build(part, wanted, documents, tokenizer, max_tokens, workers):
                 raise InputError(f"{name}: no text for {split}; it takes two documents, or one of many lines")
         done.update(eot=tokenizer.eot, vocab_size=tokenizer.vocab_size)
         save(part / "meta.json", done, files.values())
+    (part / "progress.json").unlink(missing_ok=True)
 
 
 def restart(part, wanted):

@@ -1,6 +1,7 @@
 """What all tests share: a stand-in for the Hub, small tokenizers of both forms, commands run as users do."""
 import json
 import os
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -36,21 +37,33 @@ def hub(request):
 
 
 @pytest.fixture
+def real_hub():
+    """Settings with which a command meets the real Hub; skips where that cannot be reached."""
+    try:
+        socket.create_connection(("huggingface.co", 443), timeout=3).close()
+    except OSError as error:
+        pytest.skip(f"the real Hub cannot be reached: {error}")
+    return {"HF_ENDPOINT": "https://huggingface.co", "HF_HOME": os.path.expanduser("~/.cache/huggingface")}
+
+
+@pytest.fixture
 def run(tmp_path):
     """run("data.py", "--help", HF_HUB_OFFLINE="1"): a command of this project, in an empty folder."""
     def run(script, *args, **env):
-        return subprocess.run([sys.executable, str(REPO / script), *map(str, args)], cwd=tmp_path, text=True,
-                              capture_output=True, env={**os.environ, **env}, timeout=300)
+        command = [sys.executable, str(REPO / script), *map(str, args)]
+        env = {**os.environ, "PYTHONPATH": str(REPO), **env}
+        return subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True, timeout=300)
     return run
 
 
 @pytest.fixture(scope="session")
 def tokenizers_dir(tmp_path_factory):
-    """A folder with gpt2/tokenizer.json and neox/tokenizer.json: 600 tokens in the forms of GPT-2 and GPT-NeoX."""
+    """A folder with gpt2/tokenizer.json and neox/tokenizer.json: about 600 tokens in the form of each."""
     from data import train_tokenizer
     folder = tmp_path_factory.mktemp("tokenizers")
     library = Path(sysconfig.get_path("stdlib"))
-    texts = [(library / name).read_text(encoding="utf-8") for name in ("argparse.py", "heapq.py", "textwrap.py")]
+    files = [library / name for name in ("argparse.py", "heapq.py", "textwrap.py")]
+    texts = [file.read_text(encoding="utf-8") for file in files]
     train_tokenizer(texts, 600, folder / "gpt2")
     spec = json.loads((folder / "gpt2" / "tokenizer.json").read_text(encoding="utf-8"))
     (folder / "neox").mkdir()
@@ -59,7 +72,7 @@ def tokenizers_dir(tmp_path_factory):
 
 
 def neox_form(spec):
-    """A tokenizer.json of GPT-2's form -> of GPT-NeoX's: special tokens first, runs of 24..2 spaces last, NFC."""
+    """A tokenizer.json in GPT-2's form -> GPT-NeoX's: special tokens first, runs of spaces last, NFC."""
     vocab = {"<|endoftext|>": 0, "<|padding|>": 1}
     vocab |= {text: i + 2 for text, i in spec["model"]["vocab"].items() if text != "<|endoftext|>"}
     flags = {"single_word": False, "lstrip": False, "rstrip": False}
@@ -67,4 +80,5 @@ def neox_form(spec):
              for i, text in enumerate(["<|endoftext|>", "<|padding|>"])]
     added += [{"id": len(vocab) + i, "content": " " * n, "special": False, "normalized": True, **flags}
               for i, n in enumerate(range(24, 1, -1))]
-    return {**spec, "added_tokens": added, "normalizer": {"type": "NFC"}, "model": {**spec["model"], "vocab": vocab}}
+    model = {**spec["model"], "vocab": vocab}
+    return {**spec, "added_tokens": added, "normalizer": {"type": "NFC"}, "model": model}

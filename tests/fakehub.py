@@ -82,15 +82,16 @@ class Handler(BaseHTTPRequestHandler):
             if not top.is_dir():
                 return self.send_json({}, 404, "EntryNotFound")
             recursive = query.get("recursive", ["false"])[0].lower() == "true"
-            return self.send_json([entry(p, repo) for p in sorted(top.rglob("*") if recursive else top.iterdir())])
+            found = top.rglob("*") if recursive else top.iterdir()
+            return self.send_json([entry(p, repo) for p in sorted(found)])
         if match["what"] == "paths-info":
             asked = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode())["paths"]
             return self.send_json([entry(repo / p, repo) for p in asked if (repo / p).exists()])
-        files = [{"rfilename": p.relative_to(repo).as_posix()} for p in sorted(repo.rglob("*")) if p.is_file()]
+        files = [{"rfilename": entry(p, repo)["path"]} for p in sorted(repo.rglob("*")) if p.is_file()]
         date = "2024-01-01T00:00:00.000Z"
-        return self.send_json({"id": match["repo"], "sha": COMMIT, "siblings": files, "tags": [], "downloads": 0,
-                               "likes": 0, "private": False, "gated": False, "disabled": False,
-                               "lastModified": date, "createdAt": date})
+        return self.send_json({
+            "id": match["repo"], "sha": COMMIT, "siblings": files, "tags": [], "downloads": 0, "likes": 0,
+            "private": False, "gated": False, "disabled": False, "lastModified": date, "createdAt": date})
 
     def send_json(self, obj, code=200, error=None):
         body = json.dumps(obj).encode()

@@ -1,0 +1,160 @@
+"""The README's commands as users type them, through a stand-in Hub, with the models' widths made small."""
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from data import load_tokenizer
+from model import GPT2, GPT2Config, GPTNeoX, GPTNeoXConfig, load
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--steps", "2", "--seq-len", "32", "--batch-size", "2", "--grad-accum", "2", "--workers", "1",
+         "--precision", "fp32", "--device", "cpu", "--eval-tokens", "500"]
+
+
+def publish(hub, name, model, tokenizer):
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    folder = hub.root / "models" / name
+    model.save(folder)
+    (folder / "tokenizer.json").write_bytes((tokenizer / "tokenizer.json").read_bytes())
+
+
+def articles(n, topic):
+    return [f"Article {i} about {topic}. " + f"The {topic} of part {i} is {i * i}. " * (3 + i % 20)
+            for i in range(n)]
+
+
+@pytest.fixture(scope="module")
+def world(request, tokenizers_dir):
+    """The Hub's gpt2, distilgpt2, pythia-70m and pythia-160m, narrow, and some rows of the data sets."""
+    import pyarrow
+    import pyarrow.parquet
+    hub = request.config.hub
+    torch.manual_seed(0)
+
+    def gpt2(n_layer):
+        return GPT2(GPT2Config(vocab_size=600, n_positions=64, n_embd=32, n_layer=n_layer, n_head=2,
+                               eos_token_id=599))
+
+    def pythia(n_layer, width, vocab_size):
+        return GPTNeoX(GPTNeoXConfig(vocab_size, 64, width, n_layer, 2, 4 * width))
+
+    publish(hub, "gpt2", gpt2(12), tokenizers_dir / "gpt2")
+    publish(hub, "distilgpt2", gpt2(6), tokenizers_dir / "gpt2")
+    publish(hub, "EleutherAI/pythia-160m", pythia(4, 48, 656), tokenizers_dir / "neox")
+    publish(hub, "EleutherAI/pythia-70m", pythia(2, 32, 640), tokenizers_dir / "neox")
+
+    def rows(name, column_of_texts):
+        path = hub.root / "datasets" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.table({"text": column_of_texts}), path)
+
+    rows("Skylion007/openwebtext/plain_text/train-00000-of-00001.parquet", articles(300, "web"))
+    rows("EleutherAI/the_pile_deduplicated/data/train-00000-of-00001.parquet", articles(300, "pile"))
+    wiki = [line for i in range(60)
+            for line in ("", f" = Title {i} = \n", "", f" Text {i} says {i * i} . \n" * 5)]
+    splits = ("train", "validation", "test")
+    for split in splits:
+        rows(f"Salesforce/wikitext/wikitext-103-raw-v1/{split}-00000-of-00001.parquet", wiki)
+    configs = [{"config_name": "wikitext-103-raw-v1",
+                "data_files": [{"split": s, "path": f"wikitext-103-raw-v1/{s}-*"} for s in splits]}]
+    (hub.root / "datasets" / "Salesforce" / "wikitext" / "README.md").write_text(
+        "---\n" + json.dumps({"configs": configs}) + "\n---\n")
+    return hub
+
+
+COMMANDS = {
+    "flagship": ["--teacher", "gpt2", "--student-layers", "6"],
+    "distilgpt2": ["--recipe", "distilgpt2"],
+    "distilpythia": ["--recipe", "distilpythia"],
+    "distilpythia padded": ["--recipe", "distilpythia", "--packing", "padded"],
+    "finetune-wikitext103": ["--recipe", "finetune-wikitext103", "--student", "distilgpt2"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_recipes_run_from_download_to_a_hub_folder(world, run, tmp_path, name):
+    done = run("distill.py", *COMMANDS[name], *SMALL)
+    assert done.returncode == 0, done.stderr
+    args = json.loads((tmp_path / "out" / "args.json").read_text())
+    if name == "flagship":
+        assert args["recipe"] == "plain" and args["data"] == "openwebtext"
+        assert args["student_layers"] == "0,2,4,7,9,11"
+    opens_in_transformers(tmp_path / "out")
+
+
+def opens_in_transformers(out):
+    """Nothing missing, nothing unexpected, the same logits, the same greedy text, the same ids."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    theirs, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(report.values()), report
+    ours, tokenizer = load(out), load_tokenizer(out)
+    text = "The part of  Article 7\n    is\t49. <|endoftext|> é"
+    ids = tokenizer.encode(text)
+    assert AutoTokenizer.from_pretrained(out)(text.replace("<|endoftext|>", ""))["input_ids"] \
+        == tokenizer.encode(text.replace("<|endoftext|>", ""))
+    ids = torch.tensor([ids])
+    assert torch.allclose(ours(ids), theirs(ids).logits, atol=1e-5)
+    written = theirs.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert ours.generate(ids, 12, temperature=0).tolist() == written.tolist()
+
+
+@pytest.mark.parametrize("name", ["distilgpt2", "distilpythia", "finetune-wikitext103"])
+def test_recipes_run_on_two_processes(world, tmp_path, name):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(ROOT / "distill.py"), *COMMANDS[name], *SMALL]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+                          capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "2 x cpu" in done.stdout and len(load(tmp_path / "out").blocks) > 0
+
+
+def test_sample_from_the_hub(world, run):
+    argv = ["sample.py", "--model", "gpt2", "distilgpt2", "--prompt", "The part", "--tokens", "5",
+            "--num", "2"]
+    done = run(*argv)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"^--- (\S+)", done.stdout, re.M) == ["gpt2", "distilgpt2"]
+    assert done.stdout.count("The part") == 4
+    assert run(*argv).stdout == done.stdout
+
+
+def test_sample_says_what_it_does_with_a_long_prompt(world, run):
+    argv = ["sample.py", "--model", "gpt2", "--prompt", "a b c d " * 50, "--tokens", "3",
+            "--temperature", "0"]
+    done = run(*argv)
+    assert done.returncode == 0 and "sees the last 64" in done.stderr
+
+
+@pytest.mark.parametrize("argv, message", [
+    ([], "run `python distill.py` first"),
+    (["--model", "nobody/nothing"], "nobody/nothing"),
+    (["--model", "gpt2", "--top-p", "0"], "--top-p 0.0 is out of range"),
+    (["--model", "gpt2", "--tokens", "0"], "--tokens 0 is out of range"),
+])
+def test_sample_with_bad_input(world, run, argv, message):
+    done = run("sample.py", *argv)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_no_hub_names_the_offline_default(run):
+    done = run("distill.py", "--teacher", "gpt2", "--student-layers", "6", HF_ENDPOINT="http://127.0.0.1:9",
+               HF_HOME="empty")
+    assert done.returncode == 2 and "`python distill.py` needs no Hub" in done.stderr
+
+
+def test_a_download_cut_half_way_leaves_nothing_behind(world, run, tmp_path):
+    """The clients either fetch the rest or fail; the next try succeeds; a half file is never loaded."""
+    world.cut.add("model.safetensors")
+    argv = ["distill.py", "--teacher", "gpt2", "--student-layers", "6", *SMALL]
+    first = run(*argv, HF_HOME=tmp_path / "fresh")
+    assert first.returncode in (0, 2) and "Traceback" not in first.stderr
+    second = run(*argv, "--overwrite", HF_HOME=tmp_path / "fresh")
+    assert second.returncode == 0, second.stderr
