@@ -98,12 +98,14 @@ def fetch(name_or_dir, filename, required=True):
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|(?:{S}(?!\S))++|\s"
 MAX_RUN = 24 * 2**13  # tiktoken fails on a million of whitespace; divisible by the length of any token of it
 
+NEVER = {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that are in no UTF-8 text; GPT-NeoX has no tokens for them
+
 READABLE = {  # what decides ids in a tokenizer.json, and the values that are implemented here
     "model.type": [None, "BPE"], "model.dropout": [None, 0], "model.ignore_merges": [None, False],
     "model.byte_fallback": [None, False], "model.continuing_subword_prefix": [None, ""],
     "model.end_of_word_suffix": [None, ""], "normalizer.type": [None, "NFC"],
     "pre_tokenizer.type": ["ByteLevel"], "pre_tokenizer.add_prefix_space": [False],
-    "pre_tokenizer.use_regex": [None, True]}
+    "pre_tokenizer.use_regex": [None, True], "post_processor.type": [None, "ByteLevel"]}
 
 
 def check_readable(spec, name):
@@ -112,14 +114,20 @@ def check_readable(spec, name):
         section, key = setting.split(".")
         if (value := (spec[section] or {}).get(key)) not in values:
             raise InputError(f"{name}: {setting} {value!r} is not implemented; {values} is")
-    spaces = [token["content"] for token in spec["added_tokens"] if not token["special"]]
+    added, vocab = spec["added_tokens"], spec["model"]["vocab"]
+    spaces = [token["content"] for token in added if not token["special"]]
     if odd := set(spaces) - {" " * n for n in range(2, len(spaces) + 2)}:
         raise InputError(f"{name}: added token {min(odd)!r} is not implemented; runs of 2, 3, ... spaces are")
-    order = [spec["model"]["vocab"]["".join(pair).replace(" ", "")] for pair in spec["model"]["merges"]]
+    for token, flag in itertools.product(added, ("lstrip", "rstrip", "single_word")):
+        if token.get(flag):
+            raise InputError(f"{name}: {flag} of {token['content']!r} is not implemented")
+    if EOT not in [token["content"] for token in added if token["special"]]:
+        raise InputError(f"{name} has no special token {EOT}, which has to stand between documents")
+    order = [vocab["".join(pair).replace(" ", "")] for pair in spec["model"]["merges"]]
     if order != sorted(order):
         raise InputError(f"{name}: ids in another order than the merges' are not implemented")
-    if EOT not in [token["content"] for token in spec["added_tokens"] if token["special"]]:
-        raise InputError(f"{name} has no special token {EOT}, which has to stand between documents")
+    if missing := {byte for byte, letter in byte_letters().items() if letter not in vocab} - NEVER:
+        raise InputError(f"{name} has no token for the byte {min(missing)}, so it cannot encode every text")
 
 
 def byte_letters():
@@ -397,19 +405,15 @@ def prepare(data, tokenizer, folder="corpora", max_tokens=None, workers=1, text_
     wanted = {"source": identity, "tokenizer": tokenizer.fingerprint}
     name = re.sub(r"[^A-Za-z0-9.]+", "-", str(data)).strip("-.")[-100:]
     path = Path(folder, f"{name}-{tokenizer.fingerprint[:8]}")
-    part = path.with_name(path.name + ".part")
-    try:
-        with locked(path):
-            if not fits(path, wanted, max_tokens):
-                if not fits(part, wanted, max_tokens):
-                    build(part, wanted, documents, tokenizer, max_tokens, workers)
-                shutil.rmtree(path, ignore_errors=True)
-                part.rename(path)
-    except OSError as error:
-        need = f"{2 * max_tokens // 10**6:,} MB" if max_tokens else "about half the size of its text"
-        hint = f"; the corpus takes {need}. Free some space and start again: it goes on where it stopped"
-        hint = hint if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise InputError(f"{error.filename or part}: {error.strerror}{hint}") from error
+    if not fits(path, wanted, max_tokens):
+        try:
+            with locked(path):
+                make(path, wanted, documents, tokenizer, max_tokens, workers)
+        except OSError as error:
+            size = f"{2 * max_tokens // 10**6:,} MB" if max_tokens else "about half the size of its text"
+            hint = f"; it takes {size}. Make room and start again: it goes on where it stopped"
+            hint = hint if error.errno == errno.ENOSPC else ""
+            raise InputError(f"{error.filename or path}: {error.strerror}{hint}") from error
     return Corpus(path)
 
 
@@ -420,8 +424,23 @@ def locked(path):
     with open(f"{path}.lock", "w") as file:
         with contextlib.suppress(ImportError):  # Windows has no such lock
             import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"another process is making {path}; waiting for it", file=sys.stderr)
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def make(path, wanted, documents, tokenizer, max_tokens, workers):
+    """Build the corpus beside `path` and put it there in one step, in place of one that does not fit."""
+    part = path.with_name(path.name + ".part")
+    if fits(path, wanted, max_tokens):  # made by another process in the meantime
+        return
+    if not fits(part, wanted, max_tokens):
+        build(part, wanted, documents, tokenizer, max_tokens, workers)
+    shutil.rmtree(path, ignore_errors=True)
+    part.rename(path)
 
 
 def fits(path, wanted, max_tokens):

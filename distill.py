@@ -408,7 +408,9 @@ def main():
         budget = None if args.epochs else max(2**24, args.steps * step_tokens + 1)
         corpus = prepare(args.data, tokenizer, args.data_folder, budget, args.workers, args.text_column)
     if args.epochs:
-        args.steps = math.ceil(args.epochs * (len(corpus.train) - 1) / step_tokens)
+        documents, blocks = corpus.meta["train"]["documents"], (len(corpus.train) - 1) // args.seq_len
+        examples = documents if args.packing == "padded" else blocks
+        args.steps = math.ceil(args.epochs * examples / (args.batch_size * args.grad_accum))
     if ranks.rank == 0:
         run.print_plan(args, teacher, student, corpus, ranks)
         if not args.resume:

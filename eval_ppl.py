@@ -9,12 +9,13 @@ Read in this order:
   read_texts       --data -> texts
   tokenize, spans  texts -> windows of tokens: all that the protocols differ in
   token_scores     windows -> scores: the only place where logits exist
-  figures          scores -> perplexities. One sum of negative log-likelihoods (NLL, nats) gives them all: per
-                   token exp(NLL / tokens), per word exp(NLL / words), per byte exp(NLL / bytes), bits per byte
-                   NLL / bytes / ln 2. All but the first can be compared across tokenizers.
+  figures          scores -> perplexities and their standard errors
 
-References: huggingface.co/docs/transformers/perplexity ("the guide"), github.com/EleutherAI/lm-evaluation-harness
-("the harness"). Shapes: M models, B windows, T tokens, N = B * T, C width, V vocabulary.
+One sum of negative log-likelihoods (NLL, nats) gives them all: per token exp(NLL / tokens), per word exp(NLL /
+words), per byte exp(NLL / bytes), bits per byte NLL / bytes / ln 2. Only the first depends on the tokenizer.
+
+References: the guide is huggingface.co/docs/transformers/perplexity, the harness is
+github.com/EleutherAI/lm-evaluation-harness. Shapes: M models, B windows, T tokens, N = B * T, V vocabulary.
 """
 import argparse
 import json
@@ -36,14 +37,14 @@ WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"  # -103 has the same test set
 TEST_SETS = {"wikitext-2": WIKITEXT, "wikitext-103": WIKITEXT, "lambada": "EleutherAI/lambada_openai:default"}
 EACH_TEXT = ("pages", "lambada")  # protocols that score each text for itself; the others join them
 PROTOCOLS = {  # what exactly the figures are; printed with them
-    "sliding": "windows of {context} tokens, stride {stride}, as in Hugging Face's guide. A token is scored once, if "
-               "any stands before it in its window. Words and bytes: the text's, times the share scored.",
-    "blocks": "blocks of {context} tokens, the last partial one dropped, as in DistilGPT2's time. A block's first "
-              "token is not scored. Words and bytes: the text's, times the share scored.",
-    "pages": "rolling windows of {context} tokens over each page, as lm-evaluation-harness's wikitext. Words, "
-             "len(re.split(r'\\s+', page)), and bytes: the page's before detokenisation.",
-    "lambada": "the last word of each text after all before it, as lm-evaluation-harness's lambada_openai (whose "
-               "perplexity is per word). Accurate: each token of the word is the likeliest."}
+    "sliding": "windows of {context} tokens, stride {stride}, as in Hugging Face's guide. A token is scored "
+               "once, if any precedes it in its window. Words and bytes: the text's, times the share scored.",
+    "blocks": "blocks of {context} tokens, the last partial one dropped, as in DistilGPT2's time. The first "
+              "token of each is not scored. Words and bytes: the text's, times the share scored.",
+    "pages": "rolling windows of {context} tokens over each page, as lm-evaluation-harness's wikitext. "
+             "Words, len(re.split(r'\\s+', page)), and bytes: the page's before detokenisation.",
+    "lambada": "the last word of each text after all before it, as lm-evaluation-harness's lambada_openai, "
+               "whose perplexity is per word. Accurate: each token of the word is the likeliest."}
 
 
 def read_texts(data, protocol, column):
@@ -58,7 +59,7 @@ def read_texts(data, protocol, column):
         if path.suffix not in (".jsonl", ".parquet"):
             texts = ["".join(texts)]  # a large .txt comes in pieces
     elif path.is_dir() or path.suffix in READERS or not re.fullmatch(r"[\w.-]+/[\w.-]+(:.*)?", source):
-        raise InputError(f"no --data {data}: there is {', '.join(TEST_SETS)}, stdlib, a file of text, the folder of "
+        raise InputError(f"no --data {data}: there is {', '.join(TEST_SETS)}, stdlib, a file, the folder of "
                          "a prepared corpus, or a data set of the Hub as owner/name or owner/name:config")
     else:
         from datasets import load_dataset
@@ -69,7 +70,7 @@ def read_texts(data, protocol, column):
     if source == WIKITEXT and protocol == "pages":
         return list(wikitext_articles(texts))
     if source == WIKITEXT and protocol == "blocks":
-        return ["".join(line or " \n" for line in texts)]  # wiki.test.raw; the Hub emptied blank lines
+        return ["".join(line or " \n" for line in texts)]  # wiki.test.raw; the Hub emptied its blank lines
     return list(texts) if protocol in EACH_TEXT else ["\n\n".join(texts)]
 
 
@@ -93,8 +94,8 @@ def tokenize(text, args, tokenizer):
     """(ids, how many of them only lead up to the text that is scored, its words, its bytes)."""
     if isinstance(text, Corpus):
         if args.protocol in EACH_TEXT or text.meta["tokenizer"] != tokenizer.fingerprint:
-            raise InputError(f"{args.data} holds tokens, not text: only for sliding and blocks, and for models with "
-                             "the tokenizer that it was prepared with")
+            raise InputError(f"{args.data} holds tokens, not text: only for sliding and blocks, and for "
+                             "models with the tokenizer that it was prepared with")
         return text.val, 0, math.nan, text.meta["val"]["bytes"]
     size = len(text.encode("utf-8", "replace"))
     if args.protocol == "pages":
@@ -103,7 +104,7 @@ def tokenize(text, args, tokenizer):
     if args.protocol == "lambada":
         before, _, word = text.rpartition(" ")
         known = tokenizer.encode(before.rstrip()) or [tokenizer.eot]
-        ids = [*([] if before else known), *tokenizer.encode(f"{before} {word}")]
+        ids = [*([] if before.strip() else known), *tokenizer.encode(f"{before} {word}")]
         return np.array(ids), len(known), 1, len(f" {word}".encode("utf-8", "replace"))
     # In pieces, so that lists stay short. No token crosses into a line end that a visible character follows.
     pieces = (match[0] for match in re.finditer(r"(?s).{1,4096}.*?(?=\n\S|\Z)", text))
@@ -130,9 +131,9 @@ def spans(n, known, args):
 
 
 def windows(texts, args, tokenizer):
-    """List of (ids, scored, words, bytes, cluster): ids[:-1] are inputs and ids[1:] targets, of which the last
-    `scored` count; words and bytes are their share of the text's. Standard errors take clusters as independent:
-    texts or, in a joined one, stretches of `context` tokens."""
+    """List of (ids, scored, words, bytes, cluster): inputs are ids[:-1], targets ids[1:], of which the last
+    `scored` count; words and bytes are their share of the text's. Standard errors take clusters as
+    independent: texts or, in a joined one, stretches of `context` tokens."""
     found, each = [], args.protocol in EACH_TEXT
     for number, text in enumerate(texts[:args.limit] if each else texts):
         ids, known, words, size = tokenize(text, args, tokenizer)
@@ -162,8 +163,8 @@ def token_scores(models, ids, targets, vocab_size, autocast=nullcontext, chunk_s
     """Scores (M, 4, B, T) of the tokens `targets` (B, T) that follow `ids` (B, T); 0 where a target is -100.
 
     nll, nats: with the softmax over all logits of a model, padding too, as for anyone who loads it. kl, nats:
-    KL(first model || model) at T = 1, over the `vocab_size` entries that all have. agree: the argmax is the first
-    model's; right: it is the target. Logits exist for `chunk_size` tokens at a time.
+    KL(first model || model) at T = 1, over the `vocab_size` entries that all have. agree: the argmax is the
+    first model's; right: it is the target. Logits exist for `chunk_size` tokens at a time.
     """
     scores = torch.zeros(len(models), len(SCORES), targets.numel(), device=ids.device)
     with autocast():
@@ -194,7 +195,7 @@ def compare(models, batches, vocab_size, autocast=nullcontext):
 
 
 def evaluate(models, texts, args, tokenizer, comparable):
-    """Models of one tokenizer -> the figures of each; if `comparable`, KL and agreement with the first, too."""
+    """Models of one tokenizer -> the figures of each; `comparable`: KL and agreement with the first, too."""
     from tqdm import tqdm
     found, scores, results = windows(texts, args, tokenizer), [], []
     batches = [found[i:i + args.batch_size] for i in range(0, len(found), args.batch_size)]
@@ -213,35 +214,33 @@ def evaluate(models, texts, args, tokenizer, comparable):
         speed = 2 * ids.numel() / (time.perf_counter() - started)
         size = sum(p.numel() * p.element_size() for p in model.parameters())
         results.append({"parameters": model.num_parameters(), "megabytes": round(size / 1e6),
-                        **figures(score, found, args.protocol, comparable), "tokens_per_second": round(speed)})
+                        **figures(score, found, args, comparable), "tokens_per_second": round(speed)})
     return results
 
 
-def figures(scores, found, protocol, comparable):
-    """Scores (4, windows) of one model -> {name: count, or (value, standard error)}, as far as they are known."""
+def figures(scores, found, args, comparable):
+    """Scores (4, windows) of one model -> {name: count, or (value, standard error)}."""
     nll, kl, agree, right = scores
     tokens, words, size, cluster = torch.tensor([window[1:] for window in found], dtype=torch.float64).T
     ratios = {"perplexity_per_token": (nll, tokens), "perplexity_per_word": (nll, words),
               "perplexity_per_byte": (nll, size), "bits_per_byte": (nll / math.log(2), size)}
-    ratios |= {"accuracy": ((right == tokens).double(), words)} if protocol == "lambada" else {}
-    ratios |= {"KL_to_first": (kl, tokens), "same_top_1_as_first": (agree, tokens)} if comparable else {}
-    counts = {"tokens": tokens.sum(), "words": words.sum(), "bytes": size.sum()}
-    result = {name: round(count.item()) for name, count in counts.items() if not count.isnan()}
+    if args.protocol == "lambada":
+        ratios["accuracy"] = (right == tokens).double(), words
+    if comparable:
+        ratios |= {"KL_to_first": (kl, tokens), "same_top_1_as_first": (agree, tokens)}
+    result = {"tokens": tokens.sum(), "words": words.sum(), "bytes": size.sum()}
+    result = {name: round(count.item()) for name, count in result.items() if count == count}
+    numbers, cluster = cluster.unique(return_inverse=True)
+    n = len(numbers)
     for name, (total, count) in ratios.items():
-        mean, error = ratio(total, count, cluster)
+        mean = total.sum() / count.sum()
+        residual = torch.zeros(n, dtype=torch.float64).index_add_(0, cluster, total - mean * count)
+        error = residual.norm() / count.sum() * math.sqrt(n / max(1, n - 1))  # to first order
         if name.startswith("perplexity"):
             mean, error = mean.exp(), mean.exp() * error
-        if not mean.isnan():
-            result[name] = mean.item() if error.isnan() else (mean.item(), error.item())
+        if mean == mean:  # a corpus does not know its words
+            result[name] = (mean.item(), error.item()) if n > 1 else mean.item()
     return result
-
-
-def ratio(total, count, cluster):
-    """Sum of `total` / sum of `count`, and the standard error of that (to first order; nan if all is one cluster)."""
-    numbers, cluster = cluster.unique(return_inverse=True)
-    n, mean = len(numbers), total.sum() / count.sum()
-    deviation = torch.zeros(n, dtype=torch.float64).index_add_(0, cluster, total - mean * count)
-    return mean, (deviation.square().sum() * (n / (n - 1) if n > 1 else math.nan)).sqrt() / count.sum()
 
 
 def format_table(rows):
@@ -254,36 +253,38 @@ def format_table(rows):
     cells = [list(rows[0]), *([show(value) for value in row.values()] for row in rows)]
     width, *widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width, *("-" * (w - 1) + ":" for w in widths)])
-    return "\n".join(f"| {' | '.join([name.ljust(width), *map(str.rjust, row, widths)])} |" for name, *row in cells)
+    lines = (" | ".join([name.ljust(width), *map(str.rjust, row, widths)]) for name, *row in cells)
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 def report(results, args):
     """What was measured, and a table with a column for each model."""
-    detokeniser = "wikitext's" if (TEST_SETS.get(args.data), args.protocol) == (WIKITEXT, "pages") else "none"
+    glued = args.protocol == "pages" and TEST_SETS.get(args.data) == WIKITEXT
     clusters = "texts" if args.protocol in EACH_TEXT else f"stretches of {args.context} tokens"
-    rows = [{"": name.replace("_", " "), **{model: result.get(name, "-") for model, result in results.items()}}
+    rows = [{"": name.replace("_", " "), **{model: found.get(name, "-") for model, found in results.items()}}
             for name in max(results.values(), key=len)]
     return (f"{args.data}, {args.protocol}: {PROTOCOLS[args.protocol].format(**vars(args))} Detokeniser: "
-            f"{detokeniser}. ±: standard error, with {clusters} as independent. Megabytes: of weights in memory. "
-            f"Speed: in batches of {args.batch_size} on {args.device}, {args.precision}.\n\n{format_table(rows)}")
+            f"{'that of wikitext' if glued else 'none'}. ± is the standard error if {clusters} are "
+            f"independent. Megabytes: weights in memory. Speed: in batches of {args.batch_size}, {args.device}, "
+            f"{args.precision}.\n\n{format_table(rows)}")
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="Hub ids or folders; KL and agreement are with the first")
-    add("--data", default="wikitext-2", help="wikitext-2 or wikitext-103 (one test set), lambada, stdlib, a file, a "
-        "corpus that data.py prepared (its held-out part), or a Hub data set id[:config] (default: %(default)s)")
+    add("--data", default="wikitext-2", help="wikitext-2 or wikitext-103 (one test set), lambada, stdlib, a "
+        "file, the held-out part of a prepared corpus, or a Hub data set id[:config] (default: %(default)s)")
     add("--text-column", default="text", help="column or field that holds a text (default: %(default)s)")
     add("--protocol", choices=PROTOCOLS, help="default: lambada for --data lambada, else sliding")
     add("--stride", type=int, help="sliding: tokens from a window to the next (default: the context)")
     add("--context", type=int, help="tokens of a window (default: the shortest of the models')")
     add("--batch-size", type=int, default=8, help="windows scored at a time (default: %(default)s)")
     add("--limit", type=int, help="stop after that many texts (pages, lambada) or windows (sliding, blocks)")
-    add("--precision", choices=["fp32", "bf16", "bf16-pure"], default="fp32",
-        help="fp32, as published figures; bf16: autocast; bf16-pure: the weights, too (default: %(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps")
-    add("--json", action="store_true", help="print JSON instead; of a pair, the second is the standard error")
+    add("--precision", choices=["fp32", "bf16", "bf16-pure"], default="fp32", help="bf16: autocast; "
+        "bf16-pure: the weights, too; published figures are not that rounded (default: %(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add("--json", action="store_true", help="print JSON; a pair is a value and its standard error")
     return parser.parse_args(argv)
 
 
@@ -312,13 +313,13 @@ def main():
         raise InputError(f"--stride {args.stride} would skip tokens: at most the context, {args.context}")
     for name, model in models.items():
         if args.context > model.context and isinstance(model, GPT2):  # rotary positions have no end
-            raise InputError(f"--context {args.context}, but {name} has {model.context} positions: pass at most those")
+            raise InputError(f"--context {args.context}, but {name} has {model.context} positions")
     alike, results = {}, dict.fromkeys(models)
     for name, tokenizer in tokenizers.items():
         alike.setdefault(tokenizer.fingerprint, []).append(name)
     for names in alike.values():
-        group, comparable = [models[name] for name in names], len(names) > 1 and args.models[0] in names
-        found = evaluate(group, texts, args, tokenizers[names[0]], comparable)
+        comparable = len(names) > 1 and args.models[0] in names
+        found = evaluate([models[name] for name in names], texts, args, tokenizers[names[0]], comparable)
         results.update(zip(names, found, strict=True))
     print(json.dumps({**vars(args), "results": results}, indent=2) if args.json else report(results, args))
 

@@ -37,8 +37,8 @@ SHAPE = {"model_type": "gpt_neox", "vocab_size": 4096, "max_position_embeddings"
 # A step of AdamW is as large as its rate, whatever the loss; so rates keep their relation to what was before:
 # pythia-70m's fell from 1e-3 to 1e-4 in pre-training, and DistilPythia took 1e-4. It is the same here.
 TEXT = "--teacher none --data stdlib --seq-len 64 --grad-accum 1 --schedule constant --precision fp32"
-STAGES = (f"--student-init random --batch-size 16 --steps 2000 --lr 1e-3 --warmup 0.02 {TEXT}",
-          f"--student-init teacher --batch-size 32 --steps 200 --lr 1e-4 --warmup 0 {TEXT}")
+STAGES = (f"--student-init random --batch-size 16 --steps 1500 --lr 1e-3 --warmup 0.02 {TEXT}",
+          f"--student-init teacher --batch-size 32 --steps 150 --lr 1e-4 --warmup 0 {TEXT}")
 
 # What is not named here is the recipe's: T = 2, 0.5 / 0.5, rate 1e-4, constant, without warm-up, 64 steps.
 SMALL = (f"--recipe distilpythia --teacher {distill.DEMO_TEACHER} --student {STUDENT} --data stdlib "
