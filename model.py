@@ -1,130 +1,106 @@
 """GPT-2 and GPT-NeoX (Pythia) by hand; the Hub's checkpoints come in, ordinary Hub checkpoints go out.
 
 Read in this order:
-  Attention, MLP, Block   one pre-norm transformer layer, the same code for both architectures
+  Attention, Block        one pre-norm transformer layer, the same code for both architectures
   GPT                     what both share around the layers: head, key-value cache, generation, saving
   GPT2, GPTNeoX           what differs; hold the two against each other
   load, student_from      checkpoint -> model, and teacher -> student
 
 Shapes: B batch, T tokens, C width, H heads, D = C / H head width, V vocabulary, R rotated part of D.
-
-References: GPT-2 (Radford et al. 2019), GPT-NeoX-20B (Black et al. 2022, arXiv 2204.06745), rotary embedding (Su et al.
-2021, arXiv 2104.09864). Field names of the two configs are those of the Hub's config.json.
+References: GPT-2 (Radford et al. 2019), GPT-NeoX-20B (Black et al. 2022, arXiv 2204.06745).
 """
 import json
-import math
 import os
-import pickle
 import re
+import tempfile
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
 from data import InputError, fetch
 
-tanh_gelu = partial(F.gelu, approximate="tanh")
-ACTIVATIONS = {"gelu": F.gelu, "gelu_new": tanh_gelu, "gelu_fast": tanh_gelu, "gelu_pytorch_tanh": tanh_gelu}
+GELU = {"gelu": "none", "gelu_new": "tanh", "gelu_fast": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 
-# ---------------------------------------------------------------------------------------------- one layer
+# ----------------------------------------------------------------------------------------- one layer
 class Attention(nn.Module):
     """Causal multi-head self-attention with one fused projection for queries, keys and values."""
 
-    def __init__(self, width, n_head, bias=True):
+    def __init__(self, width, n_head, bias):
         super().__init__()
+        if width % n_head:
+            raise InputError(f"a width of {width} cannot be shared by {n_head} attention heads")
         self.n_head = n_head
-        self.dropout = 0.0  # of attention weights, in training
-        self.qkv = nn.Linear(width, 3 * width, bias)
-        self.out = nn.Linear(width, width, bias)
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias), nn.Linear(width, width, bias)
+        self.drop = nn.Dropout(0.0)  # of attention weights
 
     def forward(self, x, rotary=None, cache=None):
-        """x (B, T, C) -> (B, T, C). `cache` is this layer's [k, v] of the tokens before x; x is added to it."""
+        """x (B, T, C) -> (B, T, C). `cache`: [k, v] of the tokens before x; those of x are added to it."""
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
             if cache:
-                k, v = torch.cat((cache[0], k), 2), torch.cat((cache[1], v), 2)  # each (B, H, past + T, D)
+                k, v = torch.cat((cache[0], k), 2), torch.cat((cache[1], v), 2)  # (B, H, past + T, D)
             cache[:] = k, v
+        dropout = self.drop.p if self.training else 0.0
         # One new token may look at all of the past, so it needs no mask; a whole text needs the causal one.
-        dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)  # (B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
-class MLP(nn.Module):
-    def __init__(self, width, hidden, activation):
-        super().__init__()
-        self.up = nn.Linear(width, hidden)
-        self.down = nn.Linear(hidden, width)
-        self.activation = ACTIVATIONS[activation]
-
-    def forward(self, x):
-        return self.down(self.activation(self.up(x)))
-
-
-class Block(nn.Module):
-    """Pre-norm layer. Sequential (GPT-2): the MLP sees attention's output. Parallel (Pythia): both read the same x."""
-
-    def __init__(self, width, n_head, mlp_width, activation, eps, parallel=False, attention_bias=True):
-        super().__init__()
-        self.parallel = parallel
-        self.norm1 = nn.LayerNorm(width, eps)
-        self.attention = Attention(width, n_head, attention_bias)
-        self.norm2 = nn.LayerNorm(width, eps)
-        self.mlp = MLP(width, mlp_width, activation)
-        self.drop = nn.Dropout(0.0)
-
-    def forward(self, x, rotary=None, cache=None):
-        attended = self.drop(self.attention(self.norm1(x), rotary, cache))
-        if self.parallel:
-            return x + attended + self.drop(self.mlp(self.norm2(x)))
-        x = x + attended
-        return x + self.drop(self.mlp(self.norm2(x)))
-
-
-def rotary_angles(position, rotary_dim, base):
-    """Cosine and sine of every rotation angle: position (T,) -> two of (T, R / 2), in float32."""
-    frequency = base ** -(torch.arange(0, rotary_dim, 2, device=position.device) / rotary_dim)  # (R / 2,)
-    angle = torch.outer(position.float(), frequency)
-    return angle.cos(), angle.sin()
-
-
 def rotate(x, cos, sin):
-    """Turn the first R of x's D dimensions by its position; dimension i is paired with i + R / 2 ("half-split")."""
+    """Rotary position: turn the first R of x's D dimensions; i is paired with i + R / 2 ("half-split")."""
     half = cos.size(-1)
     a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
     return torch.cat(((a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest), -1)
 
 
-# ---------------------------------------------------------------------------------------------- both models
-class GPT(nn.Module):
-    """A stack of Blocks between an embedding and a head; GPT2 and GPTNeoX say how positions get in.
-    """
+class Block(nn.Module):
+    """Pre-norm layer. Sequential (GPT-2): the MLP reads x + attention. Parallel (Pythia): both read x."""
 
-    def __init__(self, config, width, context, blocks, eps, tied):
+    def __init__(self, width, eps, n_head, mlp_width, activation, parallel=False, attention_bias=True):
+        super().__init__()
+        self.gelu, self.parallel = GELU[activation], parallel
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
+        self.attention = Attention(width, n_head, attention_bias)
+        self.up, self.down = nn.Linear(width, mlp_width), nn.Linear(mlp_width, width)
+        self.drop = nn.Dropout(0.0)
+
+    def forward(self, x, rotary=None, cache=None):
+        attended = x + self.drop(self.attention(self.norm1(x), rotary, cache))
+        h = self.up(self.norm2(x if self.parallel else attended))
+        return attended + self.drop(self.down(F.gelu(h, approximate=self.gelu)))
+
+
+# ----------------------------------------------------------------------------------------- both models
+class GPT(nn.Module):
+    """Blocks between an embedding and a head; GPT2 and GPTNeoX say how positions get in (`embed_at`)."""
+
+    def __init__(self, config, context, depth, tied, width, eps, **block):
         super().__init__()
         self.config, self.context = config, context
-        self.embed = nn.Embedding(config.vocab_size, width)
-        self.drop = nn.Dropout(0.0)
-        self.blocks = nn.ModuleList(blocks)
+        self.embed, self.drop = nn.Embedding(config.vocab_size, width), nn.Dropout(0.0)
+        self.blocks = nn.ModuleList(Block(width, eps, **block) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps)
         self.head = None if tied else nn.Linear(width, config.vocab_size, bias=False)
 
     def initialise(self):
-        """GPT-2's: normal(0, 0.02), and 1 / sqrt(residual branches) of that for what is added to the residual stream."""
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * len(self.blocks)) if residual else 0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+        """As GPT-2: std 0.02, over sqrt(2 * depth) in the 2 * depth matrices that end a residual branch."""
+        for name, p in self.named_parameters():
+            if p.dim() == 1:
+                nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
+            else:
+                branches = 2 * len(self.blocks) if name.endswith(("out.weight", "down.weight")) else 1
+                nn.init.normal_(p, std=0.02 * branches**-0.5)
 
     @property
     def head_weight(self):
@@ -132,12 +108,10 @@ class GPT(nn.Module):
         return self.embed.weight if self.head is None else self.head.weight
 
     def set_dropout(self, p, attention_p):
-        """Dropout in training: `p` on embeddings and both residual branches, `attention_p` on attention weights."""
-        for module in self.modules():
+        """In training: `p` on embeddings and residual branches, `attention_p` on attention weights."""
+        for name, module in self.named_modules():
             if isinstance(module, nn.Dropout):
-                module.p = p
-            elif isinstance(module, Attention):
-                module.dropout = attention_p
+                module.p = attention_p if name.endswith("attention.drop") else p
 
     def num_parameters(self):
         return sum(p.numel() for p in self.parameters())
@@ -147,68 +121,70 @@ class GPT(nn.Module):
         return F.linear(self.hidden(ids), self.head_weight)
 
     def hidden(self, ids, cache=None):
-        """ids (B, T) -> final hidden states after the last norm (B, T, C).
-
-        With `cache` (one list a layer, empty at first), `ids` continue the tokens already in it, and are added to it:
-        any number of tokens into an empty cache, one at a time after that.
-        """
+        """ids (B, T) -> final hidden states after the last norm (B, T, C). `cache`: a list a layer, empty at
+        first; ids continue the tokens in it and are added: any number to an empty one, then one at a time."""
         past = cache[0][0].size(2) if cache and cache[0] else 0
-        x, rotary = self.embed_at(ids, past)  # (B, T, C)
-        x = self.drop(x)
+        x, rotary = self.embed_at(ids, past)
+        x = self.drop(x)  # (B, T, C)
         for i, block in enumerate(self.blocks):
             x = block(x, rotary, None if cache is None else cache[i])
         return self.norm(x)
 
     @torch.no_grad()
     def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
-        """ids (B, T) -> (B, T + max_new_tokens), sampled token by token with a key-value cache.
+        """ids (B, T) -> (B, T + max_new_tokens), drawn token by token; greedy at temperature 0.
 
-        Greedy at temperature 0. A text longer than the context goes on in a sliding way: when the window is full, its
-        older half is dropped and the rest is read again (positions are absolute, so a cache cannot be shifted).
-        """
+        Past the context it slides: when the window is full, its older half is dropped and the rest is read
+        again (positions are absolute, so a key-value cache cannot be shifted)."""
         cache, unread = [[] for _ in self.blocks], ids[:, -self.context:]
         for _ in range(max_new_tokens):
-            last = self.hidden(unread, cache)[:, -1]  # (B, C)
-            unread = sample(F.linear(last, self.head_weight).float(), temperature, top_k, top_p, generator)
+            logits = F.linear(self.hidden(unread, cache)[:, -1], self.head_weight)  # (B, V)
+            unread = sample(logits.float(), temperature, top_k, top_p, generator)
             ids = torch.cat((ids, unread), 1)
             if cache[0][0].size(2) == self.context:
                 cache, unread = [[] for _ in self.blocks], ids[:, -max(1, self.context // 2):]
         return ids
 
     def checkpoint_names(self):
-        """{our parameter name: its name on the Hub}, from the class's NAMES."""
-        def theirs(ours):
-            module, _, leaf = ours.rpartition(".")
-            layer = re.findall(r"\.(\d+)\.", module)
-            return self.NAMES[re.sub(r"\.\d+\.", ".{}.", module)].format(*layer) + "." + leaf
-        return {ours: theirs(ours) for ours in self.state_dict()}
+        """{name of our tensor: its name on the Hub}, from NAMES."""
+        names = {ours.format(i): theirs[self.COLUMN].format(i)
+                 for ours, theirs in NAMES.items() for i in range(len(self.blocks))}
+        parts = [name.rpartition(".") for name in self.state_dict()]  # (module, ".", "weight" or "bias")
+        return {module + dot + leaf: names[module] + dot + leaf for module, dot, leaf in parts}
 
     def save(self, folder):
-        """Write config.json, generation_config.json and model.safetensors: the inverse of `load`, readable by transformers."""
-        from safetensors.torch import save_file
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = self.state_dict()
-        tensors = {theirs: self.layout(ours, state[ours], saving=True).contiguous().cpu()
-                   for ours, theirs in self.checkpoint_names().items()}
-        config = {"architectures": [self.HF_CLASS], "model_type": self.MODEL_TYPE, **asdict(self.config),
-                  "torch_dtype": str(self.embed.weight.dtype).removeprefix("torch.")}
-        eos = {"bos_token_id": self.config.eos_token_id, "eos_token_id": self.config.eos_token_id}
-        for name, content in (("config.json", config | eos), ("generation_config.json", eos)):
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-        save_file(tensors, folder / "model.safetensors.tmp", metadata={"format": "pt"})
-        os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
+        """The inverse of `load`: config.json, generation_config.json, model.safetensors as on the Hub, each
+        complete before it gets its name, so that nobody ever finds half a file."""
+        state, names = self.state_dict(), self.checkpoint_names()
+        tensors = {names[ours]: self.layout(ours, state[ours], saving=True).contiguous() for ours in names}
+        ends = {"bos_token_id": self.config.eos_token_id, "eos_token_id": self.config.eos_token_id}
+        dtype = str(self.embed.weight.dtype).removeprefix("torch.")
+        config = {"architectures": [self.HF_CLASS], "model_type": self.MODEL_TYPE, "torch_dtype": dtype,
+                  **asdict(self.config), **ends}
+        try:
+            os.makedirs(folder, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as new:
+                save_file(tensors, Path(new, "model.safetensors"), {"format": "pt"})
+                Path(new, "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
+                Path(new, "config.json").write_text(json.dumps(config, indent=2) + "\n")
+                for file in sorted(Path(new).iterdir(), reverse=True):  # config.json last
+                    file.chmod(0o644)  # safetensors makes its file readable for the owner alone
+                    with open(file, "r+b") as written:
+                        os.fsync(written.fileno())
+                    os.replace(file, Path(folder, file.name))
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{folder} cannot be written: {error}") from error
 
 
-def sample(logits, temperature, top_k, top_p, generator=None):
-    """Logits (B, V) -> one token each (B, 1). top_p keeps the fewest tokens whose probabilities reach it."""
+def sample(logits, temperature, top_k=None, top_p=None, generator=None):
+    """Logits (B, V) -> a token each (B, 1). top_p keeps the fewest tokens that have this much probability."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = logits / temperature
-    if top_k is not None:
+    if top_k:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p is not None:
+    if top_p:
         descending, order = logits.sort(descending=True)
         p = descending.softmax(-1)
         descending[p.cumsum(-1) - p >= top_p] = -torch.inf  # what stands before it already suffices
@@ -216,7 +192,22 @@ def sample(logits, temperature, top_k, top_p, generator=None):
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
 
-# ---------------------------------------------------------------------------------------------- GPT-2
+# ----------------------------------------------------------------------------------------- what differs
+NAMES = {  # our module: its name in checkpoints of GPT-2, of GPT-NeoX
+    "embed": ("transformer.wte", "gpt_neox.embed_in"),
+    "positions": ("transformer.wpe", ""),
+    "blocks.{}.norm1": ("transformer.h.{}.ln_1", "gpt_neox.layers.{}.input_layernorm"),
+    "blocks.{}.attention.qkv": ("transformer.h.{}.attn.c_attn",
+                                "gpt_neox.layers.{}.attention.query_key_value"),
+    "blocks.{}.attention.out": ("transformer.h.{}.attn.c_proj", "gpt_neox.layers.{}.attention.dense"),
+    "blocks.{}.norm2": ("transformer.h.{}.ln_2", "gpt_neox.layers.{}.post_attention_layernorm"),
+    "blocks.{}.up": ("transformer.h.{}.mlp.c_fc", "gpt_neox.layers.{}.mlp.dense_h_to_4h"),
+    "blocks.{}.down": ("transformer.h.{}.mlp.c_proj", "gpt_neox.layers.{}.mlp.dense_4h_to_h"),
+    "norm": ("transformer.ln_f", "gpt_neox.final_layer_norm"),
+    "head": ("lm_head", "embed_out"),
+}
+
+
 @dataclass
 class GPT2Config:
     """The fields of a GPT-2 config.json in which checkpoints differ; the defaults are `gpt2` (124M)."""
@@ -225,42 +216,28 @@ class GPT2Config:
     n_embd: int = 768
     n_layer: int = 12
     n_head: int = 12
+    n_inner: int | None = None  # width of the MLP; None: 4 * n_embd
     activation_function: str = "gelu_new"
     layer_norm_epsilon: float = 1e-5
     eos_token_id: int = 50256
 
 
 class GPT2(GPT):
-    """Learned positions, sequential residual, tied head."""
-    MODEL_TYPE, HF_CLASS, DEPTH, PREFIX = "gpt2", "GPT2LMHeadModel", "n_layer", "transformer."
-    NAMES = {  # ours: the checkpoint's
-        "embed": "transformer.wte",
-        "positions": "transformer.wpe",
-        "blocks.{}.norm1": "transformer.h.{}.ln_1",
-        "blocks.{}.attention.qkv": "transformer.h.{}.attn.c_attn",
-        "blocks.{}.attention.out": "transformer.h.{}.attn.c_proj",
-        "blocks.{}.norm2": "transformer.h.{}.ln_2",
-        "blocks.{}.mlp.up": "transformer.h.{}.mlp.c_fc",
-        "blocks.{}.mlp.down": "transformer.h.{}.mlp.c_proj",
-        "norm": "transformer.ln_f",
-    }
-    IGNORED = r"transformer\.h\.\d+\.attn\.(bias|masked_bias)|transformer\.lm_head\.weight|lm_head\.weight"
-    ONLY = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False,
-            "add_cross_attention": False, "tie_word_embeddings": True}
+    """Learned positions, sequential residual, tanh GELU, tied head."""
+    MODEL_TYPE, HF_CLASS, DEPTH, COLUMN = "gpt2", "GPT2LMHeadModel", "n_layer", 0
 
     def __init__(self, config):
         c = config
-        blocks = [Block(c.n_embd, c.n_head, 4 * c.n_embd, c.activation_function, c.layer_norm_epsilon)
-                  for _ in range(c.n_layer)]
-        super().__init__(c, c.n_embd, c.n_positions, blocks, c.layer_norm_epsilon, tied=True)
+        super().__init__(c, c.n_positions, c.n_layer, True, c.n_embd, c.layer_norm_epsilon, n_head=c.n_head,
+                         mlp_width=c.n_inner or 4 * c.n_embd, activation=c.activation_function)
         self.positions = nn.Embedding(c.n_positions, c.n_embd)
         self.initialise()
 
     def embed_at(self, ids, past):
-        """ids (B, T), after `past` tokens -> (B, T, C); the position is added to the token, once, here."""
+        """ids (B, T) after `past` tokens -> (B, T, C): the position is added to the token, once, here."""
         end = past + ids.size(1)
         if end > self.context:
-            raise InputError(f"{end} tokens, but this model has {self.context} positions")
+            raise InputError(f"{end} tokens, but this model has {self.context} positions: pass fewer")
         return self.embed(ids) + self.positions(torch.arange(past, end, device=ids.device)), None
 
     def layout(self, name, tensor, saving):
@@ -269,7 +246,6 @@ class GPT2(GPT):
         return tensor.t() if linear else tensor
 
 
-# ---------------------------------------------------------------------------------------------- GPT-NeoX
 @dataclass
 class GPTNeoXConfig:
     """The fields of a GPT-NeoX config.json in which checkpoints differ."""
@@ -290,73 +266,72 @@ class GPTNeoXConfig:
 
 
 class GPTNeoX(GPT):
-    """Rotary positions, parallel residual (a sequential one exists), exact GELU, untied head."""
-    MODEL_TYPE, HF_CLASS, DEPTH, PREFIX = "gpt_neox", "GPTNeoXForCausalLM", "num_hidden_layers", "gpt_neox."
-    NAMES = {  # ours: the checkpoint's
-        "embed": "gpt_neox.embed_in",
-        "blocks.{}.norm1": "gpt_neox.layers.{}.input_layernorm",
-        "blocks.{}.attention.qkv": "gpt_neox.layers.{}.attention.query_key_value",
-        "blocks.{}.attention.out": "gpt_neox.layers.{}.attention.dense",
-        "blocks.{}.norm2": "gpt_neox.layers.{}.post_attention_layernorm",
-        "blocks.{}.mlp.up": "gpt_neox.layers.{}.mlp.dense_h_to_4h",
-        "blocks.{}.mlp.down": "gpt_neox.layers.{}.mlp.dense_4h_to_h",
-        "norm": "gpt_neox.final_layer_norm",
-        "head": "embed_out",
-    }
-    IGNORED = r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)"
-    ONLY = {"rope_scaling": None}
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864), parallel residual, exact GELU, untied head."""
+    MODEL_TYPE, HF_CLASS, DEPTH, COLUMN = "gpt_neox", "GPTNeoXForCausalLM", "num_hidden_layers", 1
 
     def __init__(self, config):
         c = config
-        blocks = [Block(c.hidden_size, c.num_attention_heads, c.intermediate_size, c.hidden_act, c.layer_norm_eps,
-                        parallel=c.use_parallel_residual, attention_bias=c.attention_bias)
-                  for _ in range(c.num_hidden_layers)]
-        super().__init__(c, c.hidden_size, c.max_position_embeddings, blocks, c.layer_norm_eps, c.tie_word_embeddings)
-        self.rotary_dim = int(c.hidden_size // c.num_attention_heads * c.rotary_pct)
+        super().__init__(c, c.max_position_embeddings, c.num_hidden_layers, c.tie_word_embeddings,
+                         c.hidden_size, c.layer_norm_eps, n_head=c.num_attention_heads,
+                         mlp_width=c.intermediate_size, activation=c.hidden_act,
+                         parallel=c.use_parallel_residual, attention_bias=c.attention_bias)
+        self.rotary_dim = int(c.hidden_size // c.num_attention_heads * c.rotary_pct)  # R
         self.initialise()
 
     def embed_at(self, ids, past):
-        """ids (B, T), after `past` tokens -> (B, T, C) and the angles by which every layer turns its queries and keys."""
+        """ids (B, T) after `past` tokens -> (B, T, C), and how far each layer turns its queries and keys:
+        cosine and sine of position * frequency, each (T, R / 2), in float32. An odd R is rounded up."""
         position = torch.arange(past, past + ids.size(1), device=ids.device)
-        return self.embed(ids), rotary_angles(position, self.rotary_dim, self.config.rotary_emb_base)
+        exponent = torch.arange(0, self.rotary_dim, 2, device=ids.device) / self.rotary_dim
+        angle = torch.outer(position.float(), 1 / self.config.rotary_emb_base**exponent)
+        return self.embed(ids), (angle.cos(), angle.sin())
 
     def layout(self, name, tensor, saving):
         """GPT-NeoX stores q, k, v head by head: rows (H, 3, D); ours are (3, H, D), as in GPT-2."""
         if ".qkv." not in name:
             return tensor
-        outer, inner = (3, self.config.num_attention_heads) if saving else (self.config.num_attention_heads, 3)
-        return tensor.unflatten(0, (outer, inner, -1)).transpose(0, 1).flatten(0, 2)
+        H = self.config.num_attention_heads
+        return tensor.unflatten(0, (3, H, -1) if saving else (H, 3, -1)).transpose(0, 1).flatten(0, 2)
 
 
-# ---------------------------------------------------------------------------------------------- checkpoints
+# ----------------------------------------------------------------------------------------- checkpoints
 ARCHITECTURES = {"gpt2": (GPT2, GPT2Config), "gpt_neox": (GPTNeoX, GPTNeoXConfig)}
+IMPLEMENTED = {  # options of config.json that change what is computed: the values that we have
+    "model_type": [*ARCHITECTURES], "activation_function": [*GELU], "hidden_act": [*GELU],
+    "rope_type": ["default"], "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
+    "reorder_and_upcast_attn": [False], "add_cross_attention": [False], "quantization_config": [None]}
+ROPE = {"partial_rotary_factor": "rotary_pct", "rope_theta": "rotary_emb_base", "type": "rope_type"}
+BASE = r"^(transformer|gpt_neox)\."  # a prefix that some files lack
+IGNORED = r"(^|\.)(attn|attention)\.(bias|masked_bias|rotary_emb\.inv_freq)$"  # causal masks, frequencies
 
 
 def load(name_or_dir, device="cpu", dtype=torch.float32):
-    """A model in eval mode from the Hub (`gpt2`, `EleutherAI/pythia-70m`, ...) or from a folder.
+    """A model in eval mode, from the Hub (`gpt2`, `EleutherAI/pythia-70m`, ...) or from a folder.
 
-    Tensors are read and converted one at a time, so the peak is the model in `dtype` plus one tensor. Strict on both
-    sides: InputError names a tensor that is missing, unexpected or of another shape, an option of config.json that is
-    not implemented here, a damaged file, an unknown repository.
-    """
+    Tensors are read and converted one by one, so the peak is the model in `dtype` and one tensor. InputError
+    names what does not fit: a tensor (missing, unexpected, of another shape), an option, a damaged file."""
     with torch.device("meta"):
         model = build(name_or_dir)
-    empty = model.state_dict()
-    ours = {theirs: name for name, theirs in model.checkpoint_names().items()}
-    state = {}
+    state, empty, names = {}, model.state_dict(), model.checkpoint_names()
+    ours = {re.sub(BASE, "", theirs): name for name, theirs in names.items()}
+    ours.setdefault(NAMES["head"][model.COLUMN] + ".weight", "embed.weight")  # some hold a tied head, too
     for path in checkpoint_files(name_or_dir):
         for theirs, tensor in read_tensors(path):
-            theirs = theirs if theirs in ours else model.PREFIX + theirs
-            if theirs in ours:
-                name, tensor = ours[theirs], model.layout(ours[theirs], tensor, saving=False)
-                if tensor.shape != empty[name].shape:
-                    raise InputError(f"{path}: {theirs} has shape {tuple(tensor.shape)} where the model of its config.json "
-                                     f"has {tuple(empty[name].shape)}")
-                state[name] = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
-            elif not re.fullmatch(model.IGNORED, theirs):
-                raise InputError(f"{path}: tensor {theirs.removeprefix(model.PREFIX)} has no place in {type(model).__name__}")
-    if missing := [theirs for theirs in ours if ours[theirs] not in state]:
-        raise InputError(f"{name_or_dir}: the checkpoint has no tensor {', '.join(missing[:3])} ({len(missing)} missing)")
+            name = ours.get(re.sub(BASE, "", theirs))
+            if name is None and re.search(IGNORED, theirs):
+                continue
+            if name is None:
+                raise InputError(f"{path}: {theirs} has no place in the model that config.json describes")
+            shape, found = model.layout(name, empty[name], saving=True).shape, tensor.shape
+            if found != shape or not tensor.is_floating_point():
+                raise InputError(f"{path}: {theirs} is {tensor.dtype} {[*found]}, not floats {[*shape]}")
+            ready = torch.empty(empty[name].shape, dtype=dtype, device=device)
+            ready.copy_(model.layout(name, tensor, saving=False))
+            if name in state and not torch.equal(state[name], ready):
+                raise InputError(f"{path}: {theirs} differs from the tensor to which config.json ties it")
+            state[name] = ready
+    if missing := [names[name] for name in names if name not in state]:
+        raise InputError(f"{name_or_dir} lacks {len(missing)} of its tensors, such as {missing[0]}")
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -365,29 +340,16 @@ def build(name_or_dir):
     """A model of the shape that config.json says, with fresh weights."""
     path = fetch(name_or_dir, "config.json")
     try:
-        raw = json.loads(path.read_text("utf-8"))
-        kind = raw.get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{path} is not a model's config.json ({error})") from error
-    if kind not in ARCHITECTURES:
-        raise InputError(f"{name_or_dir} is a {kind!r} model; supported are {' and '.join(ARCHITECTURES)} (GPT-2, Pythia, ...)")
-    model_class, config_class = ARCHITECTURES[kind]
-    rope = raw.get("rope_parameters") or {}  # how transformers 5 writes what the Hub has as rotary_pct, rotary_emb_base
-    for theirs, ours in (("partial_rotary_factor", "rotary_pct"), ("rope_theta", "rotary_emb_base")):
-        raw[ours] = rope.get(theirs, raw.get(ours, getattr(config_class, ours, None)))
-    options = [(k, raw[k], v) for k, v in model_class.ONLY.items() if raw.get(k, v) != v]
-    options += [("rope_type", v, "default") for v in [rope.get("rope_type", "default")] if v != "default"]
-    for option, value, only in options:
-        raise InputError(f"{path}: {option} = {value!r} is not implemented (only {only!r})")
-    given = {f.name: raw[f.name] for f in fields(config_class) if f.name in raw}
-    try:
-        config = config_class(**given)
-    except TypeError as error:
-        raise InputError(f"{path}: {error}") from error
-    activation = given.get("activation_function") or given.get("hidden_act", "gelu")
-    if activation not in ACTIVATIONS:
-        raise InputError(f"{path}: activation {activation!r} is not implemented (only {', '.join(ACTIVATIONS)})")
-    return model_class(config)
+        raw = {"model_type": None, **json.loads(path.read_bytes())}
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5's form of it
+        raw |= {ROPE.get(name, name): value for name, value in rope.items()}
+        for option, values in IMPLEMENTED.items():
+            if option in raw and raw[option] not in values:
+                raise InputError(f"{option} {raw[option]!r} is not implemented, only {values}")
+        model, config = ARCHITECTURES[raw["model_type"]]
+        return model(config(**{f.name: raw[f.name] for f in fields(config) if f.name in raw}))
+    except (ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
+        raise InputError(f"{path} describes no model: {str(error).splitlines()[0]}") from error
 
 
 def checkpoint_files(name_or_dir):
@@ -395,44 +357,45 @@ def checkpoint_files(name_or_dir):
     for whole in ("model.safetensors", "pytorch_model.bin"):
         if path := fetch(name_or_dir, whole, required=False):
             return [path]
-        if path := fetch(name_or_dir, whole + ".index.json", required=False):
-            return [fetch(name_or_dir, shard) for shard in sorted(set(json.loads(path.read_text())["weight_map"].values()))]
-    raise InputError(f"{name_or_dir} has no weights: neither model.safetensors nor pytorch_model.bin, nor their shards")
+        if index := fetch(name_or_dir, whole + ".index.json", required=False):
+            try:
+                shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+            except (ValueError, TypeError, LookupError, AttributeError) as error:
+                raise InputError(f"{index} is damaged ({error!r:.99}): delete and fetch it again") from error
+            return [fetch(name_or_dir, shard) for shard in shards]
+    return [fetch(name_or_dir, "model.safetensors")]  # says that there is none, or that the Hub is silent
 
 
 def read_tensors(path):
-    """Yield (name, tensor) from one checkpoint file, tensor by tensor and without executing pickled code."""
-    from safetensors import SafetensorError, safe_open
+    """Yield (name, tensor) of one checkpoint file, large ones first. It is mapped into memory, anew after
+    each of them to free the pages that were read. No code in a pickle is run."""
+    mapped = path.suffix != ".bin" or zipfile.is_zipfile(path)  # a .bin from before 2020 is read as a whole
+    unpickle = partial(torch.load, path, map_location="cpu", weights_only=True, mmap=mapped)
+    read = unpickle if path.suffix == ".bin" else partial(load_file, path)
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as f:
-                names = list(f.keys())
-            for name in names:  # opened anew for each: closing gives the memory-mapped pages of the last one back
-                with safe_open(path, "pt") as f:
-                    yield name, f.get_tensor(name)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-            yield from ((name, state[name]) for name in list(state) if isinstance(state[name], torch.Tensor))
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, AttributeError, TypeError) as error:
-        raise InputError(f"{path} does not hold readable weights ({str(error).splitlines()[0]}); "
-                         "if the file was cut short, delete it and fetch it again") from error
+        tensors = read()
+        for name in sorted(tensors, key=lambda name: -tensors[name].numel()):
+            yield name, tensors[name]
+            if mapped and tensors[name].numel() > 2**20:
+                tensors = read()
+    except Exception as error:  # damage shows as errors of a dozen kinds
+        raise InputError(f"{path} is damaged or no weights ({error!r:.99}): fetch it again") from error
 
 
-# ---------------------------------------------------------------------------------------------- students
+# ----------------------------------------------------------------------------------------- students
 def spread_layers(n_teacher, n_student):
-    """Evenly spread teacher layers, first and last included: (12, 6) -> [0, 2, 4, 7, 9, 11], DistilGPT2's own choice."""
+    """Evenly spread layers with the first and the last: (12, 6) -> [0, 2, 4, 7, 9, 11], as DistilGPT2's."""
     if not 1 <= n_student <= n_teacher:
         raise InputError(f"{n_student} student layers of a teacher with {n_teacher}: choose 1 to {n_teacher}")
     return [round(i * (n_teacher - 1) / max(1, n_student - 1)) for i in range(n_student)]
 
 
 def student_from(teacher, layers):
-    """A new model with the teacher's embeddings, final norm and head, and copies of the teacher's blocks `layers`."""
-    depth = len(teacher.blocks)
-    if not layers or not all(0 <= i < depth for i in layers):
-        raise InputError(f"layers {layers} of a teacher whose layers are 0 to {depth - 1}")
+    """A new model with copies of the teacher's blocks `layers`, and of all that surrounds the blocks."""
+    if not layers or not set(layers) <= set(range(len(teacher.blocks))):
+        raise InputError(f"layers {layers} of a teacher whose layers are 0 to {len(teacher.blocks) - 1}")
     student = type(teacher)(replace(teacher.config, **{teacher.DEPTH: len(layers)})).to(teacher.embed.weight)
-    for name, parameter in student.named_parameters():
-        source = re.sub(r"blocks\.(\d+)", lambda match: f"blocks.{layers[int(match[1])]}", name)
-        parameter.data.copy_(teacher.get_parameter(source))
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    for block, i in zip(student.blocks, layers, strict=True):
+        block.load_state_dict(teacher.blocks[i].state_dict())
     return student

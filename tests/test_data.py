@@ -484,6 +484,7 @@ def test_killed_at_any_other_moment(source, tok, tmp_path, monkeypatch):
     """An exception at each place where a kill could leave something behind."""
     whole = prepare(source, tok, tmp_path / "whole")
     old = prepare(source, tok, tmp_path, max_tokens=5000)
+    stamp = (old.path / "meta.json").stat().st_mtime_ns
     places = [(data.os, "fsync"), (data.os, "replace"), (data.shutil, "rmtree"), (Path, "rename")]
     monkeypatch.setattr(data, "SAVE_SECONDS", 0)
 
@@ -498,6 +499,7 @@ def test_killed_at_any_other_moment(source, tok, tmp_path, monkeypatch):
             patch.setattr(place, name, die)
             prepare(source, tok, tmp_path)
         if name != "rename":  # until the new one is complete, the old one stays in use
+            assert (old.path / "meta.json").stat().st_mtime_ns == stamp
             assert (prepare(source, tok, tmp_path, max_tokens=5000).train == old.train).all()
     assert files_of(prepare(source, tok, tmp_path)) == files_of(whole)
 
@@ -594,6 +596,13 @@ def test_unknown_data_and_large_vocabulary(tok, tmp_path):
     tok.vocab_size = 2**16 + 1
     with pytest.raises(InputError, match="65537"):
         prepare("stdlib", tok, tmp_path)
+
+
+def test_a_name_of_ours_is_not_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("pile", "owner/name"):
+        write(tmp_path / name / "x.txt", ["a", "b"])
+    assert "files" not in data.open_data("pile")[0] and "files" in data.open_data("owner/name")[0]
 
 
 def test_unwritable_folder(tok, source, tmp_path):

@@ -1,0 +1,383 @@
+"""eval_ppl.py: against float64 by definition, against lm-evaluation-harness, with input that is no good."""
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import eval_ppl
+from data import load_tokenizer, prepare, run_cli
+from model import GPT2, GPT2Config, GPTNeoX, GPTNeoXConfig, load, student_from
+
+ROOT = Path(__file__).parent.parent
+CONTEXT = 64
+PAGES = [  # as WikiText has them, with something for each rule of the detokeniser
+    " = Otter = \n \n The otter 's den is 2 @.@ 5 m wide , and 1 @,@ 000 m away ; it isn 't deep . \n \n"
+    " = = Diet = = \n \n It eats \" fish ( carp ) \" , ' crabs ' and [ rarely ] birds : why ? A well @-@ "
+    "known N . \n At 5 ° C the otters ' fur is dry ! \n \n ",
+    " = Heron = \n \n" + " A heron stands still , waits , and strikes . The bank is its home . \n" * 9 + " \n"]
+WIKITEXT = " \n" + "\n".join(PAGES)  # the file; the Hub has a row a line, and blank ones without anything
+ROWS = ["" if line == " " else line + "\n" for line in WIKITEXT.split("\n")[:-1]]
+
+
+def widen(model, seed):
+    """Weights with which answers differ: at the usual std of 0.02 all are nearly alike."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data += torch.randn(parameter.shape, generator=generator) * 0.2
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory, tokenizers_dir):
+    """Exported models: gpt2, its student, neox with a padded vocabulary, neox-wide with more padding."""
+    folder = tmp_path_factory.mktemp("zoo")
+    gpt2 = widen(GPT2(GPT2Config(600, CONTEXT, 32, 3, 2, eos_token_id=599)), 0)
+    models = {"gpt2": gpt2, "student": widen(student_from(gpt2, [0, 2]), 1),
+              "neox": widen(GPTNeoX(GPTNeoXConfig(640, CONTEXT, 32, 2, 2, 128)), 2),
+              "neox-wide": widen(GPTNeoX(GPTNeoXConfig(656, CONTEXT, 48, 2, 2, 96)), 3)}
+    for name, model in models.items():
+        model.save(folder / name)
+        load_tokenizer(tokenizers_dir / ("neox" if "neox" in name else "gpt2")).save(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def datasets(request):
+    """Rows in the Hub's form: WikiText by line and by page, LAMBADA, two rows of each task of DistilPythia's."""
+    import pyarrow
+    import pyarrow.parquet
+    root = request.config.hub.root / "datasets"
+
+    def write(repo, rows, config="data", splits=("test",)):
+        for split in splits:
+            path = root / repo / config / f"{split}-00000-of-00001.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        names = sorted(path.name for path in (root / repo).iterdir() if path.is_dir())
+        card = "".join(f"- config_name: {'default' if name == 'data' else name}\n  data_files:\n" + "".join(
+            f"  - split: {split}\n    path: {name}/{split}-*\n" for split in splits) for name in names)
+        (root / repo / "README.md").write_text(f"---\nconfigs:\n{card}---\n")
+
+    every = ("train", "validation", "test")
+    for config in ("wikitext-2-raw-v1", "wikitext-103-raw-v1"):
+        write("Salesforce/wikitext", [{"text": row} for row in ROWS], config, every)
+    write("EleutherAI/wikitext_document_level", [{"page": page} for page in PAGES], "wikitext-2-raw-v1", every)
+    write("EleutherAI/lambada_openai", [{"text": text} for text in (
+        "The fox ran into the wood . Nobody saw the fox", "Rain fell all night, and then there was more rain",
+        "\"You,\" she said ,  \"are not the one I\" wanted", "Yes: no\n\nmaybe so")])
+    write("baber/piqa", [{"goal": f"To dry {x},", "sol1": "hang it up.", "sol2": "drown it.", "label": 0}
+                         for x in ("a shirt", "hay")], splits=("train", "validation"))
+    write("allenai/winogrande", [{"sentence": f"The {x} did not fit in the box, as _ was too large.",
+                                  "option1": f"the {x}", "option2": "the box", "answer": "1"}
+                                 for x in ("cup", "hat")], "winogrande_xl", ("train", "validation"))
+    write("allenai/ai2_arc", [{"id": x, "question": f"What does {x} need?", "answerKey": "B", "choices": {
+        "text": ["sand", "light", "noise"], "label": ["A", "B", "C"]}} for x in ("a leaf", "grass")],
+          "ARC-Challenge", every)
+    write("allenai/sciq", [{"question": f"What is {x}?", "distractor1": "a stone", "distractor2": "a gas",
+                            "distractor3": "a plant", "correct_answer": "a metal", "support": f"{x} shines."}
+                           for x in ("Tin", "Zinc")], splits=every)
+    write("aps/super_glue", [{"text": f"The {x} chased the dog because it was angry .", "span1_index": 1,
+                              "span2_index": 6, "span1_text": x, "span2_text": "it", "idx": 0, "label": 1}
+                             for x in ("cat", "bird")], "wsc.fixed", every)
+    return root
+
+
+@pytest.fixture
+def measure(monkeypatch, capsys, zoo):
+    """measure("gpt2", "--data", ...) -> the JSON of `python eval_ppl.py`, {model: figures} under "results"."""
+    def measure(*argv):
+        argv = [str(zoo / arg) if (zoo / str(arg)).is_dir() else str(arg) for arg in argv]
+        monkeypatch.setattr(sys, "argv", ["eval_ppl.py", *argv, "--json", "--device", "cpu"])
+        eval_ppl.main()
+        found = json.loads(capsys.readouterr().out)
+        found["results"] = {Path(name).name: figures for name, figures in found["results"].items()}
+        return found
+    return measure
+
+
+def value(figures, name):
+    return figures[name][0] if isinstance(figures[name], list) else figures[name]
+
+
+@pytest.fixture
+def book(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("".join(f"The {a} of the {b}\n{a}s and {b}s,  all\n\n" for a in ("cat", "dog", "emu")
+                            for b in ("tree", "sea", "hill")), encoding="utf-8")
+    return path
+
+
+# ------------------------------------------------------------------------------------ protocols
+def guide(model, ids, context, stride):
+    """The guide's loop in float64: (sum of NLL, tokens scored)."""
+    nll, scored, done = 0.0, 0, 1
+    for start in range(0, len(ids), stride):
+        end = min(start + context, len(ids))
+        logp = model(ids[None, start:end]).log_softmax(-1)[0]
+        for i in range(max(done, start + 1), end):
+            nll, scored = nll - logp[i - 1 - start, ids[i]].item(), scored + 1
+        done = end
+        if end == len(ids):
+            return nll, scored
+
+
+@pytest.mark.parametrize("name", ["gpt2", "neox"])
+@pytest.mark.parametrize("stride", [1, 7, 16, 32])
+@torch.no_grad()
+def test_sliding_is_the_guides(measure, zoo, book, name, stride):
+    text = book.read_text()
+    ids = torch.tensor(load_tokenizer(zoo / name).encode(text))
+    nll, scored = guide(load(zoo / name, dtype=torch.float64), ids, 32, stride)
+    flags = "--data", book, "--context", 32, "--stride", stride, "--batch-size", 5
+    found = measure(name, *flags)["results"][name]
+    assert found["tokens"] == scored == len(ids) - (1 if stride < 32 else math.ceil(len(ids) / 32))
+    assert value(found, "perplexity_per_token") == pytest.approx(math.exp(nll / scored), rel=1e-5)
+    per_byte = nll / scored * len(ids) / len(text.encode())  # of all bytes the share that is scored
+    assert value(found, "bits_per_byte") == pytest.approx(per_byte / math.log(2), rel=1e-5)
+    per_word = nll / scored * len(ids) / len(text.split())
+    assert value(found, "perplexity_per_word") == pytest.approx(math.exp(per_word), rel=1e-4)
+
+
+@torch.no_grad()
+def test_blocks_are_disjoint_and_whole(measure, zoo, book):
+    ids = torch.tensor(load_tokenizer(zoo / "gpt2").encode(book.read_text()))
+    blocks = ids[:len(ids) // 32 * 32].view(-1, 32)
+    assert len(ids) % 32 > 1  # there is a partial block to drop
+    logp = load(zoo / "gpt2", dtype=torch.float64)(blocks)[:, :-1].log_softmax(-1)
+    loss = -logp.gather(2, blocks[:, 1:, None]).mean().item()
+    found = measure("gpt2", "--data", book, "--context", 32, "--protocol", "blocks")["results"]["gpt2"]
+    assert found["tokens"] == 31 * len(blocks)
+    assert value(found, "perplexity_per_token") == pytest.approx(math.exp(loss), rel=1e-5)
+
+
+def test_what_each_protocol_makes_of_wikitext(datasets):
+    texts = {protocol: eval_ppl.read_texts("wikitext-103", protocol, "text") for protocol in eval_ppl.PROTOCOLS}
+    assert texts["pages"] == PAGES
+    assert texts["blocks"] == [WIKITEXT]
+    assert texts["sliding"] == ["\n\n".join(ROWS)]
+
+
+def test_long_texts_are_encoded_in_pieces_that_change_nothing(tokenizers_dir):
+    rng = random.Random(0)
+    for name in ("gpt2", "neox"):
+        tokenizer = load_tokenizer(tokenizers_dir / name)
+        for _ in range(20):
+            text = "".join(rng.choices(["\n", " ", "  ", "a", "def f(", "'s", "é", "e\u0301", "\r\n", "\t", "9",
+                                        "\x85", "\u2003", "\u0301", "long" * 300], k=300))
+            ids = eval_ppl.tokenize(text, Namespace(protocol="sliding"), tokenizer)[0]
+            assert ids.tolist() == tokenizer.encode(text)
+
+
+def test_scores_of_several_models(zoo):
+    """KL, agreement and NLL by definition, with heads that are padded differently."""
+    models = [load(zoo / name) for name in ("neox", "neox-wide")]
+    vocab = load_tokenizer(zoo / "neox").vocab_size
+    assert vocab < 640
+    ids = torch.randint(vocab, (3, 20), generator=torch.Generator().manual_seed(0))
+    targets = ids.roll(-1, 1)
+    targets[:, -1] = targets[1, :9] = -100
+    found = eval_ppl.compare(models, [(ids[:2], targets[:2]), (ids[2:], targets[2:])], vocab)
+    with torch.no_grad():
+        logits = [model.double()(ids)[targets != -100] for model in models]
+    p, q = (z[:, :vocab].softmax(-1) for z in logits)
+    assert found[0]["kl"] == 0 and found[0]["agree"] == found[0]["tokens"] == found[1]["tokens"] == 48
+    assert found[1]["kl"] == pytest.approx((p * (p.log() - q.log())).sum().item(), rel=1e-5)
+    for z, sums in zip(logits, found, strict=True):
+        target = targets[targets != -100]
+        nll = -z.log_softmax(-1).gather(1, target[:, None]).sum().item()
+        assert sums["nll"] == pytest.approx(nll, rel=1e-6)
+        assert sums["agree"] == (z.argmax(-1) == logits[0].argmax(-1)).sum()
+        assert sums["right"] == (z.argmax(-1) == target).sum()
+    alone = eval_ppl.compare([models[1].float()], [(ids, targets)], vocab)[0]
+    assert alone["agree"] == 48 and alone["nll"] == pytest.approx(found[1]["nll"])
+
+
+def test_models_side_by_side(measure, book):
+    found = measure("gpt2", "student", "neox", "gpt2", "--data", book, "--context", 32)["results"]
+    assert list(found) == ["gpt2", "student", "neox"]
+    assert value(found["gpt2"], "KL_to_first") == 0 and value(found["gpt2"], "same_top_1_as_first") == 1
+    assert value(found["student"], "KL_to_first") > 0.1 and value(found["student"], "same_top_1_as_first") < 1
+    assert "KL_to_first" not in found["neox"]  # other tokens
+    assert all(figures["bits_per_byte"][1] > 0 for figures in found.values())
+    assert found["student"]["parameters"] < found["gpt2"]["parameters"]
+    alone = measure("student", "--data", book, "--context", 32)["results"]["student"]
+    assert alone["perplexity_per_byte"] == pytest.approx(found["student"]["perplexity_per_byte"], rel=1e-6)
+    assert "KL_to_first" not in alone
+
+
+def test_standard_error_is_the_jackknifes():
+    """Leave out one cluster at a time: the spread of the results is the standard error that we state."""
+    rng = np.random.default_rng(0)
+    found, nll = [], []
+    for cluster in range(400):
+        for _ in range(2):
+            tokens = int(rng.integers(5, 20))
+            found.append((None, tokens, tokens / 2, tokens * 4.0, cluster))
+            nll.append(tokens * (3 + rng.normal() + cluster % 3))
+    scores = torch.zeros(4, len(found), dtype=torch.float64)
+    scores[0] = torch.tensor(nll)
+    error = eval_ppl.figures(scores, found, Namespace(protocol="pages"), False)["bits_per_byte"][1]
+    nll, size, cluster = scores[0].numpy(), np.array([w[3] for w in found]), np.array([w[4] for w in found])
+    without = np.array([nll[cluster != c].sum() / size[cluster != c].sum() for c in range(400)]) / math.log(2)
+    assert error == pytest.approx(math.sqrt(399 * without.var()), rel=0.01)
+
+
+def test_prepared_corpus(measure, zoo, book, tmp_path):
+    """Its held-out tokens as they are, an end-of-text before each document."""
+    corpus = prepare("stdlib", load_tokenizer(zoo / "gpt2"), tmp_path / "corpora", max_tokens=2000)
+    found = measure("gpt2", "--data", corpus.path, "--protocol", "blocks", "--limit", 3)["results"]["gpt2"]
+    assert found["tokens"] == 3 * (CONTEXT - 1) and "words" not in found and "perplexity_per_word" not in found
+    blocks = torch.from_numpy(corpus.val[:3 * CONTEXT].astype("int64")).view(3, CONTEXT)
+    nll = eval_ppl.compare([load(zoo / "gpt2")], [(blocks[:, :-1], blocks[:, 1:])], 600)[0]["nll"]
+    bits = nll / found["tokens"] * len(corpus.val) / corpus.meta["val"]["bytes"] / math.log(2)
+    assert value(found, "bits_per_byte") == pytest.approx(bits, rel=1e-6)
+
+
+def test_the_table_says_what_it_is(monkeypatch, capsys, zoo, datasets):
+    monkeypatch.setattr(sys, "argv", ["eval_ppl.py", str(zoo / "gpt2"), "--protocol=pages", "--device=cpu"])
+    eval_ppl.main()
+    out = capsys.readouterr().out
+    assert "wikitext-2, pages: rolling windows of 64 tokens" in out and "Detokeniser: that of wikitext" in out
+    assert "fp32" in out and "before detokenisation" in out
+    for name in ("parameters", "megabytes", "tokens", "words", "bytes", "tokens per second"):
+        assert re.search(rf"^\| {name} +\| +[\d,]+ \|$", out, re.M), name
+    for name in ("perplexity per token", "perplexity per word", "perplexity per byte", "bits per byte"):
+        assert re.search(rf"^\| {name} +\| +[\d.]+ ± [\d.]+ \|$", out, re.M), name
+
+
+# ------------------------------------------------------------------------------------ lm-evaluation-harness
+@pytest.fixture(scope="session")
+def harness(zoo, datasets):
+    """harness("gpt2", "wikitext", ...) -> what lm_eval.simple_evaluate returns, and its model."""
+    import lm_eval
+    from lm_eval import tasks
+    from lm_eval.models.huggingface import HFLM
+    here = Path(tasks.__file__).parent
+    needed = ("wikitext", "lambada", "piqa", "winogrande", "arc", "sciq", "super_glue/wsc")
+    manager = tasks.TaskManager(include_path=[str(here / name) for name in needed], include_defaults=False)
+
+    def harness(name, *names):
+        lm = HFLM(pretrained=str(zoo / name), dtype="float32", device="cpu", batch_size=4)
+        return lm, lm_eval.simple_evaluate(lm, tasks=list(names), task_manager=manager, bootstrap_iters=10)
+    return harness
+
+
+@pytest.mark.parametrize("name", ["gpt2", "neox"])
+def test_pages_and_lambada_are_the_harnesss(harness, measure, name):
+    """To six digits, through the files that we export."""
+    _, results = harness(name, "wikitext", "lambada_openai")
+    theirs = results["results"]
+    pages = measure(name, "--protocol", "pages")["results"][name]
+    for ours, key in (("perplexity_per_word", "word_perplexity"), ("perplexity_per_byte", "byte_perplexity"),
+                      ("bits_per_byte", "bits_per_byte")):
+        assert value(pages, ours) == pytest.approx(theirs["wikitext"][f"{key},none"], rel=1e-6), ours
+    lambada = measure(name, "--data", "lambada", "--batch-size", 3)["results"][name]
+    theirs = theirs["lambada_openai"]
+    assert value(lambada, "perplexity_per_word") == pytest.approx(theirs["perplexity,none"], rel=1e-6)
+    assert lambada["accuracy"] == pytest.approx([theirs["acc,none"], theirs["acc_stderr,none"]])
+    assert lambada["words"] == 4
+
+
+def test_detokeniser_is_the_harnesss():
+    from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
+    rng = random.Random(0)
+    bits = ["s '", "/' 5/", " @-@ ", " @,@ ", " @.@ ", "@", *" :;.!?,()[]{}\"'=\n°N", " 's", "= = = =", "ab"]
+    for text in PAGES + ["".join(rng.choices(bits, k=rng.randrange(60))) for _ in range(3000)]:
+        assert eval_ppl.detokenize(text) == wikitext_detokenizer({"page": text}), repr(text)
+    assert eval_ppl.detokenize(' = Oz = \n It is " 1 @.@ 5 " km . \n') == ' = Oz =\nIt is "1.5" km.\n'
+
+
+@torch.no_grad()
+def test_table_1_of_distilpythia(harness, zoo):
+    """An exported student in the harness: its log-likelihoods are our model's for the same tokens."""
+    tasks = ("piqa", "winogrande", "lambada_openai", "arc_challenge", "sciq", "wsc")
+    lm, results = harness("student", *tasks)
+    student = load(zoo / "student", dtype=torch.float64)
+    seen = 0
+    for task in tasks:
+        for sample in results["samples"][task]:
+            for (context, continuation), [(theirs, greedy)] in zip(sample["arguments"], sample["resps"], strict=True):
+                context, continuation = lm._encode_pair(context, continuation)
+                ids = torch.tensor([context + continuation])[:, -CONTEXT - 1:]
+                logp = student(ids[:, :-1]).log_softmax(-1)[0, -len(continuation):]  # (continuation, V)
+                target = torch.tensor(continuation)
+                assert theirs == pytest.approx(logp.gather(1, target[:, None]).sum().item(), rel=1e-5)
+                assert greedy == (logp.argmax(-1) == target).all().item()
+                seen += 1
+    assert seen == 2 * 2 + 2 * 2 + 4 + 2 * 3 + 2 * 4 + 2 * 2
+
+
+# ------------------------------------------------------------------------------------ memory, bad input
+def test_memory_does_not_grow_with_the_text(tmp_path, zoo):
+    """3 MB of text have 1.2 million tokens, so their logits are 3 GB; a run needs as much as one over 2% of them."""
+    short, long = tmp_path / "short.txt", tmp_path / "long.txt"
+    line = "for i, (start, end) in enumerate(spans): yield number + 1, 'word', [i]\n"
+    short.write_text(line * 1000)
+    long.write_text(line * 40_000)
+    code = f"""
+import resource, sys, torch, eval_ppl
+torch.set_num_threads(1)
+for data in {str(short)!r}, {str(long)!r}:
+    sys.argv = ["eval_ppl.py", {str(zoo / "student")!r}, "--data", data, "--device=cpu", "--batch-size=32"]
+    eval_ppl.main()
+    print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    peaks = [int(mb) for mb in re.findall(r"^peak (\d+)", done.stdout, re.M)]
+    assert len(peaks) == 2, done.stderr
+    assert peaks[1] - peaks[0] < 60, peaks  # the text, its ids, a few hundred bytes a window
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["gpt2", "--data", "EMPTY"], "too short"),
+    (["gpt2", "--data", "LETTER"], "too short"),
+    (["gpt2", "--data", "EMPTY", "--protocol", "pages"], "too short"),
+    (["gpt2", "--data", "WORDS", "--protocol", "blocks"], "too short: no window for blocks, --context 64"),
+    (["gpt2", "--data", "LATIN1"], "latin1.txt is not UTF-8 text: see its byte 10"),
+    (["gpt2", "--data", "WORDS", "--stride", "0"], "--stride 0"),
+    (["gpt2", "--data", "WORDS", "--stride", "65"], "--stride 65"),
+    (["gpt2", "--data", "WORDS", "--context", "32", "--stride", "33"], "--stride 33"),
+    (["gpt2", "--data", "WORDS", "--stride", "5", "--protocol", "blocks"], "only --protocol sliding"),
+    (["gpt2", "--data", "WORDS", "--context", "65"], "--context 65, but"),
+    (["gpt2", "--data", "WORDS", "--context", "1"], "--context 1"),
+    (["gpt2", "--data", "WORDS", "--batch-size", "0"], "--batch-size 0"),
+    (["gpt2", "--data", "WORDS", "--limit", "0"], "--limit 0"),
+    (["BARE", "--data", "WORDS"], "no tokenizer.json"),
+    (["gpt2", "--data", "lambada", "--protocol", "pages"], "protocol of its own"),
+    (["gpt2", "--data", "wikitext-9"], "no --data wikitext-9: there is wikitext-2"),
+    (["gpt2", "--data", "missing/text.txt"], "no --data missing/text.txt"),
+    (["gpt2", "--data", "."], "no --data ."),
+    (["gpt2", "--data", "Salesforce/wikitext:wikitext-9-raw-v1"], "'wikitext-9-raw-v1' not found"),
+    (["gpt2", "--data", "nobody/nothing"], "nobody/nothing"),
+    (["neox", "--data", "CORPUS"], "the tokenizer that it was prepared with"),
+    (["gpt2", "--data", "CORPUS", "--protocol", "pages"], "holds tokens, not text"),
+])
+def test_bad_input(monkeypatch, capsys, tmp_path, zoo, datasets, argv, message):
+    """One line on stderr that names the thing, and exit code 2."""
+    files = {"EMPTY": b"", "LETTER": b"a", "WORDS": b"a few words, not 64", "LATIN1": b"na\xc3\xafve, na\xefve"}
+    paths = {name: tmp_path / f"{name.lower()}.txt" for name in files}
+    for name, content in files.items():
+        paths[name].write_bytes(content)
+    paths |= {"gpt2": zoo / "gpt2", "neox": zoo / "neox", "BARE": tmp_path / "bare"}
+    load(zoo / "gpt2").save(paths["BARE"])
+    if "CORPUS" in argv:
+        paths["CORPUS"] = prepare("stdlib", load_tokenizer(zoo / "gpt2"), tmp_path, max_tokens=1000).path
+    argv = [str(paths.get(arg, arg)) for arg in argv]
+    monkeypatch.setattr(sys, "argv", ["eval_ppl.py", *argv, "--device", "cpu"])
+    with pytest.raises(SystemExit) as exit:
+        run_cli(eval_ppl.main)
+    assert exit.value.code == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def test_rotary_models_read_beyond_their_context(measure, book):
+    assert measure("neox", "--data", book, "--context", 2 * CONTEXT)["results"]["neox"]["tokens"] > CONTEXT
