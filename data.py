@@ -589,16 +589,20 @@ def document_spans(tokens, eot):
     return SPANS[id(tokens)][1:]
 
 
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Prepare a corpus ahead of training.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data", default="stdlib", help=DATA_CHOICES)
+    parser.add_argument("--tokenizer", default="demo/teacher", help="a model, by folder or Hub name")
+    parser.add_argument("--max-tokens", type=float, help="stop at so many, e.g. 1e9; without it, take all")
+    parser.add_argument("--workers", type=int, default=1, help="cores that tokenize")
+    parser.add_argument("--text-column", default="text", help="column that holds the text")
+    parser.add_argument("--folder", default="corpora", help="where corpora are kept")
+    return parser.parse_args(argv)
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Prepare a corpus ahead of training.")
-    parser.add_argument("--data", default="stdlib", help=DATA_CHOICES + " (default: stdlib)")
-    parser.add_argument("--tokenizer", default="demo/teacher", help="model, by folder or Hub name "
-                        "(default: demo/teacher)")
-    parser.add_argument("--max-tokens", type=float, help="stop at so many, e.g. 1e9 (default: take all)")
-    parser.add_argument("--workers", type=int, default=1, help="cores that tokenize (default: 1)")
-    parser.add_argument("--text-column", default="text", help="column that holds the text (default: text)")
-    parser.add_argument("--folder", default="corpora", help="where corpora are kept (default: corpora)")
-    args = parser.parse_args()
+    args = parse_args()
     if args.workers < 1 or args.max_tokens is not None and args.max_tokens < 1:
         raise InputError("--workers and --max-tokens must be at least 1")
     corpus = prepare(args.data, load_tokenizer(args.tokenizer), args.folder,

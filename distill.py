@@ -42,8 +42,8 @@ RECIPES = {
     "plain": {},
     # Offline, from what the repository ships. The control is the same run without the teacher.
     "demo": {"teacher": DEMO_TEACHER, "student_layers": "3", "data": "stdlib", "seq_len": 256,
-             "batch_size": 16, "grad_accum": 1, "steps": 150, "lr": 1e-3, "control": True,
-             "eval_tokens": 200_000},
+             "batch_size": 4, "grad_accum": 1, "steps": 400, "lr": 2e-3, "kd_weight": 1.0, "clm_weight": 0.0,
+             "control": True, "eval_tokens": 200_000},
     # How the demo's teacher was made: the shape of demo/teacher/config.json, fresh weights, no teacher.
     "demo-teacher": {"teacher": "none", "student": DEMO_TEACHER, "student_init": "random",
                      "data": "stdlib", "seq_len": 256, "batch_size": 16, "grad_accum": 1, "epochs": 9,

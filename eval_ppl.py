@@ -11,8 +11,8 @@ Read in this order:
   token_scores     windows -> scores: the only place where logits exist
   figures          scores -> perplexities and their standard errors
 
-One sum of negative log-likelihoods (NLL, nats) gives them all: per token exp(NLL / tokens), per word exp(NLL /
-words), per byte exp(NLL / bytes), bits per byte NLL / bytes / ln 2. Only the first depends on the tokenizer.
+One sum of negative log-likelihoods (NLL, nats) gives them all: per token exp(NLL / tokens), per word exp(NLL
+/ words), per byte exp(NLL / bytes), bits per byte NLL / bytes / ln 2. The first one depends on the tokenizer.
 
 References: the guide is huggingface.co/docs/transformers/perplexity, the harness is
 github.com/EleutherAI/lm-evaluation-harness. Shapes: M models, B windows, T tokens, N = B * T, V vocabulary.
@@ -261,12 +261,13 @@ def report(results, args):
     """What was measured, and a table with a column for each model."""
     glued = args.protocol == "pages" and TEST_SETS.get(args.data) == WIKITEXT
     clusters = "texts" if args.protocol in EACH_TEXT else f"stretches of {args.context} tokens"
-    rows = [{"": name.replace("_", " "), **{model: found.get(name, "-") for model, found in results.items()}}
+    rows = [{"": name.replace("_", " "), **{model: of.get(name, "-") for model, of in results.items()}}
             for name in max(results.values(), key=len)]
-    return (f"{args.data}, {args.protocol}: {PROTOCOLS[args.protocol].format(**vars(args))} Detokeniser: "
-            f"{'that of wikitext' if glued else 'none'}. ± is the standard error if {clusters} are "
-            f"independent. Megabytes: weights in memory. Speed: in batches of {args.batch_size}, {args.device}, "
-            f"{args.precision}.\n\n{format_table(rows)}")
+    return f"""{args.data}, {args.protocol}: {PROTOCOLS[args.protocol].format(**vars(args))}
+Detokeniser: {"that of wikitext" if glued else "none"}. ±: standard error, with {clusters} as independent.
+Megabytes: weights in memory. Speed: in batches of {args.batch_size} on {args.device}, {args.precision}.
+
+{format_table(rows)}"""
 
 
 def parse_args(argv=None):

@@ -132,10 +132,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
-        """ids (B, T) -> (B, T + max_new_tokens), drawn token by token; greedy at temperature 0.
-
-        Past the context it slides: when the window is full, its older half is dropped and the rest is read
-        again (positions are absolute, so a key-value cache cannot be shifted)."""
+        """ids (B, T) -> (B, T + max_new_tokens); greedy at temperature 0. Past the context it slides: of a
+        full window the older half is dropped and the rest read again, as absolute positions cannot move."""
         cache, unread = [[] for _ in self.blocks], ids[:, -self.context:]
         for _ in range(max_new_tokens):
             logits = F.linear(self.hidden(unread, cache)[:, -1], self.head_weight)  # (B, V)
@@ -163,7 +161,7 @@ class GPT(nn.Module):
                   **asdict(self.config), **ends}
         try:
             os.makedirs(folder, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as new:
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as new:
                 save_file(tensors, Path(new, "model.safetensors"), {"format": "pt"})
                 Path(new, "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
                 Path(new, "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -219,6 +217,7 @@ class GPT2Config:
     n_inner: int | None = None  # width of the MLP; None: 4 * n_embd
     activation_function: str = "gelu_new"
     layer_norm_epsilon: float = 1e-5
+    tie_word_embeddings: bool = True
     eos_token_id: int = 50256
 
 
@@ -226,10 +225,10 @@ class GPT2(GPT):
     """Learned positions, sequential residual, tanh GELU, tied head."""
     MODEL_TYPE, HF_CLASS, DEPTH, COLUMN = "gpt2", "GPT2LMHeadModel", "n_layer", 0
 
-    def __init__(self, config):
-        c = config
-        super().__init__(c, c.n_positions, c.n_layer, True, c.n_embd, c.layer_norm_epsilon, n_head=c.n_head,
-                         mlp_width=c.n_inner or 4 * c.n_embd, activation=c.activation_function)
+    def __init__(self, c: GPT2Config):
+        super().__init__(c, c.n_positions, c.n_layer, c.tie_word_embeddings, c.n_embd, c.layer_norm_epsilon,
+                         n_head=c.n_head, mlp_width=c.n_inner or 4 * c.n_embd,
+                         activation=c.activation_function)
         self.positions = nn.Embedding(c.n_positions, c.n_embd)
         self.initialise()
 
@@ -269,8 +268,7 @@ class GPTNeoX(GPT):
     """Rotary positions (Su et al. 2021, arXiv 2104.09864), parallel residual, exact GELU, untied head."""
     MODEL_TYPE, HF_CLASS, DEPTH, COLUMN = "gpt_neox", "GPTNeoXForCausalLM", "num_hidden_layers", 1
 
-    def __init__(self, config):
-        c = config
+    def __init__(self, c: GPTNeoXConfig):
         super().__init__(c, c.max_position_embeddings, c.num_hidden_layers, c.tie_word_embeddings,
                          c.hidden_size, c.layer_norm_eps, n_head=c.num_attention_heads,
                          mlp_width=c.intermediate_size, activation=c.hidden_act,
@@ -283,7 +281,7 @@ class GPTNeoX(GPT):
         cosine and sine of position * frequency, each (T, R / 2), in float32. An odd R is rounded up."""
         position = torch.arange(past, past + ids.size(1), device=ids.device)
         exponent = torch.arange(0, self.rotary_dim, 2, device=ids.device) / self.rotary_dim
-        angle = torch.outer(position.float(), 1 / self.config.rotary_emb_base**exponent)
+        angle = position[:, None] * (1 / self.config.rotary_emb_base**exponent)
         return self.embed(ids), (angle.cos(), angle.sin())
 
     def layout(self, name, tensor, saving):
@@ -306,10 +304,9 @@ IGNORED = r"(^|\.)(attn|attention)\.(bias|masked_bias|rotary_emb\.inv_freq)$"  #
 
 
 def load(name_or_dir, device="cpu", dtype=torch.float32):
-    """A model in eval mode, from the Hub (`gpt2`, `EleutherAI/pythia-70m`, ...) or from a folder.
-
-    Tensors are read and converted one by one, so the peak is the model in `dtype` and one tensor. InputError
-    names what does not fit: a tensor (missing, unexpected, of another shape), an option, a damaged file."""
+    """A model in eval mode, from the Hub (`gpt2`, `EleutherAI/pythia-70m`, ...) or from a folder. Tensors are
+    converted one by one, so the peak of memory is the model in `dtype` and one tensor. InputError names what
+    does not fit: a tensor (missing, unexpected, of another shape), an option, a damaged file."""
     with torch.device("meta"):
         model = build(name_or_dir)
     state, empty, names = {}, model.state_dict(), model.checkpoint_names()

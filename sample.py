@@ -13,7 +13,7 @@ import torch
 from data import InputError, load_tokenizer, run_cli
 from model import load
 
-DEFAULT_PROMPT = "def read_config(path):\n"
+DEFAULT_PROMPT = "def read_config(path):"
 
 
 def parse_args(argv=None):
@@ -24,7 +24,7 @@ def parse_args(argv=None):
     add("--prompt", default=DEFAULT_PROMPT, help="the text to go on from; `-` reads it from standard input")
     add("--num", type=int, default=1, help="continuations of each model")
     add("--tokens", type=int, default=120, help="tokens of each continuation")
-    add("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    add("--temperature", type=float, default=0.7, help="0: always the likeliest token")
     add("--top-k", type=int, default=50, help="draw from the k likeliest tokens; 0: from all")
     add("--top-p", type=float, default=1.0, help="draw from the fewest tokens with this much probability")
     add("--seed", type=int, default=0, help="of the draws")

@@ -37,12 +37,12 @@ SHAPE = {"model_type": "gpt_neox", "vocab_size": 4096, "max_position_embeddings"
 # A step of AdamW is as large as its rate, whatever the loss; so rates keep their relation to what was before:
 # pythia-70m's fell from 1e-3 to 1e-4 in pre-training, and DistilPythia took 1e-4. It is the same here.
 TEXT = "--teacher none --data stdlib --seq-len 64 --grad-accum 1 --schedule constant --precision fp32"
-STAGES = (f"--student-init random --batch-size 16 --steps 1500 --lr 1e-3 --warmup 0.02 {TEXT}",
-          f"--student-init teacher --batch-size 32 --steps 150 --lr 1e-4 --warmup 0 {TEXT}")
+STAGES = (f"--student-init random --batch-size 16 --steps 600 --lr 1e-3 --warmup 0.05 {TEXT}",
+          f"--student-init teacher --batch-size 32 --steps 60 --lr 1e-4 --warmup 0 {TEXT}")
 
 # What is not named here is the recipe's: T = 2, 0.5 / 0.5, rate 1e-4, constant, without warm-up, 64 steps.
 SMALL = (f"--recipe distilpythia --teacher {distill.DEMO_TEACHER} --student {STUDENT} --data stdlib "
-         "--device cpu --seq-len 64 --batch-size 1 --grad-accum 64 --eval-tokens 20000 --save-interval 1000")
+         "--device cpu --seq-len 64 --batch-size 1 --grad-accum 32 --eval-tokens 15000 --save-interval 1000")
 BF16, BOTH = ["bf16"], ["bf16", "bf16-pure"]
 PLAN = [("constant, seed 0", "", BOTH),
         ("padded, seed 0", "--packing padded", BOTH),
@@ -53,7 +53,7 @@ PLAN = [("constant, seed 0", "", BOTH),
         ("lr 1e-3", "--lr 1e-3", BOTH),
         ("lr 1e-3, warm-up", "--lr 1e-3 --warmup 0.25", BF16),
         ("T 4", "--temperature 4", BF16),
-        ("512 micro-batches, 8 steps", "--grad-accum 512 --steps 8", BOTH),
+        ("256 micro-batches, 8 steps", "--grad-accum 256 --steps 8", BOTH),
         ("constant, seed 1", "--seed 1", BOTH),
         ("padded, seed 1", "--seed 1 --packing padded", BOTH),
         ("T 1, teacher alone 1 / 0", "--temperature 1 --kd-weight 1 --clm-weight 0", BF16),

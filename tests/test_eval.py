@@ -22,7 +22,7 @@ PAGES = [  # as WikiText has them, with something for each rule of the detokenis
     " = Otter = \n \n The otter 's den is 2 @.@ 5 m wide , and 1 @,@ 000 m away ; it isn 't deep . \n \n"
     " = = Diet = = \n \n It eats \" fish ( carp ) \" , ' crabs ' and [ rarely ] birds : why ? A well @-@ "
     "known N . \n At 5 ° C the otters ' fur is dry ! \n \n ",
-    " = Heron = \n \n" + " A heron stands still , waits , and strikes . The bank is its home . \n" * 9 + " \n"]
+    " = Heron = \n \n" + " A heron stands still , waits and strikes . The bank is its home . \n" * 9 + " \n"]
 WIKITEXT = " \n" + "\n".join(PAGES)  # the file; the Hub has a row a line, and blank ones without anything
 ROWS = ["" if line == " " else line + "\n" for line in WIKITEXT.split("\n")[:-1]]
 
@@ -51,7 +51,7 @@ def zoo(tmp_path_factory, tokenizers_dir):
 
 @pytest.fixture(scope="session")
 def datasets(request):
-    """Rows in the Hub's form: WikiText by line and by page, LAMBADA, two rows of each task of DistilPythia's."""
+    """Rows in the Hub's form: WikiText by line and by page, LAMBADA, two rows for each task of Table 1."""
     import pyarrow
     import pyarrow.parquet
     root = request.config.hub.root / "datasets"
@@ -69,7 +69,8 @@ def datasets(request):
     every = ("train", "validation", "test")
     for config in ("wikitext-2-raw-v1", "wikitext-103-raw-v1"):
         write("Salesforce/wikitext", [{"text": row} for row in ROWS], config, every)
-    write("EleutherAI/wikitext_document_level", [{"page": page} for page in PAGES], "wikitext-2-raw-v1", every)
+    pages = [{"page": page} for page in PAGES]
+    write("EleutherAI/wikitext_document_level", pages, "wikitext-2-raw-v1", every)
     write("EleutherAI/lambada_openai", [{"text": text} for text in (
         "The fox ran into the wood . Nobody saw the fox", "Rain fell all night, and then there was more rain",
         "\"You,\" she said ,  \"are not the one I\" wanted", "Yes: no\n\nmaybe so")])
@@ -92,10 +93,11 @@ def datasets(request):
 
 @pytest.fixture
 def measure(monkeypatch, capsys, zoo):
-    """measure("gpt2", "--data", ...) -> the JSON of `python eval_ppl.py`, {model: figures} under "results"."""
+    """measure("gpt2", "--data", ...) -> the JSON of `python eval_ppl.py`; its "results" by model."""
     def measure(*argv):
         argv = [str(zoo / arg) if (zoo / str(arg)).is_dir() else str(arg) for arg in argv]
         monkeypatch.setattr(sys, "argv", ["eval_ppl.py", *argv, "--json", "--device", "cpu"])
+        capsys.readouterr()  # lm_eval prints, too
         eval_ppl.main()
         found = json.loads(capsys.readouterr().out)
         found["results"] = {Path(name).name: figures for name, figures in found["results"].items()}
@@ -159,10 +161,9 @@ def test_blocks_are_disjoint_and_whole(measure, zoo, book):
 
 
 def test_what_each_protocol_makes_of_wikitext(datasets):
-    texts = {protocol: eval_ppl.read_texts("wikitext-103", protocol, "text") for protocol in eval_ppl.PROTOCOLS}
-    assert texts["pages"] == PAGES
-    assert texts["blocks"] == [WIKITEXT]
-    assert texts["sliding"] == ["\n\n".join(ROWS)]
+    expected = {"pages": PAGES, "blocks": [WIKITEXT], "sliding": ["\n\n".join(ROWS)]}
+    for protocol, texts in expected.items():
+        assert eval_ppl.read_texts("wikitext-103", protocol, "text") == texts, protocol
 
 
 def test_long_texts_are_encoded_in_pieces_that_change_nothing(tokenizers_dir):
@@ -170,8 +171,8 @@ def test_long_texts_are_encoded_in_pieces_that_change_nothing(tokenizers_dir):
     for name in ("gpt2", "neox"):
         tokenizer = load_tokenizer(tokenizers_dir / name)
         for _ in range(20):
-            text = "".join(rng.choices(["\n", " ", "  ", "a", "def f(", "'s", "é", "e\u0301", "\r\n", "\t", "9",
-                                        "\x85", "\u2003", "\u0301", "long" * 300], k=300))
+            text = "".join(rng.choices(["\n", " ", "  ", "a", "def f(", "'s", "é", "e\u0301", "\r\n", "\t",
+                                        "9", "\x85", "\u2003", "\u0301", "long" * 300], k=300))
             ids = eval_ppl.tokenize(text, Namespace(protocol="sliding"), tokenizer)[0]
             assert ids.tolist() == tokenizer.encode(text)
 
@@ -234,7 +235,8 @@ def test_prepared_corpus(measure, zoo, book, tmp_path):
     """Its held-out tokens as they are, an end-of-text before each document."""
     corpus = prepare("stdlib", load_tokenizer(zoo / "gpt2"), tmp_path / "corpora", max_tokens=2000)
     found = measure("gpt2", "--data", corpus.path, "--protocol", "blocks", "--limit", 3)["results"]["gpt2"]
-    assert found["tokens"] == 3 * (CONTEXT - 1) and "words" not in found and "perplexity_per_word" not in found
+    assert found["tokens"] == 3 * (CONTEXT - 1)
+    assert "words" not in found and "perplexity_per_word" not in found
     blocks = torch.from_numpy(corpus.val[:3 * CONTEXT].astype("int64")).view(3, CONTEXT)
     nll = eval_ppl.compare([load(zoo / "gpt2")], [(blocks[:, :-1], blocks[:, 1:])], 600)[0]["nll"]
     bits = nll / found["tokens"] * len(corpus.val) / corpus.meta["val"]["bytes"] / math.log(2)
@@ -304,8 +306,8 @@ def test_table_1_of_distilpythia(harness, zoo):
     seen = 0
     for task in tasks:
         for sample in results["samples"][task]:
-            for (context, continuation), [(theirs, greedy)] in zip(sample["arguments"], sample["resps"], strict=True):
-                context, continuation = lm._encode_pair(context, continuation)
+            for pair, [(theirs, greedy)] in zip(sample["arguments"], sample["resps"], strict=True):
+                context, continuation = lm._encode_pair(*pair)
                 ids = torch.tensor([context + continuation])[:, -CONTEXT - 1:]
                 logp = student(ids[:, :-1]).log_softmax(-1)[0, -len(continuation):]  # (continuation, V)
                 target = torch.tensor(continuation)
@@ -317,11 +319,11 @@ def test_table_1_of_distilpythia(harness, zoo):
 
 # ------------------------------------------------------------------------------------ memory, bad input
 def test_memory_does_not_grow_with_the_text(tmp_path, zoo):
-    """3 MB of text have 1.2 million tokens, so their logits are 3 GB; a run needs as much as one over 2% of them."""
+    """2 MB of text have 800,000 tokens, and 2 GB of logits; a run needs what one over 4% of them does."""
     short, long = tmp_path / "short.txt", tmp_path / "long.txt"
     line = "for i, (start, end) in enumerate(spans): yield number + 1, 'word', [i]\n"
     short.write_text(line * 1000)
-    long.write_text(line * 40_000)
+    long.write_text(line * 28_000)
     code = f"""
 import resource, sys, torch, eval_ppl
 torch.set_num_threads(1)
@@ -341,7 +343,7 @@ for data in {str(short)!r}, {str(long)!r}:
     (["gpt2", "--data", "LETTER"], "too short"),
     (["gpt2", "--data", "EMPTY", "--protocol", "pages"], "too short"),
     (["gpt2", "--data", "WORDS", "--protocol", "blocks"], "too short: no window for blocks, --context 64"),
-    (["gpt2", "--data", "LATIN1"], "latin1.txt is not UTF-8 text: see its byte 10"),
+    (["gpt2", "--data", "LATIN1"], "latin1.txt is not UTF-8 text: see its byte 9"),
     (["gpt2", "--data", "WORDS", "--stride", "0"], "--stride 0"),
     (["gpt2", "--data", "WORDS", "--stride", "65"], "--stride 65"),
     (["gpt2", "--data", "WORDS", "--context", "32", "--stride", "33"], "--stride 33"),
@@ -362,7 +364,7 @@ for data in {str(short)!r}, {str(long)!r}:
 ])
 def test_bad_input(monkeypatch, capsys, tmp_path, zoo, datasets, argv, message):
     """One line on stderr that names the thing, and exit code 2."""
-    files = {"EMPTY": b"", "LETTER": b"a", "WORDS": b"a few words, not 64", "LATIN1": b"na\xc3\xafve, na\xefve"}
+    files = {"EMPTY": b"", "LETTER": b"a", "WORDS": b"few words, not 64", "LATIN1": b"na\xc3\xafve na\xefve"}
     paths = {name: tmp_path / f"{name.lower()}.txt" for name in files}
     for name, content in files.items():
         paths[name].write_bytes(content)

@@ -1,0 +1,603 @@
+"""model.py against transformers, through files on disk: logits, generation, what is saved, what is refused.
+
+Weights have a standard deviation of 0.2: with the usual 0.02 a wrong GELU would move the logits by 2e-6 only.
+"""
+import json
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+import model as models
+from data import InputError
+from model import GPT2, GPT2Config, load, sample, spread_layers, student_from
+
+CONTEXT, VOCAB = 24, 60
+GPT2_SHAPE = {"vocab_size": VOCAB, "n_positions": CONTEXT, "n_embd": 32, "n_layer": 3, "n_head": 4}
+NEOX_SHAPE = {"vocab_size": VOCAB, "max_position_embeddings": CONTEXT, "hidden_size": 32,
+              "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 72}
+
+
+# ---------------------------------------------------------------------------------------- checkpoints on disk
+def reference(folder, architecture, layers_std=0.2, **options):
+    """Have transformers write a model with random weights; nothing in it stays 0 or 1."""
+    config, model_class = {
+        "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel),
+        "neox": (transformers.GPTNeoXConfig, transformers.GPTNeoXForCausalLM)}[architecture]
+    torch.manual_seed(0)
+    ends = {"bos_token_id": None, "eos_token_id": None}
+    model = model_class(config(**(GPT2_SHAPE if architecture == "gpt2" else NEOX_SHAPE) | ends | options))
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float(re.search(r"(ln_.|norm)\.weight", name) is not None),
+                              std=layers_std if parameter.dim() == 2 and re.search(r"\.\d+\.", name) else 0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def rewrite(folder, change):
+    """Replace the tensors of folder/model.safetensors by change(tensors)."""
+    tensors = change(load_file(folder / "model.safetensors"))
+    tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
+
+
+def rewrite_config(folder, remove=(), **changes):
+    config = json.loads((folder / "config.json").read_text())
+    config = {name: value for name, value in config.items() if name not in remove} | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def as_gpt2_on_the_hub(tensors):
+    """No prefix, causal masks as buffers."""
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    mask = torch.ones(CONTEXT, CONTEXT).tril()[None, None]
+    return tensors | {f"h.{i}.attn.bias": mask for i in range(3)}
+
+
+def with_masks(tensors):
+    """The buffers of old GPT-2 files with the prefix: masks (bytes, numbers), and the tied head again."""
+    mask = torch.ones(CONTEXT, CONTEXT, dtype=torch.uint8).tril()[None, None]
+    buffers = {f"transformer.h.{i}.attn.bias": mask for i in range(3)}
+    buffers |= {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(3)}
+    return tensors | buffers | {"lm_head.weight": tensors["transformer.wte.weight"]}
+
+
+def as_pythia_on_the_hub(tensors):
+    """float16, with buffers, some of which are no numbers."""
+    tensors = {name: tensor.half() for name, tensor in tensors.items()}
+    for i in range(3):
+        name = f"gpt_neox.layers.{i}.attention."
+        tensors[name + "bias"] = torch.ones(CONTEXT, CONTEXT, dtype=torch.bool).tril()[None, None]
+        tensors[name + "masked_bias"] = torch.tensor(-1e9).half()
+        tensors[name + "rotary_emb.inv_freq"] = torch.ones(1).half()
+    return tensors
+
+
+def into_shards(folder, whole="model.safetensors", n=3):
+    """Cut the one file with the weights into n, with an index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    stem, suffix = whole.split(".")
+    shards = {}
+    for i in range(n):
+        name = f"{stem}-{i + 1:05}-of-{n:05}.{suffix}"
+        part = dict(list(tensors.items())[i::n])
+        save_file(part, folder / name) if suffix == "safetensors" else torch.save(part, folder / name)
+        shards |= dict.fromkeys(part, name)
+    (folder / f"{whole}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+
+
+def into_bin(folder, zipped=True):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+
+
+def old_rotary_form(folder):
+    """config.json as the Hub's Pythias have it: rotary_pct and rotary_emb_base."""
+    rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    rewrite_config(folder, remove=["rope_parameters", "attention_bias"],
+                   rotary_pct=rope["partial_rotary_factor"], rotary_emb_base=int(rope["rope_theta"]))
+
+
+def rope(share, base=10000.0):
+    return {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": share, "rope_theta": base}}
+
+
+CHECKPOINTS = {  # name: (architecture, options, what else is done to the files)
+    "gpt2": ("gpt2", {}, None),
+    "gpt2 as on the Hub": ("gpt2", {}, lambda folder: rewrite(folder, as_gpt2_on_the_hub)),
+    "gpt2 with prefix and buffers": ("gpt2", {}, lambda folder: rewrite(folder, with_masks)),
+    "gpt2 untied": ("gpt2", {"tie_word_embeddings": False}, None),
+    "gpt2 with a narrow MLP": ("gpt2", {"n_inner": 40}, None),
+    "gpt2 with exact gelu, eps": ("gpt2", {"activation_function": "gelu", "layer_norm_epsilon": 1e-2}, None),
+    "gpt2 in shards": ("gpt2", {}, into_shards),
+    "gpt2 as .bin": ("gpt2", {}, into_bin),
+    "gpt2 as an old .bin": ("gpt2", {}, lambda folder: into_bin(folder, zipped=False)),
+    "gpt2 as .bin in shards": ("gpt2", {}, lambda folder: into_shards(folder, "pytorch_model.bin")),
+    "neox": ("neox", {}, None),
+    "neox sequential": ("neox", {"use_parallel_residual": False}, None),
+    "neox rotary 1.0": ("neox", rope(1.0), None),
+    "neox rotary 0.5, base 500": ("neox", rope(0.5, 500.0), None),
+    "neox head width 20, 5 rotated": ("neox", {"hidden_size": 80}, None),
+    "neox head width 7, 1 rotated": ("neox", {"hidden_size": 28}, None),
+    "neox tied": ("neox", {"tie_word_embeddings": True}, None),
+    "neox tied, head on disk": ("neox", {"tie_word_embeddings": True}, lambda folder: rewrite(
+        folder, lambda tensors: tensors | {"embed_out.weight": tensors["gpt_neox.embed_in.weight"]})),
+    "neox without attention bias": ("neox", {"attention_bias": False}, None),
+    "neox with tanh gelu, eps": ("neox", {"hidden_act": "gelu_fast", "layer_norm_eps": 1e-2}, None),
+    "neox, old form of rotary": ("neox", rope(0.5, 500.0), old_rotary_form),
+    "neox as on the Hub": ("neox", {}, lambda folder: (
+        rewrite(folder, as_pythia_on_the_hub), old_rotary_form(folder))),
+    "neox in shards": ("neox", {}, into_shards),
+    "neox as .bin": ("neox", {}, into_bin),
+}
+
+
+@pytest.fixture(params=["gpt2", "neox", "neox sequential", "neox tied"])
+def checkpoint(request, tmp_path):
+    """Layers with large weights: greedy text of others soon is one token over and over."""
+    architecture, options, _ = CHECKPOINTS[request.param]
+    return reference(tmp_path / "checkpoint", architecture, layers_std=0.5, **options)
+
+
+@pytest.fixture
+def gpt2(tmp_path):
+    return reference(tmp_path / "gpt2", "gpt2")
+
+
+@pytest.fixture
+def neox(tmp_path):
+    return reference(tmp_path / "neox", "neox")
+
+
+def transformers_model(folder, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def greedy(model, ids, n):
+    """What transformers' model writes after ids (B, T), with its key-value cache."""
+    model.generation_config.eos_token_id = None
+    return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=n,
+                          pad_token_id=0, use_cache=True)
+
+
+def some_ids(B=2, T=CONTEXT):
+    return torch.randint(VOCAB, (B, T), generator=torch.Generator().manual_seed(1))
+
+
+# ---------------------------------------------------------------------------------------- parity
+@pytest.mark.parametrize("name", CHECKPOINTS)
+@torch.no_grad()
+def test_logits_are_those_of_transformers(name, tmp_path):
+    architecture, options, change = CHECKPOINTS[name]
+    folder = reference(tmp_path, architecture, **options)
+    if "bin" in name:  # the same weights: transformers reads the file that it wrote
+        expected = transformers_model(folder)(some_ids()).logits
+        change(folder)
+    else:
+        change and change(folder)
+        expected = transformers_model(folder)(some_ids()).logits
+    model = load(folder)
+    assert not model.training and model.head_weight.dtype == torch.float32
+    torch.testing.assert_close(model(some_ids()), expected, atol=1e-5, rtol=0)
+    assert expected.std() > 0.3
+
+
+@torch.no_grad()
+def test_greedy_generation_is_that_of_transformers(checkpoint):
+    prompts = some_ids(B=6, T=5)
+    theirs = greedy(transformers_model(checkpoint), prompts, CONTEXT - 5)
+    ours = load(checkpoint).generate(prompts, CONTEXT - 5, temperature=0)
+    assert ours.tolist() == theirs.tolist()
+    assert len(set(ours[:, 5:].flatten().tolist())) > 10
+
+
+@torch.no_grad()
+def test_hidden_states_and_head(checkpoint):
+    model, ids = load(checkpoint), some_ids()
+    hidden, theirs = model.hidden(ids), transformers_model(checkpoint)
+    expected = theirs(ids, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(F.linear(hidden, model.head_weight), model(ids), atol=0, rtol=0)
+    assert hidden.shape == (2, CONTEXT, 32) and model.head_weight.shape == (VOCAB, 32)
+    assert model.context == CONTEXT and model.num_parameters() == theirs.num_parameters()
+
+
+# ---------------------------------------------------------------------------------------- generation
+@torch.no_grad()
+def test_cache_changes_nothing(checkpoint):
+    model, ids = load(checkpoint), some_ids(B=3)
+    cache = [[] for _ in model.blocks]
+    pieces = [model.hidden(ids[:, :7], cache)]
+    pieces += [model.hidden(ids[:, i:i + 1], cache) for i in range(7, CONTEXT)]
+    torch.testing.assert_close(torch.cat(pieces, 1), model.hidden(ids), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("length", [3, CONTEXT - 1, CONTEXT, CONTEXT + 10])
+@torch.no_grad()
+def test_generation_slides_past_the_context(checkpoint, length):
+    """Token by token without a cache: what is read starts with the text; when it is full, half of it goes."""
+    model, ids = load(checkpoint), some_ids(B=2, T=length)
+    expected, read = ids, ids[:, -CONTEXT:]
+    for _ in range(2 * CONTEXT):
+        token = model(read)[:, -1].argmax(-1, keepdim=True)
+        full = read.size(1) == CONTEXT
+        expected, read = torch.cat((expected, token), 1), torch.cat((read, token), 1)
+        read = read[:, -(CONTEXT // 2):] if full else read
+    assert model.generate(ids, 2 * CONTEXT, temperature=0).tolist() == expected.tolist()
+
+
+@torch.no_grad()
+def test_context_of_one(tmp_path):
+    model = GPT2(GPT2Config(**GPT2_SHAPE | {"n_positions": 1})).eval()
+    assert model.generate(some_ids(T=3), 4, temperature=0).shape == (2, 7)
+
+
+def test_samples_are_reproducible(gpt2):
+    model, ids = load(gpt2), some_ids(B=4, T=3)
+
+    def draw(seed, **options):
+        return model.generate(ids, 10, generator=torch.Generator().manual_seed(seed), **options).tolist()
+
+    assert draw(0) == draw(0) != draw(1)
+    assert draw(0, top_k=1) == draw(1, top_k=1) == model.generate(ids, 10, temperature=0).tolist()
+    assert draw(0, top_p=1e-6) == draw(0, top_k=1) == draw(0, temperature=1e-4)
+    assert draw(0, top_k=10**6) == draw(0, top_p=1.0) == draw(0)
+
+
+@pytest.mark.parametrize("options, expected", [
+    ({}, [0.2, 0.5, 0.05, 0.25]),
+    ({"temperature": 0.5}, [0.04 / 0.355, 0.25 / 0.355, 0.0025 / 0.355, 0.0625 / 0.355]),
+    ({"top_k": 2}, [0, 0.5 / 0.75, 0, 0.25 / 0.75]),
+    ({"top_p": 0.7}, [0, 0.5 / 0.75, 0, 0.25 / 0.75]),
+    ({"top_p": 0.76}, [0.2 / 0.95, 0.5 / 0.95, 0, 0.25 / 0.95]),
+    ({"top_k": 3, "top_p": 0.6}, [0, 0.5 / 0.75, 0, 0.25 / 0.75]),
+    ({"temperature": 0}, [0, 1, 0, 0]),
+])
+def test_what_is_sampled(options, expected):
+    logits = torch.tensor([0.2, 0.5, 0.05, 0.25]).log().expand(20_000, 4)
+    kept = logits.clone()
+    drawn = sample(logits, **{"temperature": 1.0} | options, generator=torch.Generator().manual_seed(0))
+    counts = torch.bincount(drawn.flatten(), minlength=4) / len(logits)
+    torch.testing.assert_close(counts, torch.tensor(expected, dtype=torch.float32), atol=0.015, rtol=0)
+    assert (counts[torch.tensor(expected) == 0] == 0).all() and (logits == kept).all()
+
+
+# ---------------------------------------------------------------------------------------- out again
+@torch.no_grad()
+def test_load_inverts_save(checkpoint, tmp_path):
+    model = load(checkpoint)
+    model.save(tmp_path / "a" / "b")
+    again = load(tmp_path / "a" / "b")
+    assert again.config == model.config and torch.equal(again(some_ids()), model(some_ids()))
+    again.to(torch.bfloat16).save(tmp_path / "a" / "b")  # over the first one
+    half = load(tmp_path / "a" / "b", dtype=torch.bfloat16)
+    assert torch.equal(half(some_ids()), again(some_ids())) and half.head_weight.dtype == torch.bfloat16
+    files = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "a" / "b").iterdir()}
+    assert files == dict.fromkeys(["config.json", "generation_config.json", "model.safetensors"], 0o644)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_transformers_opens_what_we_save(checkpoint, tmp_path, dtype):
+    model, ids = load(checkpoint, dtype=dtype), some_ids()
+    model.save(tmp_path / "out")
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    assert theirs.dtype == dtype and type(theirs) is type(transformers_model(checkpoint))
+    theirs = theirs.float().eval()
+    torch.testing.assert_close(theirs(ids).logits, model.float()(ids), atol=1e-5, rtol=0)
+    assert greedy(theirs, ids[:, :5], 15).tolist() == model.generate(ids[:, :5], 15, temperature=0).tolist()
+
+
+def test_what_a_config_json_says(neox, tmp_path):
+    rewrite_config(neox, eos_token_id=7, **rope(0.5, 500.0))
+    load(neox).save(tmp_path / "out")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.rope_parameters == rope(0.5, 500.0)["rope_parameters"]
+    assert config.eos_token_id == config.bos_token_id == 7 and config.dtype == torch.float32
+    raw = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert raw["torch_dtype"] == "float32"  # the key that both transformers 4 and 5 read
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 7
+
+
+def test_an_interrupted_save_leaves_the_old_model(gpt2, tmp_path, monkeypatch):
+    model = load(gpt2)
+    model.save(tmp_path / "out")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+
+    def full_disk(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(models, "save_file", full_disk)
+    torch.nn.init.zeros_(model.embed.weight)
+    with pytest.raises(InputError, match="out cannot be written.*No space left"):
+        model.save(tmp_path / "out")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_reader_finds_whole_files_only(gpt2, tmp_path, monkeypatch):
+    """Whatever is in the folder under its final name at any step of saving can be loaded."""
+    model, seen = load(gpt2), []
+    model.save(tmp_path / "out")
+    replace = models.os.replace
+
+    def watched(old, new):
+        replace(old, new)
+        seen.append(Path(new).name)
+        load(tmp_path / "out")
+
+    monkeypatch.setattr(models.os, "replace", watched)
+    model.save(tmp_path / "out")
+    assert seen[0] == "model.safetensors" and seen[-1] == "config.json"
+
+
+def test_a_folder_that_cannot_be_written(gpt2, tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in ("file", "file/out"):
+        with pytest.raises(InputError, match=f"{folder} cannot be written"):
+            load(gpt2).save(tmp_path / folder)
+
+
+# ---------------------------------------------------------------------------------------- students
+def test_spread_layers():
+    assert spread_layers(12, 6) == [0, 2, 4, 7, 9, 11]  # DistilGPT2's
+    assert spread_layers(6, 3) == [0, 2, 5] and spread_layers(6, 1) == [0] and spread_layers(1, 1) == [0]
+    for n in range(1, 49):
+        for m in range(2, n + 1):
+            layers = spread_layers(n, m)
+            assert len(layers) == m and layers == sorted(set(layers)) and layers[::m - 1] == [0, n - 1]
+    for n_student in (0, -1, 7):
+        with pytest.raises(InputError, match=f"^{n_student} student layers .* with 6: choose 1 to 6"):
+            spread_layers(6, n_student)
+
+
+@torch.no_grad()
+def test_student_from(checkpoint):
+    teacher = load(checkpoint).requires_grad_(False)
+    assert torch.equal(student_from(teacher, [0, 1, 2]).eval()(some_ids()), teacher(some_ids()))
+    student = student_from(teacher, [2, 0]).eval()
+    x, rotary = teacher.embed_at(some_ids(), 0)
+    by_hand = teacher.norm(teacher.blocks[0](teacher.blocks[2](x, rotary), rotary))
+    assert torch.equal(student.hidden(some_ids()), by_hand)
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    before = teacher(some_ids())
+    for parameter in student.parameters():  # a copy: the teacher must not learn along
+        parameter.zero_()
+    assert torch.equal(teacher(some_ids()), before)
+
+
+def test_student_can_be_saved(checkpoint, tmp_path):
+    student_from(load(checkpoint, dtype=torch.bfloat16), [0, 2]).save(tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert theirs.config.num_hidden_layers == 2 and theirs.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("layers", [[], [3], [0, -1]])
+def test_layers_that_do_not_exist(gpt2, layers):
+    with pytest.raises(InputError, match=re.escape(f"layers {layers} of a teacher whose layers are 0 to 2")):
+        student_from(load(gpt2), layers)
+
+
+def test_random_start_forgets_the_teacher(checkpoint):
+    student = student_from(load(checkpoint), [0, 1, 2])
+    student.initialise()
+    for name, p in student.named_parameters():
+        if p.dim() == 1:
+            assert (p == (0 if name.endswith("bias") else 1)).all()
+        else:
+            std = 0.02 / 6**0.5 if name.endswith(("out.weight", "down.weight")) else 0.02
+            assert abs(p.std().item() / std - 1) < 0.15, name
+
+
+@pytest.mark.parametrize("where", ["everywhere but attention", "attention"])
+def test_dropout_is_for_training_only(gpt2, where):
+    model, ids = load(gpt2), some_ids()
+    before = model(ids)
+    model.set_dropout(*((0.0, 0.5) if where == "attention" else (0.5, 0.0)))
+    assert torch.equal(model(ids), before)
+    model.train()
+    assert not torch.equal(model(ids), model(ids)) and not torch.equal(model(ids), before)
+    model.set_dropout(0.0, 0.0)
+    assert torch.equal(model(ids), before)
+
+
+# ---------------------------------------------------------------------------------------- bad input
+def refused(folder, message):
+    with pytest.raises(InputError, match=message) as error:
+        load(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content, message", [
+    ("{", "Expecting property name"),
+    ("[1, 2]", "'list' object is not a mapping"),
+    ("\xff", ""),
+    ("{}", "model_type None is not implemented, only .'gpt2', 'gpt_neox'."),
+    ('{"model_type": "llama"}', "model_type 'llama' is not implemented, only .'gpt2', 'gpt_neox'."),
+    ('{"model_type": ["gpt2"]}', "model_type .'gpt2'. is not implemented"),
+    ('{"model_type": "gpt_neox", "vocab_size": 9}', ".*missing.*'hidden_size'"),
+    ('{"model_type": "gpt_neox", "rope_scaling": "linear"}', ""),
+    ('{"model_type": "gpt2", "n_embd": 30}', "a width of 30 cannot be shared by 12 attention heads"),
+    ('{"model_type": "gpt2", "n_head": 0}', ""),
+    ('{"model_type": "gpt2", "n_embd": -12}', ""),
+    ('{"model_type": "gpt2", "n_layer": "12"}', ""),
+    ('{"model_type": "gpt2", "n_embd": 768.0}', ""),
+])
+def test_config_that_describes_no_model(tmp_path, content, message):
+    (tmp_path / "config.json").write_text(content, encoding="latin-1")
+    refused(tmp_path, f"config.json describes no model: {message}")
+
+
+@pytest.mark.parametrize("architecture, option, value", [
+    ("gpt2", "scale_attn_by_inverse_layer_idx", True),
+    ("gpt2", "scale_attn_weights", False),
+    ("gpt2", "reorder_and_upcast_attn", True),
+    ("gpt2", "add_cross_attention", True),
+    ("gpt2", "activation_function", "relu"),
+    ("gpt2", "quantization_config", {"quant_method": "gptq"}),
+    ("neox", "hidden_act", "silu"),
+])
+def test_options_that_we_do_not_have(tmp_path, architecture, option, value):
+    rewrite_config(reference(tmp_path, architecture), **{option: value})
+    refused(tmp_path, f"config.json .*: {option} {re.escape(repr(value))} is not implemented, only ")
+
+
+@pytest.mark.parametrize("name, value", [
+    ("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}),
+    ("rope_scaling", {"type": "linear", "factor": 2.0}),
+    ("rope_scaling", {"rope_type": "dynamic", "factor": 2.0}),
+])
+def test_scaled_rotary_positions(neox, name, value):
+    rewrite_config(neox, remove=["rope_parameters"], **{name: value})
+    kind = value.get("rope_type") or value["type"]
+    refused(neox, f"config.json .*: rope_type '{kind}' is not implemented, only .'default'.")
+
+
+def test_folders_without_files(gpt2, tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "empty has no config.json")
+    refused(tmp_path / "nowhere", "no folder .*nowhere")
+    (gpt2 / "model.safetensors").unlink()
+    refused(gpt2, "gpt2 has no model.safetensors")
+
+
+@pytest.mark.parametrize("architecture, change, message", [
+    ("gpt2", lambda t: {n: x for n, x in t.items() if "h.1.ln_2" not in n},
+     "lacks 2 of its tensors, such as transformer.h.1.ln_2.weight"),
+    ("neox", lambda t: {n: x for n, x in t.items() if n != "embed_out.weight"},
+     "lacks 1 of its tensors, such as embed_out.weight"),
+    ("gpt2", lambda t: t | {"transformer.h.0.attn.extra": torch.ones(3)},
+     "model.safetensors: transformer.h.0.attn.extra has no place in the model"),
+    ("gpt2", lambda t: t | {"transformer.h.3.attn.c_attn.bias": torch.ones(96)},
+     "h.3.attn.c_attn.bias has no place"),
+    ("neox", lambda t: t | {"gpt_neox.layers.3.mlp.dense_4h_to_h.bias": torch.ones(32)}, "has no place"),
+    ("gpt2", lambda t: t | {"transformer.wte.weight": torch.ones(VOCAB, 16)},
+     r"transformer.wte.weight is torch.float32 \[60, 16\], not floats \[60, 32\]"),
+    ("gpt2", lambda t: t | {"transformer.h.0.attn.c_attn.weight": torch.ones(96, 32)},
+     r"c_attn.weight is torch.float32 \[96, 32\], not floats \[32, 96\]"),
+    ("gpt2", lambda t: t | {"transformer.h.0.attn.c_attn.weight": torch.ones(2, 2, 2)}, r"\[2, 2, 2\], not"),
+    ("neox", lambda t: t | {"gpt_neox.layers.0.attention.query_key_value.bias": torch.ones(5)},
+     r"query_key_value.bias is torch.float32 \[5\], not floats \[96\]"),
+    ("gpt2", lambda t: t | {"transformer.ln_f.weight": torch.ones(32, dtype=torch.int8)},
+     r"ln_f.weight is torch.int8 \[32\], not floats \[32\]"),
+    ("gpt2", lambda t: t | {"lm_head.weight": t["transformer.wte.weight"] + 1},
+     "(lm_head|wte).weight differs from the tensor to which config.json ties it"),
+])
+def test_tensors_that_do_not_fit(tmp_path, architecture, change, message):
+    rewrite(reference(tmp_path, architecture), change)
+    refused(tmp_path, message)
+
+
+class NotWeights:
+    def __reduce__(self):
+        return Path.touch, (Path(__file__).with_name("executed"),)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("content", [
+    b"", b"not weights", bytes(99), b"<html>", pickle.dumps(NotWeights()), pickle.dumps({"a": 1})],
+    ids=["empty", "text", "zeros", "html", "code", "numbers"])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_files_that_are_no_weights(gpt2, name, content):
+    (gpt2 / "model.safetensors").unlink()
+    (gpt2 / name).write_bytes(content)
+    refused(gpt2, f"{name} is damaged or no weights .*: fetch it again")
+    assert not Path(__file__).with_name("executed").exists()
+
+
+@pytest.mark.parametrize("content", [
+    [torch.ones(2)], {"a": NotWeights()}, {"transformer.wte.weight": "text"}, 3],
+    ids=["list", "code", "text", "number"])
+def test_bin_files_that_are_no_weights(gpt2, content):
+    (gpt2 / "model.safetensors").unlink()
+    torch.save(content, gpt2 / "pytorch_model.bin")
+    refused(gpt2, "pytorch_model.bin is damaged or no weights")
+    assert not Path(__file__).with_name("executed").exists()
+
+
+@pytest.mark.parametrize("cut", [
+    lambda folder: None, into_bin, lambda folder: into_bin(folder, zipped=False), into_shards,
+    lambda folder: into_shards(folder, "pytorch_model.bin")],
+    ids=["safetensors", "bin", "old bin", "shard", "bin shard"])
+def test_truncated_files(gpt2, cut):
+    cut(gpt2)
+    file = sorted(file for file in gpt2.iterdir() if file.suffix in (".bin", ".safetensors"))[-1]
+    whole = file.read_bytes()
+    for size in (0, 1, 9, len(whole) // 3, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        refused(gpt2, f"{file.name} is damaged or no weights")
+    file.write_bytes(whole)
+    load(gpt2)
+
+
+@pytest.mark.parametrize("whole", ["model.safetensors", "pytorch_model.bin"])
+def test_index_of_shards(gpt2, whole):
+    into_shards(gpt2, whole)
+    shard = sorted(gpt2.glob("*-00002-*"))[0]
+    shard.rename(gpt2 / "elsewhere")
+    refused(gpt2, f"gpt2 has no {shard.name}")
+    (gpt2 / "elsewhere").rename(shard)
+    (gpt2 / f"{whole}.index.json").write_text('{"weight_map":')
+    refused(gpt2, "index.json is damaged .*: delete and fetch it again")
+    (gpt2 / f"{whole}.index.json").write_text("{}")
+    refused(gpt2, "index.json is damaged .*weight_map.*: delete and fetch it again")
+
+
+def test_safetensors_come_before_bin(gpt2):
+    (gpt2 / "pytorch_model.bin").write_bytes(b"not weights")
+    load(gpt2)
+
+
+def test_more_tokens_than_positions(gpt2):
+    with pytest.raises(InputError, match="25 tokens, but this model has 24 positions"):
+        load(gpt2)(some_ids(T=CONTEXT + 1))
+
+
+# ---------------------------------------------------------------------------------------- memory
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
+def test_a_bfloat16_teacher_is_never_held_in_float32(run, tmp_path):
+    """Peak memory is that of the weights and little more; a float32 copy would add twice as much."""
+    GPT2(GPT2Config(**GPT2_SHAPE)).save(tmp_path / "narrow")
+    for form in ("safetensors", "bin"):
+        GPT2(GPT2Config(**GPT2_SHAPE | {"n_embd": 1024})).save(tmp_path / form)
+    into_bin(tmp_path / "bin")
+    (tmp_path / "script.py").write_text("""
+import torch
+from model import load
+
+def peak():
+    return 1024 * int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+
+load("narrow", dtype=torch.bfloat16)  # imports what it needs
+before = peak()
+for form in ("safetensors", "bin"):
+    model = load(form, dtype=torch.bfloat16)
+    print((peak() - before) / sum(2 * p.numel() for p in model.parameters()))
+    del model
+""")
+    result = run(tmp_path / "script.py")
+    assert result.returncode == 0, result.stderr
+    assert all(float(line) < 1.3 for line in result.stdout.split()), result.stdout
+
+
+# ---------------------------------------------------------------------------------------- the real Hub
+@pytest.mark.hub
+def test_published_text_of_gpt2(real_hub, run, tmp_path):
+    (tmp_path / "script.py").write_text("""
+import torch
+from model import load
+print(load("gpt2").generate(torch.tensor([[464, 3290]]), 18, temperature=0)[0].tolist())
+""")
+    result = run(tmp_path / "script.py", **real_hub)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == [464, 3290, 373, 1043, 287, 257, 2214, 1474, 262, 16246, 286, 2688,
+                                         290, 2688, 27262, 13, 198, 198, 464, 3290]
