@@ -37,13 +37,13 @@ WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"  # -103 has the same test set
 TEST_SETS = {"wikitext-2": WIKITEXT, "wikitext-103": WIKITEXT, "lambada": "EleutherAI/lambada_openai:default"}
 EACH_TEXT = ("pages", "lambada")  # protocols that score each text for itself; the others join them
 PROTOCOLS = {  # what exactly the figures are; printed with them
-    "sliding": "windows of {context} tokens, stride {stride}, as in Hugging Face's guide. A token is scored "
+    "sliding": "windows of {context} tokens, stride {stride}, as in Hugging Face's guide.\nA token is scored "
                "once, if any precedes it in its window. Words and bytes: the text's, times the share scored.",
-    "blocks": "blocks of {context} tokens, the last partial one dropped, as in DistilGPT2's time. The first "
+    "blocks": "blocks of {context} tokens, the last partial one dropped, as in DistilGPT2's time.\nThe first "
               "token of each is not scored. Words and bytes: the text's, times the share scored.",
-    "pages": "rolling windows of {context} tokens over each page, as lm-evaluation-harness's wikitext. "
-             "Words, len(re.split(r'\\s+', page)), and bytes: the page's before detokenisation.",
-    "lambada": "the last word of each text after all before it, as lm-evaluation-harness's lambada_openai, "
+    "pages": "rolling windows of {context} tokens over each page, as lm-evaluation-harness's wikitext.\nWords, "
+             "len(re.split(r'\\s+', page)), and bytes: the page's before detokenisation.",
+    "lambada": "the last word of each text after all before it, as lm-evaluation-harness's lambada_openai,\n"
                "whose perplexity is per word. Accurate: each token of the word is the likeliest."}
 
 
