@@ -50,7 +50,7 @@ RECIPES = {
                      "clm_weight": 1.0, "lr": 2e-3, "warmup": 0.02, "weight_decay": 0.1, "dropout": 0.1,
                      "attention_dropout": 0.0, "eval_interval": 500, "eval_tokens": 200_000},
     # DistilGPT2. Published: teacher, layers, data, context, T, optimizer, schedule, clip, dropout, epochs, and
-    # 2,000 sequences a step (5 x 50 x 8 GPUs). Never published: the loss weights; these are the script's own.
+    # 2,000 sequences a step (5 x 50 x 8 GPUs). Never published: loss weights; these are the script's own.
     "distilgpt2": {"teacher": "gpt2", "student_layers": "6", "data": "openwebtext", "seq_len": 1024,
                    "batch_size": 5, "grad_accum": 400, "epochs": 3, "temperature": 2.0, "kd_weight": 0.5,
                    "clm_weight": 0.5, "lr": 5e-4, "betas": [0.9, 0.98], "eps": 1e-6, "weight_decay": 0.0,
@@ -172,8 +172,8 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
     student_hidden (N, C_s), teacher_hidden (N, C_t): final hidden states; student_head (V, C_s), teacher_head
     (V, C_t); targets (N,), where -100 is counted in no term. Returns (loss, kl, clm), *sums* over the counted
     tokens, in nats: divide once, by the tokens of the whole step. The KL is the forward one, the teacher's
-    entropy included, so a perfect student scores 0. T² keeps its gradient from shrinking as T grows (Hinton et
-    al. 2015, section 2). The gradient flows to the student alone. ValueError if the heads differ in V.
+    entropy included, so a perfect student scores 0. T² keeps its gradient from shrinking as T grows (Hinton
+    et al. 2015, section 2). The gradient flows to the student alone. ValueError if the heads differ in V.
     """
     return all_losses(student_hidden, student_head, teacher_hidden, teacher_head, targets, temperature,
                       kd_weight, clm_weight, cos_weight, chunk_size)[:3]
@@ -307,8 +307,8 @@ def train(args, student, teacher, corpus, vocab_size, ranks):
             log.write(step + 1, losses, lr=lr, grad_norm=norm, tokens=int(tokens),
                       tokens_per_second=round(tokens / (time.perf_counter() - started)))
             if args.eval_interval and (step + 1) % args.eval_interval == 0 and ranks.rank == 0:
-                loss = run.validate([student], corpus, vocab_size, args, autocast(args, ranks.device))[0]["loss"]
-                log.say(f"step {step + 1}: validation loss {loss:.4f}")
+                row, = run.validate([student], corpus, vocab_size, args, autocast(args, ranks.device))
+                log.say(f"step {step + 1}: validation loss {row['loss']:.4f}")
             if (step + 1) % args.save_interval == 0 or step + 1 == args.steps:
                 run.save_state(args, corpus, student, optimizer, step + 1, ranks)
     return student.eval()

@@ -41,8 +41,8 @@ PROTOCOLS = {  # what exactly the figures are; printed with them
                "once, if any precedes it in its window. Words and bytes: the text's, times the share scored.",
     "blocks": "blocks of {context} tokens, the last partial one dropped, as in DistilGPT2's time.\nThe first "
               "token of each is not scored. Words and bytes: the text's, times the share scored.",
-    "pages": "rolling windows of {context} tokens over each page, as lm-evaluation-harness's wikitext.\nWords, "
-             "len(re.split(r'\\s+', page)), and bytes: the page's before detokenisation.",
+    "pages": "rolling windows of {context} tokens over each page, as lm-evaluation-harness's wikitext.\n"
+             "Words, len(re.split(r'\\s+', page)), and bytes: the page's before detokenisation.",
     "lambada": "the last word of each text after all before it, as lm-evaluation-harness's lambada_openai,\n"
                "whose perplexity is per word. Accurate: each token of the word is the likeliest."}
 

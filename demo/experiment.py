@@ -1,6 +1,6 @@
 """DistilPythia's open question, in small: why did its student get worse? (lambada perplexity 140.8 -> 420.7)
 
-    python -m demo.experiment     about half an hour on one CPU core; runs found in out-experiment/ are kept
+    python -m demo.experiment     half an hour or so on a CPU; runs found in out-experiment/ are kept
 
 DistilPythia again, at a fiftieth of its size, with the shipped teacher. The student, a GPT-NeoX, has half of
 its layers and two thirds of its width, as pythia-70m has of pythia-160m. It is trained on text alone, then
@@ -58,7 +58,8 @@ PLAN = [("constant, seed 0", "", BOTH),
         ("padded, seed 1", "--seed 1 --packing padded", BOTH),
         ("T 1, teacher alone 1 / 0", "--temperature 1 --kd-weight 1 --clm-weight 0", BF16),
         ("lr 1e-4, warm-up", "--warmup 0.25", BF16),
-        ("AdamW beta2 0.999", "--betas 0.9 0.999", BOTH)]
+        ("AdamW beta2 0.999", "--betas 0.9 0.999", BOTH),
+        ("96 steps", "--steps 96", BF16)]
 RUNS = {f"{what}, {precision}": f"{flags} --precision {precision}"
         for what, flags, precisions in PLAN for precision in precisions}
 
@@ -75,8 +76,7 @@ def warm_start():
 
 def start(flags, name):
     """What distill.py has before it trains: args, tokenizer, teacher, student, corpus."""
-    folder = OUT / "runs" / name.replace(" ", "_").replace("/", "-")
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder := OUT / "runs" / name.replace(" ", "_").replace("/", "-")).mkdir(parents=True, exist_ok=True)
     args = distill.parse_args(f"{SMALL} {flags} --out {folder}".split())
     distill.check(args)
     tokenizer, teacher, student = distill.load_models(args, CPU)

@@ -422,7 +422,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(workshop, tmp_path, monkeyp
     assert state["step"] == 2 and all(t.isfinite().all() for t in state["student"].values()), steps
 
 
-# ------------------------------------------------------------------------------------ surviving, and many ranks
+# -------------------------------------------------------------------------------- surviving, and many ranks
 def command(ranks, *argv):
     launcher = [sys.executable]
     if ranks > 1:

@@ -49,8 +49,21 @@ def zoo(tmp_path_factory, tokenizers_dir):
     return folder
 
 
+@torch.no_grad()
+def foreseen(folder):
+    """A text whose last word is the likeliest to the model; to a random one that seldom is a word."""
+    model, tokenizer, rng = load(folder), load_tokenizer(folder), random.Random(0)
+    for _ in range(1000):
+        text = " ".join("".join(rng.choices("abcdehilmnoprstu", k=3)) for _ in range(5))
+        ids = tokenizer.encode(text)
+        word = tokenizer.decode([model(torch.tensor([ids]))[0, -1].argmax()])
+        if re.fullmatch(r" [A-Za-z]+", word) and len(tokenizer.encode(text + word)) == len(ids) + 1:
+            return text + word
+    raise AssertionError("this model never foresees a word")
+
+
 @pytest.fixture(scope="session")
-def datasets(request):
+def datasets(request, zoo):
     """Rows in the Hub's form: WikiText by line and by page, LAMBADA, two rows for each task of Table 1."""
     import pyarrow
     import pyarrow.parquet
@@ -73,7 +86,8 @@ def datasets(request):
     write("EleutherAI/wikitext_document_level", pages, "wikitext-2-raw-v1", every)
     write("EleutherAI/lambada_openai", [{"text": text} for text in (
         "The fox ran into the wood . Nobody saw the fox", "Rain fell all night, and then there was more rain",
-        "\"You,\" she said ,  \"are not the one I\" wanted", "Yes: no\n\nmaybe so")])
+        "\"You,\" she said , \"are not the one I\"  wanted", "Yes: no\n\nmaybe so", foreseen(zoo / "gpt2"),
+        foreseen(zoo / "neox"))])
     write("baber/piqa", [{"goal": f"To dry {x},", "sol1": "hang it up.", "sol2": "drown it.", "label": 0}
                          for x in ("a shirt", "hay")], splits=("train", "validation"))
     write("allenai/winogrande", [{"sentence": f"The {x} did not fit in the box, as _ was too large.",
@@ -166,6 +180,35 @@ def test_what_each_protocol_makes_of_wikitext(datasets):
         assert eval_ppl.read_texts("wikitext-103", protocol, "text") == texts, protocol
 
 
+def test_what_else_is_data(tmp_path, monkeypatch):
+    """jsonl: a text a line; txt: one text, in whatever pieces it is read; stdlib: what the demo held out."""
+    lines, text = tmp_path / "two.jsonl", tmp_path / "long.txt"
+    lines.write_text('{"body": "one"}\n{"body": "two"}\n')
+    assert eval_ppl.read_texts(str(lines), "pages", "body") == ["one", "two"]
+    assert eval_ppl.read_texts(str(lines), "sliding", "body") == ["one\n\ntwo"]
+    text.write_bytes(b"long line\r\n" * 500_000)
+    assert eval_ppl.read_texts(str(text), "pages", "text") == ["long line\r\n" * 500_000]
+    pairs = [("val", "a"), ("train", "b"), ("val", "c")]
+    monkeypatch.setattr(eval_ppl, "open_data", lambda data: ({}, iter(pairs)))
+    assert eval_ppl.read_texts("stdlib", "blocks", "text") == ["a\n\nc"]
+
+
+def test_limit(measure, datasets):
+    """Pages: the first texts; sliding: the first windows."""
+    pages = measure("gpt2", "--protocol", "pages", "--limit", 1)["results"]["gpt2"]
+    assert (pages["words"], pages["bytes"]) == (len(re.split(r"\s+", PAGES[0])), len(PAGES[0].encode()))
+    assert measure("gpt2", "--limit", 2)["results"]["gpt2"]["tokens"] == 2 * (CONTEXT - 1)
+
+
+def test_precision(measure, book):
+    """bf16 rounds the arithmetic, bf16-pure the weights, too: other digits, the same story."""
+    found = {p: measure("gpt2", "--data", book, "--precision", p)["results"]["gpt2"]
+             for p in ("fp32", "bf16", "bf16-pure")}
+    bits = {p: value(figures, "bits_per_byte") for p, figures in found.items()}
+    assert len(set(bits.values())) == 3 and max(bits.values()) < 1.02 * min(bits.values())
+    assert found["bf16-pure"]["megabytes"] <= found["fp32"]["megabytes"]
+
+
 def test_long_texts_are_encoded_in_pieces_that_change_nothing(tokenizers_dir):
     rng = random.Random(0)
     for name in ("gpt2", "neox"):
@@ -201,6 +244,21 @@ def test_scores_of_several_models(zoo):
     assert alone["agree"] == 48 and alone["nll"] == pytest.approx(found[1]["nll"])
 
 
+def test_logits_exist_for_a_chunk_at_a_time(zoo, monkeypatch):
+    model, shapes = load(zoo / "gpt2"), []
+    linear = torch.nn.functional.linear
+
+    def watched(*args):
+        shapes.append((out := linear(*args)).shape)
+        return out
+
+    monkeypatch.setattr(eval_ppl.F, "linear", watched)
+    ids = torch.randint(600, (4, CONTEXT), generator=torch.Generator().manual_seed(0))
+    chunked = eval_ppl.token_scores([model, model], ids, ids, 600, chunk_size=50)
+    assert max(shape[0] for shape in shapes if shape[-1] == 600) == 50
+    assert torch.allclose(chunked, eval_ppl.token_scores([model, model], ids, ids, 600), atol=1e-5)
+
+
 def test_models_side_by_side(measure, book):
     found = measure("gpt2", "student", "neox", "gpt2", "--data", book, "--context", 32)["results"]
     assert list(found) == ["gpt2", "student", "neox"]
@@ -231,9 +289,16 @@ def test_standard_error_is_the_jackknifes():
     assert error == pytest.approx(math.sqrt(399 * without.var()), rel=0.01)
 
 
-def test_prepared_corpus(measure, zoo, book, tmp_path):
+def corpus_of(folder, tokenizer):
+    """A prepared corpus of a few documents."""
+    path = folder / "docs.jsonl"
+    path.write_text("".join(json.dumps({"text": f"Number {i}. " * 40}) + "\n" for i in range(99)))
+    return prepare(str(path), tokenizer, folder / "corpora")
+
+
+def test_prepared_corpus(measure, zoo, tmp_path):
     """Its held-out tokens as they are, an end-of-text before each document."""
-    corpus = prepare("stdlib", load_tokenizer(zoo / "gpt2"), tmp_path / "corpora", max_tokens=2000)
+    corpus = corpus_of(tmp_path, load_tokenizer(zoo / "gpt2"))
     found = measure("gpt2", "--data", corpus.path, "--protocol", "blocks", "--limit", 3)["results"]["gpt2"]
     assert found["tokens"] == 3 * (CONTEXT - 1)
     assert "words" not in found and "perplexity_per_word" not in found
@@ -285,7 +350,7 @@ def test_pages_and_lambada_are_the_harnesss(harness, measure, name):
     theirs = theirs["lambada_openai"]
     assert value(lambada, "perplexity_per_word") == pytest.approx(theirs["perplexity,none"], rel=1e-6)
     assert lambada["accuracy"] == pytest.approx([theirs["acc,none"], theirs["acc_stderr,none"]])
-    assert lambada["words"] == 4
+    assert lambada["words"] == 6 and lambada["accuracy"][0] > 0
 
 
 def test_detokeniser_is_the_harnesss():
@@ -314,7 +379,7 @@ def test_table_1_of_distilpythia(harness, zoo):
                 assert theirs == pytest.approx(logp.gather(1, target[:, None]).sum().item(), rel=1e-5)
                 assert greedy == (logp.argmax(-1) == target).all().item()
                 seen += 1
-    assert seen == 2 * 2 + 2 * 2 + 4 + 2 * 3 + 2 * 4 + 2 * 2
+    assert seen == 2 * 2 + 2 * 2 + 6 + 2 * 3 + 2 * 4 + 2 * 2
 
 
 # ------------------------------------------------------------------------------------ memory, bad input
@@ -371,7 +436,7 @@ def test_bad_input(monkeypatch, capsys, tmp_path, zoo, datasets, argv, message):
     paths |= {"gpt2": zoo / "gpt2", "neox": zoo / "neox", "BARE": tmp_path / "bare"}
     load(zoo / "gpt2").save(paths["BARE"])
     if "CORPUS" in argv:
-        paths["CORPUS"] = prepare("stdlib", load_tokenizer(zoo / "gpt2"), tmp_path, max_tokens=1000).path
+        paths["CORPUS"] = corpus_of(tmp_path, load_tokenizer(zoo / "gpt2")).path
     argv = [str(paths.get(arg, arg)) for arg in argv]
     monkeypatch.setattr(sys, "argv", ["eval_ppl.py", *argv, "--device", "cpu"])
     with pytest.raises(SystemExit) as exit:

@@ -5,6 +5,7 @@ Weights have a standard deviation of 0.2: with the usual 0.02 a wrong GELU would
 import json
 import pickle
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -499,7 +500,7 @@ def test_tensors_that_do_not_fit(tmp_path, architecture, change, message):
 
 class NotWeights:
     def __reduce__(self):
-        return Path.touch, (Path(__file__).with_name("executed"),)
+        return sys.exit, ("the code in a pickle was run",)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -511,7 +512,6 @@ def test_files_that_are_no_weights(gpt2, name, content):
     (gpt2 / "model.safetensors").unlink()
     (gpt2 / name).write_bytes(content)
     refused(gpt2, f"{name} is damaged or no weights .*: fetch it again")
-    assert not Path(__file__).with_name("executed").exists()
 
 
 @pytest.mark.parametrize("content", [
@@ -521,7 +521,6 @@ def test_bin_files_that_are_no_weights(gpt2, content):
     (gpt2 / "model.safetensors").unlink()
     torch.save(content, gpt2 / "pytorch_model.bin")
     refused(gpt2, "pytorch_model.bin is damaged or no weights")
-    assert not Path(__file__).with_name("executed").exists()
 
 
 @pytest.mark.parametrize("cut", [

@@ -13,7 +13,7 @@ import sample
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```\w*\n(.*?)```", README, re.S)
-COMMANDS = [line.split(" #")[0].strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()
+COMMANDS = [line.split(" #")[0].strip() for block in BLOCKS for line in block.splitlines()
             if line.startswith(("python ", "torchrun ", "lm_eval "))]
 OURS = [command for command in COMMANDS if re.search(r"\b(distill|sample|eval_ppl|data)\.py", command)]
 
