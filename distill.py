@@ -49,8 +49,8 @@ RECIPES = {
                      "data": "stdlib", "seq_len": 256, "batch_size": 16, "grad_accum": 1, "epochs": 9,
                      "clm_weight": 1.0, "lr": 2e-3, "warmup": 0.02, "weight_decay": 0.1, "dropout": 0.1,
                      "attention_dropout": 0.0, "eval_interval": 500, "eval_tokens": 200_000},
-    # DistilGPT2. Published: teacher, layers, data, context, T, optimizer, schedule, clip, dropout, epochs, and
-    # 2,000 sequences a step (5 x 50 x 8 GPUs). Never published: loss weights; these are the script's own.
+    # DistilGPT2. Published: teacher, layers, data, context, T, optimizer, schedule, clip, dropout, epochs,
+    # and 2,000 sequences a step (5 x 50 x 8 GPUs). Never published: loss weights; these are the script's.
     "distilgpt2": {"teacher": "gpt2", "student_layers": "6", "data": "openwebtext", "seq_len": 1024,
                    "batch_size": 5, "grad_accum": 400, "epochs": 3, "temperature": 2.0, "kd_weight": 0.5,
                    "clm_weight": 0.5, "lr": 5e-4, "betas": [0.9, 0.98], "eps": 1e-6, "weight_decay": 0.0,
