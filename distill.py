@@ -54,7 +54,7 @@ RECIPES = {
     "distilgpt2": {"teacher": "gpt2", "student_layers": "6", "data": "openwebtext", "seq_len": 1024,
                    "batch_size": 5, "grad_accum": 400, "epochs": 3, "temperature": 2.0, "kd_weight": 0.5,
                    "clm_weight": 0.5, "lr": 5e-4, "betas": [0.9, 0.98], "eps": 1e-6, "weight_decay": 0.0,
-                   "warmup": 0.05, "schedule": "linear", "clip": 5.0, "dropout": 0.1},
+                   "warmup": 0.05, "schedule": "linear", "grad_clip": 5.0, "dropout": 0.1},
     # DistilPythia, from its model card, which names neither AdamW's betas nor a clip. The card's run had bf16
     # weights: that is `--precision bf16-pure`, and the README measures what it costs.
     "distilpythia": {"teacher": "EleutherAI/pythia-160m", "student": "EleutherAI/pythia-70m", "data": "pile",
@@ -63,7 +63,7 @@ RECIPES = {
     # The protocol usually meant by "WikiText-103 perplexity after fine-tuning" (gpt2 16.3, distilgpt2 21.1).
     "finetune-wikitext103": {"teacher": "none", "data": "wikitext-103", "seq_len": 1024, "batch_size": 4,
                              "grad_accum": 1, "epochs": 1, "clm_weight": 1.0, "lr": 5e-5, "weight_decay": 0.0,
-                             "warmup": 0.0, "schedule": "linear", "clip": 1.0},
+                             "warmup": 0.0, "schedule": "linear", "grad_clip": 1.0},
 }
 
 
@@ -100,12 +100,12 @@ def parse_args(argv=None):
     add("--weight-decay", type=float, default=0.0, help="AdamW's, on matrices only")
     add("--warmup", type=float, default=0.05, help="share of the steps in which the learning rate rises")
     add("--schedule", choices=["constant", "linear", "cosine"], default="cosine", help="linear, cosine: to 0")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient; 0: no limit")
+    add("--grad-clip", type=float, default=1.0, help="largest norm of the gradient; 0: no limit")
     add("--dropout", type=float, default=0.0, help="of the student: embeddings, residual branches, attention")
     add("--attention-dropout", type=float, help="of attention weights, where it should differ (slow on CPUs)")
     add("--precision", choices=["auto", "bf16", "fp32", "bf16-pure"], default="auto",
         help="bf16: autocast, float32 weights; bf16-pure: bf16 weights, too; auto: bf16 where it is fast")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps")
+    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: the best there is")
     add("--compile", action="store_true", help="torch.compile the layers")
     add("--chunk-size", type=int, default=1024, help="tokens whose logits exist at a time")
     add("--seed", type=int, default=0, help="of data order, dropout and random weights")
@@ -140,7 +140,7 @@ def check(args):
     refuse("temperature batch_size grad_accum seq_len steps epochs lr eps chunk_size save_interval "
            "eval_tokens workers",
            lambda value: 0 < value < math.inf, "above 0")
-    refuse("kd_weight clm_weight cos_weight weight_decay clip eval_interval",
+    refuse("kd_weight clm_weight cos_weight weight_decay grad_clip eval_interval",
            lambda value: 0 <= value < math.inf, "0 or more")
     refuse("warmup dropout attention_dropout", lambda value: 0 <= value < 1, "at least 0 and below 1")
     if not args.teacher:
@@ -294,7 +294,7 @@ def train(args, student, teacher, corpus, vocab_size, ranks):
             losses = Losses(*(total / max(tokens, 1) for total in sums))  # sums are divided once, here ...
             for parameter in student.parameters():  # ... and here; DDP has divided by the number of ranks
                 parameter.grad.mul_(ranks.world / max(tokens, 1))
-            norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip or torch.inf).item()
+            norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.grad_clip or torch.inf).item()
             lr = lr_at(step, args)
             if not math.isfinite(norm + losses.loss):
                 raise InputError(f"step {step + 1}: loss {losses.loss:.3g}, gradient {norm:.3g} at learning "
@@ -396,11 +396,16 @@ def parse_layers(text, depth):
 def main():
     args = parse_args()
     check(args)
+    if args.device == "auto":
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        args.device = "cuda" if torch.cuda.is_available() else mps
     ranks = run.Ranks(args.device)
     if args.grad_accum % ranks.world:
         raise InputError(f"--grad-accum {args.grad_accum} cannot be shared evenly by {ranks.world} processes")
     if args.precision == "auto":
         args.precision = "bf16" if run.bf16_is_fast(ranks.device) else "fp32"
+        if args.precision == "fp32" and ranks.rank == 0:
+            print("note       bf16 is not fast on this device, so fp32")
     out, lock = Path(args.out), run.claim(args) if ranks.rank == 0 else None
     with ranks.rank_0_first():
         tokenizer, teacher, student = load_models(args, ranks.device)

@@ -274,8 +274,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="Hub ids or folders; KL and agreement are with the first")
-    add("--data", default="wikitext-2", help="wikitext-2 or wikitext-103 (one test set), lambada, stdlib, a "
-        "file, the held-out part of a prepared corpus, or a Hub data set id[:config] (default: %(default)s)")
+    add("--data", help="wikitext-2 or wikitext-103 (one test set), lambada, stdlib, a file, the held-out "
+        "part of a prepared corpus, a Hub data set id[:config] (default: wikitext-2; for folders, stdlib)")
     add("--text-column", default="text", help="column or field that holds a text (default: %(default)s)")
     add("--protocol", choices=PROTOCOLS, help="default: lambada for --data lambada, else sliding")
     add("--stride", type=int, help="sliding: tokens from a window to the next (default: the context)")
@@ -294,6 +294,7 @@ def check(args):
     for name, least in (("context", 2), ("stride", 1), ("batch_size", 1), ("limit", 1)):
         if (value := getattr(args, name)) is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    args.data = args.data or ("stdlib" if all(Path(name).is_dir() for name in args.models) else "wikitext-2")
     args.protocol = args.protocol or ("lambada" if args.data == "lambada" else "sliding")
     if args.data == "lambada" and args.protocol != "lambada":
         raise InputError(f"--data lambada has a protocol of its own: leave out --protocol {args.protocol}")

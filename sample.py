@@ -1,10 +1,10 @@
 """Let a model write: one prompt, several continuations, and a second model beside it if you like.
 
-    python sample.py                            the student in out/ and its teacher, side by side
-    python sample.py --model gpt2 distilgpt2 --prompt "The horse raced" --num 3 --temperature 0.8
+    python sample.py                                the student in out/
+    python sample.py --compare demo/teacher         ... and its teacher, after the same prompt
+    python sample.py --model gpt2 --compare distilgpt2 --prompt "The horse raced" --num 3
 """
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -20,7 +20,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--model", nargs="+", help="Hub ids or folders; without it, out/ and its teacher")
+    add("--model", default="out", help="Hub id or folder")
+    add("--compare", nargs="+", default=[], metavar="MODEL", help="more models, after the same prompt")
     add("--prompt", default=DEFAULT_PROMPT, help="the text to go on from; `-` reads it from standard input")
     add("--num", type=int, default=1, help="continuations of each model")
     add("--tokens", type=int, default=120, help="tokens of each continuation")
@@ -30,15 +31,6 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="of the draws")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps")
     return parser.parse_args(argv)
-
-
-def default_models():
-    """The student that distil.py left in out/, and its teacher."""
-    if not Path("out/config.json").exists():
-        raise InputError("no student in out/ yet: run `python distill.py` first, or pass --model gpt2")
-    args = Path("out/args.json")
-    teacher = json.loads(args.read_text())["teacher"] if args.exists() else "none"
-    return ["out"] if teacher == "none" else ["out", teacher]
 
 
 @torch.no_grad()
@@ -64,7 +56,9 @@ def main():
             raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is out of range; see --help")
     if args.prompt == "-":
         args.prompt = sys.stdin.read()
-    for name in args.model or default_models():
+    if args.model == "out" and not Path("out/config.json").exists():
+        raise InputError("no student in out/ yet: run `python distill.py` first, or pass --model gpt2")
+    for name in [args.model, *args.compare]:
         print(f"--- {name}")
         for text in continuations(name, args):
             print(args.prompt + text + "\n")

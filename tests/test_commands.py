@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fakehub import FakeHub
 
 from data import load_tokenizer
 from model import GPT2, GPT2Config, GPTNeoX, GPTNeoXConfig, load
@@ -32,11 +33,11 @@ def articles(n, topic):
 
 
 @pytest.fixture(scope="module")
-def world(request, tokenizers_dir):
+def world(tmp_path_factory, tokenizers_dir):
     """The Hub's gpt2, distilgpt2, pythia-70m and pythia-160m, narrow, and some rows of the data sets."""
     import pyarrow
     import pyarrow.parquet
-    hub = request.config.hub
+    hub = FakeHub(tmp_path_factory.mktemp("hub"))
     torch.manual_seed(0)
 
     def gpt2(n_layer):
@@ -67,7 +68,14 @@ def world(request, tokenizers_dir):
                 "data_files": [{"split": s, "path": f"wikitext-103-raw-v1/{s}-*"} for s in splits]}]
     (hub.root / "datasets" / "Salesforce" / "wikitext" / "README.md").write_text(
         "---\n" + json.dumps({"configs": configs}) + "\n---\n")
-    return hub
+    yield hub
+    hub.close()
+
+
+@pytest.fixture
+def run(run, world):
+    """A command, with this file's Hub instead of the one that all tests share."""
+    return lambda *argv, **env: run(*argv, **{**world.env, **env})
 
 
 COMMANDS = {
@@ -110,15 +118,15 @@ def opens_in_transformers(out):
 def test_recipes_run_on_two_processes(world, tmp_path, name):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                str(ROOT / "distill.py"), *COMMANDS[name], *SMALL]
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-                          capture_output=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **world.env, "OMP_NUM_THREADS": "1"},
+                          text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "2 x cpu" in done.stdout and len(load(tmp_path / "out").blocks) > 0
 
 
 def test_sample_from_the_hub(world, run):
-    argv = ["sample.py", "--model", "gpt2", "distilgpt2", "--prompt", "The part", "--tokens", "5",
-            "--num", "2"]
+    argv = ["sample.py", "--model", "gpt2", "--compare", "distilgpt2", "--prompt", "The part", "--tokens",
+            "5", "--num", "2"]
     done = run(*argv)
     assert done.returncode == 0, done.stderr
     assert re.findall(r"^--- (\S+)", done.stdout, re.M) == ["gpt2", "distilgpt2"]
@@ -145,7 +153,8 @@ def test_sample_with_bad_input(world, run, argv, message):
 
 
 def test_no_hub_names_the_offline_default(run):
-    done = run("distill.py", "--teacher", "gpt2", "--student-layers", "6", HF_HUB_OFFLINE="1", HF_HOME="empty")
+    done = run("distill.py", "--teacher", "gpt2", "--student-layers", "6", HF_HUB_OFFLINE="1",
+               HF_HOME="empty")
     assert done.returncode == 2 and "`python distill.py` needs no Hub" in done.stderr
 
 

@@ -195,9 +195,10 @@ def test_what_else_is_data(tmp_path, monkeypatch):
 
 def test_limit(measure, datasets):
     """Pages: the first texts; sliding: the first windows."""
-    pages = measure("gpt2", "--protocol", "pages", "--limit", 1)["results"]["gpt2"]
+    pages = measure("gpt2", "--data", "wikitext-2", "--protocol", "pages", "--limit", 1)["results"]["gpt2"]
     assert (pages["words"], pages["bytes"]) == (len(re.split(r"\s+", PAGES[0])), len(PAGES[0].encode()))
-    assert measure("gpt2", "--limit", 2)["results"]["gpt2"]["tokens"] == 2 * (CONTEXT - 1)
+    found = measure("gpt2", "--data", "wikitext-2", "--limit", 2)["results"]["gpt2"]
+    assert found["tokens"] == 2 * (CONTEXT - 1)
 
 
 def test_precision(measure, book):
@@ -309,7 +310,8 @@ def test_prepared_corpus(measure, zoo, tmp_path):
 
 
 def test_the_table_says_what_it_is(monkeypatch, capsys, zoo, datasets):
-    monkeypatch.setattr(sys, "argv", ["eval_ppl.py", str(zoo / "gpt2"), "--protocol=pages", "--device=cpu"])
+    argv = ["eval_ppl.py", str(zoo / "gpt2"), "--data=wikitext-2", "--protocol=pages", "--device=cpu"]
+    monkeypatch.setattr(sys, "argv", argv)
     eval_ppl.main()
     out = capsys.readouterr().out
     assert "wikitext-2, pages: rolling windows of 64 tokens" in out and "Detokeniser: that of wikitext" in out
@@ -342,7 +344,7 @@ def test_pages_and_lambada_are_the_harnesss(harness, measure, name):
     """To six digits, through the files that we export."""
     _, results = harness(name, "wikitext", "lambada_openai")
     theirs = results["results"]
-    pages = measure(name, "--protocol", "pages")["results"][name]
+    pages = measure(name, "--data", "wikitext-2", "--protocol", "pages")["results"][name]
     for ours, key in (("perplexity_per_word", "word_perplexity"), ("perplexity_per_byte", "byte_perplexity"),
                       ("bits_per_byte", "bits_per_byte")):
         assert value(pages, ours) == pytest.approx(theirs["wikitext"][f"{key},none"], rel=1e-6), ours
