@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import eval_ppl
-from data import load_tokenizer, prepare, run_cli
+from data import load_tokenizer, prepare, run_cli, train_tokenizer
 from model import GPT2, GPT2Config, GPTNeoX, GPTNeoXConfig, load, student_from
 
 ROOT = Path(__file__).parent.parent
@@ -51,14 +51,14 @@ def zoo(tmp_path_factory, tokenizers_dir):
 
 @torch.no_grad()
 def foreseen(folder):
-    """A text whose last word is the likeliest to the model; to a random one that seldom is a word."""
+    """Two texts: the model foresees the last word, and only its first token. A random one seldom foresees words."""
     model, tokenizer, rng = load(folder), load_tokenizer(folder), random.Random(0)
     for _ in range(1000):
         text = " ".join("".join(rng.choices("abcdehilmnoprstu", k=3)) for _ in range(5))
         ids = tokenizer.encode(text)
         word = tokenizer.decode([model(torch.tensor([ids]))[0, -1].argmax()])
         if re.fullmatch(r" [A-Za-z]+", word) and len(tokenizer.encode(text + word)) == len(ids) + 1:
-            return text + word
+            return [text + word, text + word + "!?"]
     raise AssertionError("this model never foresees a word")
 
 
@@ -86,8 +86,8 @@ def datasets(request, zoo):
     write("EleutherAI/wikitext_document_level", pages, "wikitext-2-raw-v1", every)
     write("EleutherAI/lambada_openai", [{"text": text} for text in (
         "The fox ran into the wood . Nobody saw the fox", "Rain fell all night, and then there was more rain",
-        "\"You,\" she said , \"are not the one I\"  wanted", "Yes: no\n\nmaybe so", foreseen(zoo / "gpt2"),
-        foreseen(zoo / "neox"))])
+        "\"You,\" she said , \"are not the one I\"  wanted", "Yes: no\n\nmaybe so", *foreseen(zoo / "gpt2"),
+        *foreseen(zoo / "neox"))])
     write("baber/piqa", [{"goal": f"To dry {x},", "sol1": "hang it up.", "sol2": "drown it.", "label": 0}
                          for x in ("a shirt", "hay")], splits=("train", "validation"))
     write("allenai/winogrande", [{"sentence": f"The {x} did not fit in the box, as _ was too large.",
@@ -210,13 +210,14 @@ def test_precision(measure, book):
     assert found["bf16-pure"]["megabytes"] <= found["fp32"]["megabytes"]
 
 
-def test_long_texts_are_encoded_in_pieces_that_change_nothing(tokenizers_dir):
+def test_long_texts_are_encoded_in_pieces_that_change_nothing(tokenizers_dir, tmp_path):
     rng = random.Random(0)
-    for name in ("gpt2", "neox"):
-        tokenizer = load_tokenizer(tokenizers_dir / name)
-        for _ in range(20):
-            text = "".join(rng.choices(["\n", " ", "  ", "a", "def f(", "'s", "é", "e\u0301", "\r\n", "\t",
-                                        "9", "\x85", "\u2003", "\u0301", "long" * 300], k=300))
+    parts = ["\n", " ", "  ", "a", "def f(", "'s", "é", "e\u0301", "\r\n", "\t", "9", "\x85", "\u2003", "\u0301"]
+    texts = ["".join(rng.choices(parts, k=20_000)) for _ in range(10)]
+    train_tokenizer(texts, 600, tmp_path)  # has tokens for whitespace of all kinds
+    for folder in (tmp_path, tokenizers_dir / "gpt2", tokenizers_dir / "neox"):
+        tokenizer = load_tokenizer(folder)
+        for text in texts:
             ids = eval_ppl.tokenize(text, Namespace(protocol="sliding"), tokenizer)[0]
             assert ids.tolist() == tokenizer.encode(text)
 
@@ -261,8 +262,8 @@ def test_logits_exist_for_a_chunk_at_a_time(zoo, monkeypatch):
 
 
 def test_models_side_by_side(measure, book):
-    found = measure("gpt2", "student", "neox", "gpt2", "--data", book, "--context", 32)["results"]
-    assert list(found) == ["gpt2", "student", "neox"]
+    found = measure("gpt2", "neox", "student", "gpt2", "--data", book, "--context", 32)["results"]
+    assert list(found) == ["gpt2", "neox", "student"]
     assert value(found["gpt2"], "KL_to_first") == 0 and value(found["gpt2"], "same_top_1_as_first") == 1
     assert value(found["student"], "KL_to_first") > 0.1 and value(found["student"], "same_top_1_as_first") < 1
     assert "KL_to_first" not in found["neox"]  # other tokens
@@ -271,6 +272,8 @@ def test_models_side_by_side(measure, book):
     alone = measure("student", "--data", book, "--context", 32)["results"]["student"]
     assert alone["perplexity_per_byte"] == pytest.approx(found["student"]["perplexity_per_byte"], rel=1e-6)
     assert "KL_to_first" not in alone
+    found = measure("neox", "gpt2", "student", "--data", book, "--context", 32)["results"]
+    assert not any("KL_to_first" in figures for figures in found.values())  # the first is of another kind
 
 
 def test_standard_error_is_the_jackknifes():
@@ -284,10 +287,11 @@ def test_standard_error_is_the_jackknifes():
             nll.append(tokens * (3 + rng.normal() + cluster % 3))
     scores = torch.zeros(4, len(found), dtype=torch.float64)
     scores[0] = torch.tensor(nll)
-    error = eval_ppl.figures(scores, found, Namespace(protocol="pages"), False)["bits_per_byte"][1]
+    figures = eval_ppl.figures(scores, found, Namespace(protocol="pages"), False)
     nll, size, cluster = scores[0].numpy(), np.array([w[3] for w in found]), np.array([w[4] for w in found])
-    without = np.array([nll[cluster != c].sum() / size[cluster != c].sum() for c in range(400)]) / math.log(2)
-    assert error == pytest.approx(math.sqrt(399 * without.var()), rel=0.01)
+    without = np.array([nll[cluster != c].sum() / size[cluster != c].sum() for c in range(400)])
+    for name, values in (("bits_per_byte", without / math.log(2)), ("perplexity_per_byte", np.exp(without))):
+        assert figures[name][1] == pytest.approx(math.sqrt(399 * values.var()), rel=0.01), name
 
 
 def corpus_of(folder, tokenizer):
@@ -352,13 +356,14 @@ def test_pages_and_lambada_are_the_harnesss(harness, measure, name):
     theirs = theirs["lambada_openai"]
     assert value(lambada, "perplexity_per_word") == pytest.approx(theirs["perplexity,none"], rel=1e-6)
     assert lambada["accuracy"] == pytest.approx([theirs["acc,none"], theirs["acc_stderr,none"]])
-    assert lambada["words"] == 6 and lambada["accuracy"][0] > 0
+    assert lambada["words"] == 8 and lambada["accuracy"][0] > 0
 
 
 def test_detokeniser_is_the_harnesss():
     from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
     rng = random.Random(0)
-    bits = ["s '", "/' 5/", " @-@ ", " @,@ ", " @.@ ", "@", *" :;.!?,()[]{}\"'=\n°N", " 's", "= = = =", "ab"]
+    bits = ["s '", "/' 5/", "@-@ ", "@,@ ", "@.@ ", *"()[]{}\"'=\n", "° ", "N ", "'s", "= = = =", "ab", "  "]
+    bits += [" "] * 8 + [f"{c} " for c in ":;.!?,"] * 3
     for text in PAGES + ["".join(rng.choices(bits, k=rng.randrange(60))) for _ in range(3000)]:
         assert eval_ppl.detokenize(text) == wikitext_detokenizer({"page": text}), repr(text)
     assert eval_ppl.detokenize(' = Oz = \n It is " 1 @.@ 5 " km . \n') == ' = Oz =\nIt is "1.5" km.\n'
@@ -381,7 +386,7 @@ def test_table_1_of_distilpythia(harness, zoo):
                 assert theirs == pytest.approx(logp.gather(1, target[:, None]).sum().item(), rel=1e-5)
                 assert greedy == (logp.argmax(-1) == target).all().item()
                 seen += 1
-    assert seen == 2 * 2 + 2 * 2 + 6 + 2 * 3 + 2 * 4 + 2 * 2
+    assert seen == 2 * 2 + 2 * 2 + 8 + 2 * 3 + 2 * 4 + 2 * 2
 
 
 # ------------------------------------------------------------------------------------ memory, bad input
