@@ -43,6 +43,13 @@ def etag(path):
     return hashlib.sha1(path.read_bytes()).hexdigest()
 
 
+def commit(repo):
+    """Another one as soon as a file of the repository changes, so that the clients' caches notice."""
+    files = sorted(path for path in repo.rglob("*") if path.is_file())
+    listing = "".join(f"{path.relative_to(repo)} {etag(path)}\n" for path in files)
+    return hashlib.sha1(listing.encode()).hexdigest()
+
+
 def entry(path, repo):
     """What the Hub says about a file or folder of a repository."""
     name = path.relative_to(repo).as_posix()
@@ -90,7 +97,8 @@ class Handler(BaseHTTPRequestHandler):
         files = [{"rfilename": entry(p, repo)["path"]} for p in sorted(repo.rglob("*")) if p.is_file()]
         date = "2024-01-01T00:00:00.000Z"
         return self.send_json({
-            "id": match["repo"], "sha": COMMIT, "siblings": files, "tags": [], "downloads": 0, "likes": 0,
+            "id": match["repo"], "sha": commit(repo), "siblings": files, "tags": [], "downloads": 0,
+            "likes": 0,
             "private": False, "gated": False, "disabled": False, "lastModified": date, "createdAt": date})
 
     def send_json(self, obj, code=200, error=None):
@@ -106,7 +114,7 @@ class Handler(BaseHTTPRequestHandler):
         if not path.is_file():
             return self.send_json({}, 404, "EntryNotFound")
         content = path.read_bytes()
-        headers = {"ETag": f'"{etag(path)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{etag(path)}"', "X-Repo-Commit": commit(repo), "Accept-Ranges": "bytes"}
         code, size = 200, len(content)
         if asked := re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "")):
             start = int(asked[1]) if asked[1] else size - int(asked[2])

@@ -51,7 +51,7 @@ def zoo(tmp_path_factory, tokenizers_dir):
 
 @torch.no_grad()
 def foreseen(folder):
-    """Two texts: the model foresees the last word, and only its first token. A random one seldom foresees words."""
+    """Two texts: the model foresees the last word, and only its first token, as a random one seldom does."""
     model, tokenizer, rng = load(folder), load_tokenizer(folder), random.Random(0)
     for _ in range(1000):
         text = " ".join("".join(rng.choices("abcdehilmnoprstu", k=3)) for _ in range(5))
@@ -212,7 +212,8 @@ def test_precision(measure, book):
 
 def test_long_texts_are_encoded_in_pieces_that_change_nothing(tokenizers_dir, tmp_path):
     rng = random.Random(0)
-    parts = ["\n", " ", "  ", "a", "def f(", "'s", "é", "e\u0301", "\r\n", "\t", "9", "\x85", "\u2003", "\u0301"]
+    parts = ["\n", " ", "  ", "a", "def f(", "'s", "é",
+             "e\u0301", "\r\n", "\t", "9", "\x85", "\u2003", "\u0301"]
     texts = ["".join(rng.choices(parts, k=20_000)) for _ in range(10)]
     train_tokenizer(texts, 600, tmp_path)  # has tokens for whitespace of all kinds
     for folder in (tmp_path, tokenizers_dir / "gpt2", tokenizers_dir / "neox"):
