@@ -294,7 +294,8 @@ def check(args):
     for name, least in (("context", 2), ("stride", 1), ("batch_size", 1), ("limit", 1)):
         if (value := getattr(args, name)) is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-    args.data = args.data or ("stdlib" if all(Path(name).is_dir() for name in args.models) else "wikitext-2")
+    offline = args.protocol != "pages" and all(Path(name).is_dir() for name in args.models)
+    args.data = args.data or ("stdlib" if offline else "wikitext-2")
     args.protocol = args.protocol or ("lambada" if args.data == "lambada" else "sliding")
     if args.data == "lambada" and args.protocol != "lambada":
         raise InputError(f"--data lambada has a protocol of its own: leave out --protocol {args.protocol}")
