@@ -27,12 +27,14 @@ import sys
 import sysconfig
 import time
 import unicodedata
+import zipfile
 import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 
 EOT = "<|endoftext|>"
 
@@ -89,6 +91,57 @@ def fetch(name_or_dir, filename, required=True):
         if required:
             raise hub_error(f"{filename} of {name_or_dir}", error) from error
         return None
+
+
+def weight_files(name_or_dir):
+    """The files with the weights: safetensors before .bin, one file before shards."""
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        if path := fetch(name_or_dir, whole, required=False):
+            return [path]
+        if index := fetch(name_or_dir, whole + ".index.json", required=False):
+            try:
+                shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+            except (ValueError, TypeError, LookupError, AttributeError) as error:
+                raise InputError(f"{index} is damaged ({error!r:.99}): delete and fetch it again") from error
+            return [fetch(name_or_dir, shard) for shard in shards]
+    return [fetch(name_or_dir, "model.safetensors")]  # says that there is none, or that the Hub is silent
+
+
+def read_tensors(path):
+    """Yield (name, tensor) of one checkpoint file, large ones first. It is mapped into memory, anew after
+    each of them to free the pages that were read. No code in a pickle is run."""
+    import torch
+    from safetensors.torch import load_file
+    mapped = path.suffix != ".bin" or zipfile.is_zipfile(path)  # a .bin from before 2020 is read as a whole
+    unpickle = functools.partial(torch.load, path, map_location="cpu", weights_only=True, mmap=mapped)
+    read = unpickle if path.suffix == ".bin" else functools.partial(load_file, path)
+    try:
+        tensors = read()
+        for name in sorted(tensors, key=lambda name: -tensors[name].numel()):
+            yield name, tensors[name]
+            if mapped and tensors[name].numel() > 2**20:
+                tensors = read()
+    except Exception as error:  # damage shows as errors of a dozen kinds
+        raise InputError(f"{path} is damaged or no weights ({error!r:.99}): fetch it again") from error
+
+
+@contextlib.contextmanager
+def replaced(path):
+    """The name of a temporary file that takes the place of `path` once it is complete and safely on disk."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)  # safetensors makes its files readable for their owner alone
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} cannot be written ({reason}); what was there is intact") from error
 
 
 # --- 2. Tokenizer -----------------------------------------------------------------------------------------
@@ -504,12 +557,11 @@ def restart(part, wanted):
 
 def save(path, numbers, files):
     """Write JSON that is there whole or not at all, and not before what it says about these files is true."""
-    with open(f"{path}.tmp", "w") as file:
-        json.dump(numbers, file, indent=2)
-        for written in (*files, file):
-            written.flush()
-            os.fsync(written.fileno())
-    os.replace(f"{path}.tmp", path)
+    for file in files:
+        file.flush()
+        os.fsync(file.fileno())
+    with replaced(path) as temporary:
+        temporary.write_text(json.dumps(numbers, indent=2))
 
 
 def batched(documents, size=2**20):

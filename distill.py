@@ -6,7 +6,8 @@
 
 Read in this order:
   RECIPES            each shipped or published run, as data
-  distillation_loss  T² * KL(teacher || student) + CLM, in chunks of tokens, gradients included
+  plain_loss         T² * KL(teacher || student) + CLM, as on a blackboard
+  distillation_loss  the same from hidden states, in chunks of tokens, gradients included
   train              the loop: batch, forward, backward, step, log, save
   main               from the command line to the closing table
 What surrounds the loop (processes, log, stopping and resuming) is in run.py.
@@ -129,33 +130,17 @@ def parse_args(argv=None):
     return args
 
 
-def check(args):
-    """Refuse what can be refused before anything is loaded."""
-    def refuse(names, condition, wanted):
-        for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not condition(value):
-                raise InputError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
-
-    refuse("temperature batch_size grad_accum seq_len steps epochs lr eps chunk_size save_interval "
-           "eval_tokens workers",
-           lambda value: 0 < value < math.inf, "above 0")
-    refuse("kd_weight clm_weight cos_weight weight_decay grad_clip eval_interval",
-           lambda value: 0 <= value < math.inf, "0 or more")
-    refuse("warmup dropout attention_dropout", lambda value: 0 <= value < 1, "at least 0 and below 1")
-    if not args.teacher:
-        raise InputError("--teacher is missing: name a model, or `none` to train on the text alone")
-    if bool(args.student) == bool(args.student_layers):
-        raise InputError("name one student: --student-layers (of the teacher) or --student (another model)")
-    if args.teacher == "none":
-        if args.student_layers:
-            raise InputError("--student-layers are a teacher's; with --teacher none name a --student")
-        args.kd_weight = args.cos_weight = 0.0
-    if args.kd_weight + args.clm_weight + args.cos_weight == 0:
-        raise InputError("all weights of the loss are 0: nothing would be learned; raise one of them")
-
-
 # ------------------------------------------------------------------------------------ the loss
+def plain_loss(s, t, targets, temperature=2.0, kd_weight=0.5, clm_weight=0.5):
+    """The definition, from whole logits s, t (N, V); -100 in targets (N,) counts in neither term. All that
+    follows computes the same, and its gradient, in less memory and time; the tests hold it against this."""
+    s, t, y = s[targets != -100], t[targets != -100], targets[targets != -100]
+    log_p, log_q = (t / temperature).log_softmax(-1), (s / temperature).log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum()
+    clm = F.cross_entropy(s, y, reduction="sum")
+    return kd_weight * temperature**2 * kl + clm_weight * clm, kl, clm
+
+
 class Losses(NamedTuple):
     """Sums over the counted tokens of a micro-batch; kl, clm and teacher_clm in nats."""
     loss: torch.Tensor
@@ -196,40 +181,33 @@ def all_losses(student_hidden, student_head, teacher_hidden, teacher_head, targe
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Both terms and their gradients in one pass over chunks of tokens.
+    """The loss and its gradients in one pass over chunks of tokens.
 
     Logits are a language model's largest tensors (2 x 2048 tokens x 50,304 entries = 0.8 GB in float32), and
-    autograd would keep several. Here they live for one chunk; what stays are two gradients, of hidden states
-    and head. With logits s, t and p = softmax(t / T), q = softmax(s / T) they begin as
-        d/ds T² * KL(p || q) = T * (q - p)          d/ds CLM = softmax(s) - onehot(target)
+    autograd would keep several. Here they live for one chunk, in memory that the next one uses again; what
+    stays are two gradients, of hidden states and head.
     """
 
     @staticmethod
     def forward(ctx, student_hidden, student_head, teacher_hidden, teacher_head, targets, T, kd_weight,
                 clm_weight, chunk_size):
-        dtype = matmul_dtype(student_hidden)
-        head = student_head.to(dtype)
-        teacher_head = None if teacher_head is None else teacher_head.to(dtype)
+        dtype, V, device = matmul_dtype(student_hidden), len(student_head), targets.device
+        heads = [head.to(dtype) for head in (student_head, teacher_head) if head is not None]
         grad_hidden = torch.zeros_like(student_hidden)
         grad_head = torch.zeros_like(student_head, dtype=torch.float32)
-        kl, clm, teacher_clm = torch.zeros(3, device=targets.device)
+        sums = torch.zeros(3, device=device)
+        logits = torch.empty(len(heads), min(chunk_size, len(targets)), V, dtype=dtype, device=device)
+        few = max(1, 2**20 // V) if device.type == "cpu" else chunk_size  # 4 MB stay in a CPU's cache
         for rows in (targets != -100).nonzero().flatten().split(chunk_size):  # n <= chunk_size counted tokens
-            x, y = student_hidden[rows].to(dtype), targets[rows, None]  # (n, C), (n, 1)
-            s = (x @ head.T).float()  # (n, V)
-            log_q = s.log_softmax(-1)
-            clm -= log_q.gather(1, y).sum()
-            grad = log_q.exp_().mul_(clm_weight)
-            grad.scatter_add_(1, y, grad.new_full(y.shape, -clm_weight))
-            if teacher_head is not None:
-                t = (teacher_hidden[rows].to(dtype) @ teacher_head.T).float()  # (n, V)
-                teacher_clm += F.cross_entropy(t, y[:, 0], reduction="sum")
-                log_p, log_q = t.div_(T).log_softmax(-1), s.div_(T).log_softmax(-1)
-                p = log_p.exp()
-                kl += torch.dot(p.flatten(), log_p.sub_(log_q).flatten())
-                grad += log_q.exp_().sub_(p).mul_(kd_weight * T)
-            grad = grad.to(dtype)
-            grad_hidden[rows] = (grad @ head).to(grad_hidden.dtype)
-            grad_head += grad.T @ x
+            inputs = [hidden[rows].to(dtype) for hidden in (student_hidden, teacher_hidden)[:len(heads)]]
+            s, *t = (torch.mm(x, head.T, out=out[:len(rows)])  # each (n, V)
+                     for x, head, out in zip(inputs, heads, logits, strict=True))
+            for part in zip(*(tensor.split(few) for tensor in (targets[rows, None], s, *t)), strict=True):
+                sums += loss_and_gradient_(*part, T=T, kd_weight=kd_weight, clm_weight=clm_weight)
+            grad_hidden[rows] = (s @ heads[0]).to(grad_hidden.dtype)  # s is d loss / d logits by now
+            for total, columns in zip(grad_head.split(4096), s.split(4096, dim=1), strict=True):
+                total += columns.T @ inputs[0]  # summed in float32, in pieces that stay in the cache
+        kl, clm, teacher_clm = sums
         ctx.gradients = grad_hidden, grad_head.to(student_head.dtype)
         ctx.mark_non_differentiable(kl, clm, teacher_clm)
         return kd_weight * T**2 * kl + clm_weight * clm, kl, clm, teacher_clm
@@ -237,8 +215,39 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, *_):
-        grad_hidden, grad_head = ctx.gradients
-        return grad_hidden * grad_loss, grad_head * grad_loss, *[None] * 7
+        (grad_hidden, grad_head), ctx.gradients = ctx.gradients, None  # scaled in place, so for one use only
+        return grad_hidden.mul_(grad_loss), grad_head.mul_(grad_loss), *[None] * 7
+
+
+def loss_and_gradient_(y, s, t=None, *, T, kd_weight, clm_weight):
+    """Targets y (n, 1), logits s and t (n, V) -> sums (kl, clm, teacher's clm); s becomes d loss / d s.
+
+    Gradients are differences of distributions. With p = softmax(t / T) and q = softmax(s / T):
+        d/ds T² * KL(p || q) = T * (q - p)        d/ds CLM = softmax(s) - onehot(y)
+    One exponential makes two of them: e = exp(s / T) is q but for a factor, and e**T is softmax(s).
+    """
+    z_s, e_s = exponentials(s, T)
+    sum_s, grad = e_s.sum(-1, keepdim=True), e_s**T
+    total = grad.sum(-1, keepdim=True)
+    clm = (total.log() - T * z_s.gather(1, y)).sum()
+    grad.mul_(clm_weight / total).scatter_add_(1, y, torch.full_like(total, -clm_weight))
+    kl = teacher_clm = torch.zeros_like(clm)
+    if t is not None:
+        z_t, e_t = exponentials(t, T)
+        teacher_clm = ((e_t**T).sum(-1, keepdim=True).log() - T * z_t.gather(1, y)).sum()
+        sum_t = e_t.sum(-1, keepdim=True)
+        p, q = e_t.div_(sum_t), e_s.div_(sum_s)
+        kl = z_t.sub_(z_s).mul_(p).sum() + (sum_s / sum_t).log().sum()
+        grad.add_(q.sub_(p), alpha=kd_weight * T)
+    s.copy_(grad)
+    return torch.stack((kl, clm, teacher_clm))
+
+
+def exponentials(logits, T):
+    """Logits / T in float32, shifted so that the largest of a row is 0, and their exponentials."""
+    z = logits.float() / T
+    z -= z.amax(-1, keepdim=True)
+    return z, z.exp()
 
 
 def matmul_dtype(tensor):
@@ -395,7 +404,7 @@ def parse_layers(text, depth):
 
 def main():
     args = parse_args()
-    check(args)
+    run.check(args)
     if args.device == "auto":
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         args.device = "cuda" if torch.cuda.is_available() else mps
@@ -421,6 +430,7 @@ def main():
         if not args.resume:
             for name in run.RUN_FILES:
                 (out / name).unlink(missing_ok=True)
+                (out / "control" / name).unlink(missing_ok=True)
             (out / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
     control = copy.deepcopy(student) if args.control and teacher else None
     networks = {"teacher": teacher} if teacher else {}

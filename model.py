@@ -10,21 +10,16 @@ Shapes: B batch, T tokens, C width, H heads, D = C / H head width, V vocabulary,
 References: GPT-2 (Radford et al. 2019), GPT-NeoX-20B (Black et al. 2022, arXiv 2204.06745).
 """
 import json
-import os
 import re
-import tempfile
-import zipfile
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from data import InputError, fetch
+from data import InputError, fetch, read_tensors, replaced, weight_files
 
 GELU = {"gelu": "none", "gelu_new": "tanh", "gelu_fast": "tanh", "gelu_pytorch_tanh": "tanh"}
 
@@ -41,16 +36,15 @@ class Attention(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width, bias), nn.Linear(width, width, bias)
         self.drop = nn.Dropout(0.0)  # of attention weights
 
-    def forward(self, x, rotary=None, cache=None):
-        """x (B, T, C) -> (B, T, C). `cache`: [k, v] of the tokens before x; those of x are added to it."""
+    def forward(self, x, rotary=None, cache=None, past=0):
+        """x (B, T, C) -> (B, T, C). `cache` (2, B, H, room, D): k and v of `past` tokens, to which x's go."""
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
-            if cache:
-                k, v = torch.cat((cache[0], k), 2), torch.cat((cache[1], v), 2)  # (B, H, past + T, D)
-            cache[:] = k, v
+            cache[0, :, :, past:past + T], cache[1, :, :, past:past + T] = k, v
+            k, v = cache[:, :, :, :past + T]  # each (B, H, past + T, D)
         dropout = self.drop.p if self.training else 0.0
         # One new token may look at all of the past, so it needs no mask; a whole text needs the causal one.
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)  # (B, H, T, D)
@@ -75,13 +69,18 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, mlp_width), nn.Linear(mlp_width, width)
         self.drop = nn.Dropout(0.0)
 
-    def forward(self, x, rotary=None, cache=None):
-        attended = x + self.drop(self.attention(self.norm1(x), rotary, cache))
+    def forward(self, x, rotary=None, cache=None, past=0):
+        attended = x + self.drop(self.attention(self.norm1(x), rotary, cache, past))
         h = self.up(self.norm2(x if self.parallel else attended))
         return attended + self.drop(self.down(F.gelu(h, approximate=self.gelu)))
 
 
 # ----------------------------------------------------------------------------------------- both models
+def likeliest(logits):
+    """Greedy: logits (B, V) -> the likeliest token of each (B, 1)."""
+    return logits.argmax(-1, keepdim=True)
+
+
 class GPT(nn.Module):
     """Blocks between an embedding and a head; GPT2 and GPTNeoX say how positions get in (`embed_at`)."""
 
@@ -120,27 +119,33 @@ class GPT(nn.Module):
         """ids (B, T) -> logits (B, T, V)."""
         return F.linear(self.hidden(ids), self.head_weight)
 
-    def hidden(self, ids, cache=None):
-        """ids (B, T) -> final hidden states after the last norm (B, T, C). `cache`: a list a layer, empty at
-        first; ids continue the tokens in it and are added: any number to an empty one, then one at a time."""
-        past = cache[0][0].size(2) if cache and cache[0] else 0
+    def hidden(self, ids, cache=None, past=0):
+        """ids (B, T) -> final hidden states after the last norm (B, T, C). With a `cache` that holds `past`
+        tokens ids go on from them and are added: any number to an empty one, then one at a time."""
         x, rotary = self.embed_at(ids, past)
         x = self.drop(x)  # (B, T, C)
         for i, block in enumerate(self.blocks):
-            x = block(x, rotary, None if cache is None else cache[i])
+            x = block(x, rotary, None if cache is None else cache[i], past)
         return self.norm(x)
 
+    def new_cache(self, batch, room):
+        """Place for the keys and values of `room` tokens: (layers, 2, batch, H, room, D)."""
+        n_head, width = self.blocks[0].attention.n_head, len(self.norm.weight)
+        return self.norm.weight.new_empty(len(self.blocks), 2, batch, n_head, room, width // n_head)
+
     @torch.no_grad()
-    def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
-        """ids (B, T) -> (B, T + max_new_tokens); greedy at temperature 0. Past the context it slides: of a
-        full window the older half is dropped and the rest read again, as absolute positions cannot move."""
-        cache, unread = [[] for _ in self.blocks], ids[:, -self.context:]
+    def generate(self, ids, max_new_tokens, choose=likeliest):
+        """ids (B, T) -> (B, T + max_new_tokens). `choose`: logits (B, V) -> tokens (B, 1); see sample.py. A
+        full window slides: its older half goes, the rest is read again, as absolute positions cannot move."""
+        cache = self.new_cache(ids.size(0), min(self.context, ids.size(1) + max_new_tokens))
+        unread, past = ids[:, -self.context:], 0
         for _ in range(max_new_tokens):
-            logits = F.linear(self.hidden(unread, cache)[:, -1], self.head_weight)  # (B, V)
-            unread = sample(logits.float(), temperature, top_k, top_p, generator)
+            logits = F.linear(self.hidden(unread, cache, past)[:, -1], self.head_weight)  # (B, V)
+            past += unread.size(1)
+            unread = choose(logits)
             ids = torch.cat((ids, unread), 1)
-            if cache[0][0].size(2) == self.context:
-                cache, unread = [[] for _ in self.blocks], ids[:, -max(1, self.context // 2):]
+            if past == self.context:
+                unread, past = ids[:, -max(1, self.context // 2):], 0
         return ids
 
     def checkpoint_names(self):
@@ -151,43 +156,18 @@ class GPT(nn.Module):
         return {module + dot + leaf: names[module] + dot + leaf for module, dot, leaf in parts}
 
     def save(self, folder):
-        """The inverse of `load`: config.json, generation_config.json, model.safetensors as on the Hub, each
-        complete before it gets its name, so that nobody ever finds half a file."""
+        """The inverse of `load`: config.json, generation_config.json, model.safetensors as on the Hub."""
         state, names = self.state_dict(), self.checkpoint_names()
         tensors = {names[ours]: self.layout(ours, state[ours], saving=True).contiguous() for ours in names}
         ends = {"bos_token_id": self.config.eos_token_id, "eos_token_id": self.config.eos_token_id}
         dtype = str(self.embed.weight.dtype).removeprefix("torch.")
         config = {"architectures": [self.HF_CLASS], "model_type": self.MODEL_TYPE, "torch_dtype": dtype,
                   **asdict(self.config), **ends}
-        try:
-            os.makedirs(folder, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as new:
-                save_file(tensors, Path(new, "model.safetensors"), {"format": "pt"})
-                Path(new, "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
-                Path(new, "config.json").write_text(json.dumps(config, indent=2) + "\n")
-                for file in sorted(Path(new).iterdir(), reverse=True):  # config.json last
-                    file.chmod(0o644)  # safetensors makes its file readable for the owner alone
-                    with open(file, "r+b") as written:
-                        os.fsync(written.fileno())
-                    os.replace(file, Path(folder, file.name))
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{folder} cannot be written: {error}") from error
-
-
-def sample(logits, temperature, top_k=None, top_p=None, generator=None):
-    """Logits (B, V) -> a token each (B, 1). top_p keeps the fewest tokens that have this much probability."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
-    if top_k:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p:
-        descending, order = logits.sort(descending=True)
-        p = descending.softmax(-1)
-        descending[p.cumsum(-1) - p >= top_p] = -torch.inf  # what stands before it already suffices
-        logits = torch.empty_like(logits).scatter(-1, order, descending)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        with replaced(Path(folder, "model.safetensors")) as file:
+            save_file(tensors, file, {"format": "pt"})
+        for name, content in (("generation_config.json", ends), ("config.json", config)):
+            with replaced(Path(folder, name)) as file:
+                file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 # ----------------------------------------------------------------------------------------- what differs
@@ -312,7 +292,7 @@ def load(name_or_dir, device="cpu", dtype=torch.float32):
     state, empty, names = {}, model.state_dict(), model.checkpoint_names()
     ours = {re.sub(BASE, "", theirs): name for name, theirs in names.items()}
     ours.setdefault(NAMES["head"][model.COLUMN] + ".weight", "embed.weight")  # some hold a tied head, too
-    for path in checkpoint_files(name_or_dir):
+    for path in weight_files(name_or_dir):
         for theirs, tensor in read_tensors(path):
             name = ours.get(re.sub(BASE, "", theirs))
             if name is None and re.search(IGNORED, theirs):
@@ -347,36 +327,6 @@ def build(name_or_dir):
         return model(config(**{f.name: raw[f.name] for f in fields(config) if f.name in raw}))
     except (ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise InputError(f"{path} describes no model: {str(error).splitlines()[0]}") from error
-
-
-def checkpoint_files(name_or_dir):
-    """The files with the weights: safetensors before .bin, one file before shards."""
-    for whole in ("model.safetensors", "pytorch_model.bin"):
-        if path := fetch(name_or_dir, whole, required=False):
-            return [path]
-        if index := fetch(name_or_dir, whole + ".index.json", required=False):
-            try:
-                shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-            except (ValueError, TypeError, LookupError, AttributeError) as error:
-                raise InputError(f"{index} is damaged ({error!r:.99}): delete and fetch it again") from error
-            return [fetch(name_or_dir, shard) for shard in shards]
-    return [fetch(name_or_dir, "model.safetensors")]  # says that there is none, or that the Hub is silent
-
-
-def read_tensors(path):
-    """Yield (name, tensor) of one checkpoint file, large ones first. It is mapped into memory, anew after
-    each of them to free the pages that were read. No code in a pickle is run."""
-    mapped = path.suffix != ".bin" or zipfile.is_zipfile(path)  # a .bin from before 2020 is read as a whole
-    unpickle = partial(torch.load, path, map_location="cpu", weights_only=True, mmap=mapped)
-    read = unpickle if path.suffix == ".bin" else partial(load_file, path)
-    try:
-        tensors = read()
-        for name in sorted(tensors, key=lambda name: -tensors[name].numel()):
-            yield name, tensors[name]
-            if mapped and tensors[name].numel() > 2**20:
-                tensors = read()
-    except Exception as error:  # damage shows as errors of a dozen kinds
-        raise InputError(f"{path} is damaged or no weights ({error!r:.99}): fetch it again") from error
 
 
 # ----------------------------------------------------------------------------------------- students

@@ -2,6 +2,7 @@
 
 Read in this order:
   Ranks                       one process, or the many that torchrun started
+  check                       settings that cannot work
   Log, print_plan, validate   what a person sees: before, during, after
   stop_signals                Ctrl-C and SIGTERM
   claim, save_state, resume   --out belongs to one run, and that run survives being killed at any moment
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import InputError
+from data import InputError, replaced
 from eval_ppl import compare
 
 
@@ -74,6 +75,32 @@ def bf16_is_fast(device):
             a @ a
         seconds.append(time.perf_counter() - started)
     return seconds[0] < seconds[1]
+
+
+def check(args):
+    """Refuse what can be refused before anything is loaded."""
+    def refuse(names, condition, wanted):
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not condition(value):
+                raise InputError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
+
+    refuse("temperature batch_size grad_accum seq_len steps epochs lr eps chunk_size save_interval "
+           "eval_tokens workers",
+           lambda value: 0 < value < math.inf, "above 0")
+    refuse("kd_weight clm_weight cos_weight weight_decay grad_clip eval_interval",
+           lambda value: 0 <= value < math.inf, "0 or more")
+    refuse("warmup dropout attention_dropout", lambda value: 0 <= value < 1, "at least 0 and below 1")
+    if not args.teacher:
+        raise InputError("--teacher is missing: name a model, or `none` to train on the text alone")
+    if bool(args.student) == bool(args.student_layers):
+        raise InputError("name one student: --student-layers (of the teacher) or --student (another model)")
+    if args.teacher == "none":
+        if args.student_layers:
+            raise InputError("--student-layers are a teacher's; with --teacher none name a --student")
+        args.kd_weight = args.cos_weight = 0.0
+    if args.kd_weight + args.clm_weight + args.cos_weight == 0:
+        raise InputError("all weights of the loss are 0: nothing would be learned; raise one of them")
 
 
 # ------------------------------------------------------------------------------------ what a person sees
@@ -193,19 +220,6 @@ def stop_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def replaced(path):
-    """The name of a temporary file that takes the place of `path` once it is complete and safely on disk."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); what was there is intact") from error
 
 
 RUN_FILES = ("args.json", "log.csv", "train_state.pt", "config.json", "generation_config.json",

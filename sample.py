@@ -6,12 +6,13 @@
 """
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from data import InputError, load_tokenizer, run_cli
-from model import load
+from model import likeliest, load
 
 DEFAULT_PROMPT = "def read_config(path):"
 
@@ -29,21 +30,40 @@ def parse_args(argv=None):
     add("--top-k", type=int, default=50, help="draw from the k likeliest tokens; 0: from all")
     add("--top-p", type=float, default=1.0, help="draw from the fewest tokens with this much probability")
     add("--seed", type=int, default=0, help="of the draws")
+    add("--precision", choices=["fp32", "bf16"], default="fp32", help="of the weights; bf16 is faster")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps")
     return parser.parse_args(argv)
 
 
-@torch.no_grad()
+def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Logits (B, V) -> a token each (B, 1): the likeliest at temperature 0, otherwise drawn, from the `top_k`
+    likeliest (0: all), from the fewest with probability `top_p` (Holtzman et al. 2019, arXiv 1904.09751)."""
+    if temperature == 0:
+        return likeliest(logits)
+    logits = logits.float() / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p < 1:
+        descending, order = logits.sort(descending=True)
+        p = descending.softmax(-1)
+        descending[p.cumsum(-1) - p >= top_p] = -torch.inf  # what stands before it already suffices
+        logits = torch.empty_like(logits).scatter(-1, order, descending)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+
 def continuations(name, args):
     """Yields the texts that the model `name` writes after the prompt."""
-    model, tokenizer = load(name, args.device), load_tokenizer(name)
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    model, tokenizer = load(name, args.device, dtype), load_tokenizer(name)
     prompt = tokenizer.encode(args.prompt) or [tokenizer.eot]  # an empty prompt: the start of any document
     if len(prompt) >= model.context:
         print(f"note: the prompt has {len(prompt)} tokens; {name} sees the last {model.context} at a time",
               file=sys.stderr)
     ids = torch.tensor([prompt] * args.num, device=args.device)  # (num, T)
     generator = torch.Generator(args.device).manual_seed(args.seed)
-    ids = model.generate(ids, args.tokens, args.temperature, args.top_k or None, args.top_p, generator)
+    ids = model.generate(ids, args.tokens, partial(
+        draw, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, generator=generator))
     for row in ids[:, len(prompt):].tolist():
         yield tokenizer.decode(row[:row.index(tokenizer.eot)] if tokenizer.eot in row else row)
 

@@ -78,7 +78,7 @@ def start(flags, name):
     """What distill.py has before it trains: args, tokenizer, teacher, student, corpus."""
     (folder := OUT / "runs" / name.replace(" ", "_").replace("/", "-")).mkdir(parents=True, exist_ok=True)
     args = distill.parse_args(f"{SMALL} {flags} --out {folder}".split())
-    distill.check(args)
+    run.check(args)
     tokenizer, teacher, student = distill.load_models(args, CPU)
     corpus = prepare(args.data, tokenizer)
     if args.packing == "padded":

@@ -30,14 +30,21 @@ def reference_loss(student_hidden, student_head, teacher_hidden, teacher_head, t
     """The definition, on whole logits in float64; returns (loss, kl, clm) with an autograd graph."""
     s = student_hidden.double() @ student_head.double().T
     t = teacher_hidden.double() @ teacher_head.double().T
-    counted = targets != -100
-    log_p, log_q = (t / T).log_softmax(-1)[counted], (s / T).log_softmax(-1)[counted]
-    kl = (log_p.exp() * (log_p - log_q)).sum()
-    ce = F.cross_entropy(s, targets, ignore_index=-100, reduction="sum")
+    loss, kl, ce = distill.plain_loss(s, t, targets, T, kd, clm)
     if cos:
         similarity = F.cosine_similarity(student_hidden.double(), teacher_hidden.double(), dim=-1)
-        cos *= (1 - similarity)[counted].sum()
-    return kd * T**2 * kl + clm * ce + cos, kl, ce
+        loss = loss + cos * (1 - similarity)[targets != -100].sum()
+    return loss, kl, ce
+
+
+def test_the_plain_loss_is_that_of_the_paper():
+    """Two tokens, worked out by hand: T² * sum p ln(p / q), and -ln softmax(s)[y]."""
+    t, s = torch.tensor([[2.0, 0.0]]).double(), torch.tensor([[0.0, 0.0]]).double()
+    p = math.e / (math.e + 1)  # softmax of (2, 0) / 2
+    expected = p * math.log(p / 0.5) + (1 - p) * math.log((1 - p) / 0.5)
+    loss, kl, clm = distill.plain_loss(s, t, torch.tensor([1]), 2.0, 0.25, 3.0)
+    assert kl.item() == pytest.approx(expected) and clm.item() == pytest.approx(math.log(2))
+    assert loss.item() == pytest.approx(0.25 * 4 * expected + 3 * math.log(2))
 
 
 def loss_inputs(N=50, C_s=24, C_t=24, V=97, scale=1.0):
@@ -138,7 +145,7 @@ def test_no_tensor_of_all_tokens_by_the_vocabulary_exists():
     inputs = loss_inputs(N=512, V=1000)
     with LargestTensor() as largest:
         distill.distillation_loss(*inputs, chunk_size=32, cos_weight=1.0)[0].backward()
-    assert largest.numel == max(32 * 1000, 1000 * 24)
+    assert largest.numel == max(2 * 32 * 1000, 1000 * 24)  # the teacher's and the student's logits
 
 
 # ------------------------------------------------------------------------------------ runs in miniature

@@ -3,9 +3,11 @@
 Weights have a standard deviation of 0.2: with the usual 0.02 a wrong GELU would move the logits by 2e-6 only.
 """
 import json
+import os
 import pickle
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,8 @@ from transformers import AutoModelForCausalLM
 
 import model as models
 from data import InputError
-from model import GPT2, GPT2Config, load, sample, spread_layers, student_from
+from model import GPT2, GPT2Config, load, spread_layers, student_from
+from sample import draw
 
 CONTEXT, VOCAB = 24, 60
 GPT2_SHAPE = {"vocab_size": VOCAB, "n_positions": CONTEXT, "n_embd": 32, "n_layer": 3, "n_head": 4}
@@ -195,7 +198,7 @@ def test_logits_are_those_of_transformers(name, tmp_path):
 def test_greedy_generation_is_that_of_transformers(checkpoint):
     prompts = some_ids(B=6, T=5)
     theirs = greedy(transformers_model(checkpoint), prompts, CONTEXT - 5)
-    ours = load(checkpoint).generate(prompts, CONTEXT - 5, temperature=0)
+    ours = load(checkpoint).generate(prompts, CONTEXT - 5)
     assert ours.tolist() == theirs.tolist()
     assert len(set(ours[:, 5:].flatten().tolist())) > 10
 
@@ -215,9 +218,9 @@ def test_hidden_states_and_head(checkpoint):
 @torch.no_grad()
 def test_cache_changes_nothing(checkpoint):
     model, ids = load(checkpoint), some_ids(B=3)
-    cache = [[] for _ in model.blocks]
+    cache = model.new_cache(batch=3, room=CONTEXT).fill_(torch.nan)  # what is unset must not be read
     pieces = [model.hidden(ids[:, :7], cache)]
-    pieces += [model.hidden(ids[:, i:i + 1], cache) for i in range(7, CONTEXT)]
+    pieces += [model.hidden(ids[:, i:i + 1], cache, past=i) for i in range(7, CONTEXT)]
     torch.testing.assert_close(torch.cat(pieces, 1), model.hidden(ids), atol=1e-5, rtol=0)
 
 
@@ -232,25 +235,26 @@ def test_generation_slides_past_the_context(checkpoint, length):
         full = read.size(1) == CONTEXT
         expected, read = torch.cat((expected, token), 1), torch.cat((read, token), 1)
         read = read[:, -(CONTEXT // 2):] if full else read
-    assert model.generate(ids, 2 * CONTEXT, temperature=0).tolist() == expected.tolist()
+    assert model.generate(ids, 2 * CONTEXT).tolist() == expected.tolist()
 
 
 @torch.no_grad()
 def test_context_of_one(tmp_path):
     model = GPT2(GPT2Config(**GPT2_SHAPE | {"n_positions": 1})).eval()
-    assert model.generate(some_ids(T=3), 4, temperature=0).shape == (2, 7)
+    assert model.generate(some_ids(T=3), 4).shape == (2, 7)
 
 
 def test_samples_are_reproducible(gpt2):
     model, ids = load(gpt2), some_ids(B=4, T=3)
 
-    def draw(seed, **options):
-        return model.generate(ids, 10, generator=torch.Generator().manual_seed(seed), **options).tolist()
+    def text(seed, **options):
+        choose = partial(draw, generator=torch.Generator().manual_seed(seed), **options)
+        return model.generate(ids, 10, choose).tolist()
 
-    assert draw(0) == draw(0) != draw(1)
-    assert draw(0, top_k=1) == draw(1, top_k=1) == model.generate(ids, 10, temperature=0).tolist()
-    assert draw(0, top_p=1e-6) == draw(0, top_k=1) == draw(0, temperature=1e-4)
-    assert draw(0, top_k=10**6) == draw(0, top_p=1.0) == draw(0)
+    assert text(0) == text(0) != text(1)
+    assert text(0, top_k=1) == text(1, top_k=1) == model.generate(ids, 10).tolist()
+    assert text(0, top_p=1e-6) == text(0, top_k=1) == text(0, temperature=1e-4)
+    assert text(0, top_k=10**6) == text(0, top_p=1.0) == text(0)
 
 
 @pytest.mark.parametrize("options, expected", [
@@ -265,7 +269,7 @@ def test_samples_are_reproducible(gpt2):
 def test_what_is_sampled(options, expected):
     logits = torch.tensor([0.2, 0.5, 0.05, 0.25]).log().expand(20_000, 4)
     kept = logits.clone()
-    drawn = sample(logits, **{"temperature": 1.0} | options, generator=torch.Generator().manual_seed(0))
+    drawn = draw(logits, **{"temperature": 1.0} | options, generator=torch.Generator().manual_seed(0))
     counts = torch.bincount(drawn.flatten(), minlength=4) / len(logits)
     torch.testing.assert_close(counts, torch.tensor(expected, dtype=torch.float32), atol=0.015, rtol=0)
     assert (counts[torch.tensor(expected) == 0] == 0).all() and (logits == kept).all()
@@ -295,7 +299,7 @@ def test_transformers_opens_what_we_save(checkpoint, tmp_path, dtype):
     assert theirs.dtype == dtype and type(theirs) is type(transformers_model(checkpoint))
     theirs = theirs.float().eval()
     torch.testing.assert_close(theirs(ids).logits, model.float()(ids), atol=1e-5, rtol=0)
-    assert greedy(theirs, ids[:, :5], 15).tolist() == model.generate(ids[:, :5], 15, temperature=0).tolist()
+    assert greedy(theirs, ids[:, :5], 15).tolist() == model.generate(ids[:, :5], 15).tolist()
 
 
 def test_what_a_config_json_says(neox, tmp_path):
@@ -320,7 +324,7 @@ def test_an_interrupted_save_leaves_the_old_model(gpt2, tmp_path, monkeypatch):
 
     monkeypatch.setattr(models, "save_file", full_disk)
     torch.nn.init.zeros_(model.embed.weight)
-    with pytest.raises(InputError, match="out cannot be written.*No space left"):
+    with pytest.raises(InputError, match="out/model.safetensors cannot be written.*No space left"):
         model.save(tmp_path / "out")
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
 
@@ -329,14 +333,14 @@ def test_a_reader_finds_whole_files_only(gpt2, tmp_path, monkeypatch):
     """Whatever is in the folder under its final name at any step of saving can be loaded."""
     model, seen = load(gpt2), []
     model.save(tmp_path / "out")
-    replace = models.os.replace
+    replace = os.replace
 
     def watched(old, new):
         replace(old, new)
         seen.append(Path(new).name)
         load(tmp_path / "out")
 
-    monkeypatch.setattr(models.os, "replace", watched)
+    monkeypatch.setattr(os, "replace", watched)
     model.save(tmp_path / "out")
     assert seen[0] == "model.safetensors" and seen[-1] == "config.json"
 
@@ -344,7 +348,7 @@ def test_a_reader_finds_whole_files_only(gpt2, tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_written(gpt2, tmp_path):
     (tmp_path / "file").write_text("")
     for folder in ("file", "file/out"):
-        with pytest.raises(InputError, match=f"{folder} cannot be written"):
+        with pytest.raises(InputError, match=f"{folder}/model.safetensors cannot be written"):
             load(gpt2).save(tmp_path / folder)
 
 
@@ -594,7 +598,7 @@ def test_published_text_of_gpt2(real_hub, run, tmp_path):
     (tmp_path / "script.py").write_text("""
 import torch
 from model import load
-print(load("gpt2").generate(torch.tensor([[464, 3290]]), 18, temperature=0)[0].tolist())
+print(load("gpt2").generate(torch.tensor([[464, 3290]]), 18)[0].tolist())
 """)
     result = run(tmp_path / "script.py", **real_hub)
     assert result.returncode == 0, result.stderr

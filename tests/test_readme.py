@@ -8,6 +8,7 @@ import pytest
 import data
 import distill
 import eval_ppl
+import run
 import sample
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +40,7 @@ def test_commands_parse(command):
                "data": data.parse_args}
     args = parsers[script](argv)
     if script == "distill":
-        distill.check(args)
+        run.check(args)
 
 
 def test_recipes_are_all_named():

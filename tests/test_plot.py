@@ -1,0 +1,318 @@
+"""plot.py: the lines hold what the log holds, the probabilities are the models', bad input is one line."""
+import argparse
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import distill
+import model as models
+import plot
+from data import load_tokenizer, run_cli
+from model import GPT2, GPT2Config
+from run import Log, Ranks
+
+ROOT = Path(__file__).parent.parent
+PROMPT = "    def add_argument(self,"
+
+
+# ------------------------------------------------------------------------------------ a run to draw
+def write_log(folder, steps, first=0, teacher=True):
+    """Rows first + 1 to `steps`, by run.Log itself, which keeps the rows up to `first`."""
+    folder.mkdir(exist_ok=True)
+    args = argparse.Namespace(out=folder, steps=steps, kd_weight=0.5)
+    with Log(args, first, Ranks("cpu")) as log:
+        for step in range(first + 1, steps + 1):
+            clm, kl, bar = 4 / math.sqrt(step) + step % 3, 1 / step, 1.5 + step % 5
+            kl, bar = (kl, bar) if teacher else (0.0, 0.0)
+            log.write(step, distill.Losses(2 * kl + clm / 2, kl, clm, 0.0, bar),
+                      lr=1e-3, grad_norm=1.0, tokens=256, tokens_per_second=1000)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_log(tmp_path / "out", 60)
+    return tmp_path / "out"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tokenizers_dir):
+    """A teacher with a padded vocabulary, and a run of distill.py with two of its layers."""
+    root, tokenizer = tmp_path_factory.mktemp("plot"), load_tokenizer(tokenizers_dir / "gpt2")
+    torch.manual_seed(0)
+    teacher = GPT2(GPT2Config(vocab_size=tokenizer.vocab_size + 40, n_positions=32, n_embd=32, n_layer=4,
+                              n_head=2, eos_token_id=tokenizer.eot))
+    for parameter in teacher.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    teacher.save(root / "teacher")
+    tokenizer.save(root / "teacher")
+    args = settings("--teacher", root / "teacher", "--student-layers", "0,3")
+    _, _, student = distill.load_models(args, torch.device("cpu"))
+    for parameter in student.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    student.save(root / "out")
+    tokenizer.save(root / "out")
+    (root / "out" / "args.json").write_text(json.dumps(vars(args)))
+    return root
+
+
+def settings(*flags):
+    return distill.parse_args([*map(str, flags), "--device", "cpu", "--precision", "fp32", "--seq-len", "16"])
+
+
+def main(monkeypatch, capsys, *argv):
+    """Exit code and stderr of plot.py."""
+    monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, argv)])
+    capsys.readouterr()
+    try:
+        run_cli(plot.main)
+    except SystemExit as end:
+        return end.code, capsys.readouterr().err
+    return 0, capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------ loss.png
+def lines(axes):
+    """{label: (pale line, running mean)}: plot.py draws the two one after the other."""
+    return {mean.get_label(): (pale.get_xydata().T, mean.get_xydata().T)
+            for pale, mean in zip(axes.lines[::2], axes.lines[1::2], strict=True)}
+
+
+@pytest.mark.parametrize("control", [True, False])
+def test_lines_hold_the_log(folder, control):
+    if control:
+        write_log(folder / "control", 60, teacher=False)
+    drawn = lines(plot.draw_loss(folder))
+    rows = list(csv.DictReader((folder / "log.csv").open()))
+    expected = {"student's loss": "loss", "student's CLM": "clm", "student's KL\nto the teacher": "kl",
+                "teacher's CLM,\nthe bar to reach": "teacher_clm"}
+    assert {*drawn} - {*expected} == ({"control's CLM,\nwithout the teacher"} if control else set())
+    for label, column in expected.items():
+        (steps, values), (mean_steps, _) = drawn[label]
+        assert [*steps] == [*mean_steps] == [*range(1, 61)]
+        assert [*values] == [float(row[column]) for row in rows], label
+    if control:
+        rows = list(csv.DictReader((folder / "control" / "log.csv").open()))
+        (_, values), _ = drawn["control's CLM,\nwithout the teacher"]
+        assert [*values] == [float(row["clm"]) for row in rows]
+
+
+def test_each_line_is_named_once_at_its_end_and_no_two_names_touch(folder):
+    write_log(folder / "control", 60, teacher=False)  # its CLM is the student's: two ends meet
+    axes = plot.draw_loss(folder)
+    assert sorted(text.get_text() for text in axes.texts) == sorted(lines(axes))
+    assert {text.get_text(): text.get_color() for text in axes.texts} \
+        == {line.get_label(): line.get_color() for line in axes.lines[1::2]}
+    axes.figure.draw_without_rendering()
+    boxes = sorted((text.get_window_extent() for text in axes.texts), key=lambda box: box.y0)
+    assert all(below.y1 <= above.y0 for below, above in zip(boxes, boxes[1:], strict=False))
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("steps", "nats per token")
+
+
+@pytest.mark.parametrize("n", [2, 39, 40, 100])
+def test_running_mean(n):
+    values = np.random.default_rng(0).normal(size=n)
+    half = n // 40
+    expected = [values[max(0, i - half):i + half + 1].mean() for i in range(n)]
+    assert np.allclose(plot.running_mean(values), expected, atol=1e-12)
+
+
+def test_text_alone_has_no_teacher_to_draw(folder):
+    write_log(folder, 60, teacher=False)
+    assert {*lines(plot.draw_loss(folder))} == {"student's loss", "student's CLM"}
+
+
+def test_resumed_log(folder):
+    """Killed after step 60, resumed from the state saved after step 40: each step is drawn once."""
+    write_log(folder, 90, first=40)
+    (steps, _), _ = lines(plot.draw_loss(folder))["student's CLM"]
+    assert [*steps] == [*range(1, 91)]
+
+
+def test_title_is_the_objective(folder):
+    assert plot.draw_loss(folder).get_title("left") == ""
+    args = settings("--teacher", "gpt2", "--student-layers", "6", "--temperature", "3")
+    (folder / "args.json").write_text(json.dumps(vars(args)))
+    assert plot.draw_loss(folder).get_title("left") \
+        == "loss = 0.5 * 3² * KL(teacher || student, T = 3) + 0.5 * CLM"
+
+
+# ------------------------------------------------------------------------------------ distribution.png
+def reference(name, ids, vocab_size, T):
+    """softmax(logits / T) of the next token, by numpy."""
+    with torch.no_grad():
+        z = models.load(name)(torch.tensor([ids]))[0, -1, :vocab_size].numpy().astype("float64") / T
+    return np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, "", 40 * "long "])
+def test_probabilities_are_the_models(finished, tmp_path, prompt):
+    tokens, panels = plot.distributions(finished / "out", prompt)
+    tokenizer = load_tokenizer(finished / "out")
+    ids, V = (tokenizer.encode(prompt) or [tokenizer.eot])[-32:], tokenizer.vocab_size  # 32 positions
+    before = models.student_from(models.load(finished / "teacher"), [0, 3])
+    before.save(tmp_path)
+    order = np.argsort(-reference(finished / "teacher", ids, V, 1))
+    shown = [order[rank - 1] for rank in plot.RANKS if rank < V]
+    assert len(shown) == 11 and tokens[:10] == [ascii(tokenizer.decode([i])) for i in shown[:10]]
+    assert tokens[10:] == [f"100th: {ascii(tokenizer.decode([shown[10]]))}", f"all {V - 11} others"]
+    expected = {("what temperature does", "teacher, T = 1"): (finished / "teacher", 1),
+                ("what temperature does", "T = 2"): (finished / "teacher", 2),
+                ("what temperature does", "T = 4"): (finished / "teacher", 4),
+                ("what distillation does", "teacher, T = 1"): (finished / "teacher", 1),
+                ("what distillation does", "student before"): (tmp_path, 1),
+                ("what distillation does", "after"): (finished / "out", 1)}
+    assert [(panel, name) for panel, series in panels.items() for name in series] == [*expected]
+    for (panel, name), (source, T) in expected.items():
+        p = reference(source, ids, V, T)
+        wanted = [*p[shown], 1 - p[shown].sum()]
+        assert np.allclose(panels[panel][name], wanted, rtol=1e-5, atol=1e-9), (panel, name)
+
+
+def test_the_picture_holds_the_probabilities(finished):
+    tokens, panels = plot.distributions(finished / "out", PROMPT)
+    both = plot.draw_distribution(finished / "out", PROMPT)
+    for axes, series in zip(both, panels.values(), strict=True):
+        points = {line.get_label(): line for line in axes.lines if line.get_label() in series}
+        assert {name: [*line.get_xdata()] for name, line in points.items()} == series
+        assert all([*line.get_ydata()] == [*range(len(tokens))] for line in points.values())
+    assert [label.get_text() for label in both[0].get_yticklabels()] == tokens
+    assert both[0].get_ylim()[0] > both[0].get_ylim()[1]  # the likeliest on top
+
+
+@pytest.mark.parametrize("flags", [
+    ["--student-layers", "2"], ["--student-layers", "1"], ["--student-layers", "1,2,2"],
+    ["--student-layers", "2", "--student-init", "random", "--seed", "7"],
+    ["--student", "teacher"], ["--student", "teacher", "--student-init", "random"]])
+def test_student_before_is_the_one_that_distill_started_from(finished, monkeypatch, flags):
+    monkeypatch.chdir(finished)
+    args = settings("--teacher", "teacher", *flags)
+    _, teacher, student = distill.load_models(args, torch.device("cpu"))
+    before = plot.student_before(json.loads(json.dumps(vars(args))), teacher)
+    for name, tensor in student.state_dict().items():
+        assert torch.equal(tensor, before.state_dict()[name]), name
+    assert not before.training
+
+
+def test_text_is_never_a_formula(finished, monkeypatch):
+    """Matplotlib would typeset what stands between two dollar signs, or fail to."""
+    monkeypatch.setattr(plot, "ascii", lambda text: r"'$\frac$'", raising=False)
+    plot.draw_distribution(finished / "out", r"$\frac$")[0].figure.draw_without_rendering()
+
+
+# ------------------------------------------------------------------------------------ the command
+def test_where_pictures_go(finished, monkeypatch, capsys):
+    write_log(finished / "out", 60)
+    for argv, name in (([], "loss.png"), (["--distribution"], "distribution.png"),
+                       (["--distribution", r"a\nb"], "distribution.png"),
+                       (["--save", finished / "l.svg"], "../l.svg"),
+                       (["--save", finished / "l.pdf"], "../l.pdf")):
+        path = finished / "out" / name
+        path.unlink(missing_ok=True)
+        assert main(monkeypatch, capsys, finished / "out", *argv) == (0, "")
+        assert path.read_bytes()[:4] == {".png": b"\x89PNG", ".svg": b"<?xm", ".pdf": b"%PDF"}[path.suffix]
+    assert not [*finished.rglob("*.tmp")]
+
+
+def test_backslash_n_is_a_line_break(folder, monkeypatch, capsys):
+    class Drawn(Exception):
+        pass
+
+    def draw(folder, prompt):
+        raise Drawn(prompt)
+
+    monkeypatch.setattr(plot, "draw_distribution", draw)
+    with pytest.raises(Drawn, match="^import os\nimport$"):
+        main(monkeypatch, capsys, folder, "--distribution", r"import os\nimport")
+
+
+def test_same_run_same_picture_whatever_the_users_settings(folder, monkeypatch, capsys):
+    import matplotlib
+    main(monkeypatch, capsys, folder)
+    before = (folder / "loss.png").read_bytes()
+    matplotlib.rcParams.update({"lines.linestyle": "--", "font.size": 20, "figure.facecolor": "red"})
+    main(monkeypatch, capsys, folder)
+    assert (folder / "loss.png").read_bytes() == before
+    pixels = matplotlib.image.imread(folder / "loss.png")
+    assert pixels.shape[1] == 1200 and pixels[0, 0, 3] == 0, "transparent, for light and dark pages"
+
+
+def test_a_failed_picture_leaves_the_old_one(folder, monkeypatch, capsys):
+    from matplotlib.figure import Figure
+
+    def half(figure, path, **_):
+        Path(path).write_bytes(b"half a pic")
+        raise OSError(28, "No space left on device")
+
+    (folder / "loss.png").write_bytes(b"the old picture")
+    monkeypatch.setattr(Figure, "savefig", half)
+    code, error = main(monkeypatch, capsys, folder)
+    assert code == 2 and "No space left" in error and error.count("\n") == 1
+    assert (folder / "loss.png").read_bytes() == b"the old picture"
+
+
+HEADER = ",".join(Log.COLUMNS) + "\n"
+ROW = "1,3.1,0.5,3,0,2.5,0.001,1,256,1000\n"
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "steps so far: 0; a line needs two"), (HEADER, "steps so far: 0"), (HEADER + ROW, "steps so far: 1"),
+    (HEADER + ROW + "2,3.1,0.5\n", "line 3 is damaged: '2,3.1,0.5'"),
+    (HEADER + ROW + "2" + ROW[1:-1] + ",9\n", "line 3 is damaged"),
+    (HEADER + ROW + "2,3.1,0.5,what,0,2.5,0.001,1,256,1000\n", "line 3 is damaged"),
+    (HEADER + ROW + "2,3.1,0.5,nan,0,2.5,0.001,1,256,1000\n", "line 3 is damaged"),
+    (HEADER + ROW + "\0\0\0\xff\n", "line 3 is damaged"),
+    (HEADER + ROW + "\n" + "2" + ROW[1:], "line 3 is damaged"),
+    (HEADER + ROW + ROW, "line 3 is damaged"),
+    ("a,b\n1,2\n2,3\n", "has no column clm: it is no log of distill.py")])
+@pytest.mark.parametrize("whose", ["", "control"])
+def test_bad_logs(folder, monkeypatch, capsys, text, message, whose):
+    (folder / whose).mkdir(exist_ok=True)
+    (folder / whose / "log.csv").write_text(text, encoding="latin-1")
+    code, error = main(monkeypatch, capsys, folder)
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert str(folder / whose / "log.csv") in error and message in error
+
+
+def test_bad_folders(tmp_path, folder, finished, monkeypatch, capsys):
+    def refused(*argv):
+        code, error = main(monkeypatch, capsys, *argv)
+        assert code == 2 and error.startswith("error: ") and error.count("\n") == 1
+        return error
+
+    nowhere = tmp_path / "nowhere"
+    assert f"{nowhere / 'log.csv'}: No such file" in refused(nowhere)
+    assert f"{nowhere / 'args.json'}: No such file" in refused(nowhere, "--distribution")
+    assert "Not a directory" in refused(folder / "log.csv")
+    assert "args.json: No such file" in refused(folder, "--distribution")
+    assert "must end in .png" in refused(folder, "--save", tmp_path / "picture")
+    assert "loss.png cannot be written" in refused(folder, "--save", folder / "log.csv" / "loss.png")
+    for text in ("{", "[]", "3", "{}"):
+        (folder / "args.json").write_text(text)
+        assert "args.json is damaged or not from distill.py" in refused(folder, "--distribution")
+    args = vars(settings("--teacher", finished / "teacher", "--student-layers", "0,3"))
+    (folder / "args.json").write_text(json.dumps(args))
+    assert "has no tokenizer.json" in refused(folder, "--distribution"), "a run that has not finished"
+    load_tokenizer(finished / "out").save(folder)
+    (folder / "args.json").write_text(json.dumps({**args, "teacher": "none"}))
+    assert "without a teacher" in refused(folder, "--distribution")
+
+
+def test_without_matplotlib(folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for flags in ([], ["--distribution"]):
+        assert main(monkeypatch, capsys, folder, *flags) == (
+            2, "error: plot.py needs matplotlib: python -m pip install -r requirements-dev.txt\n")
+
+
+def test_help_needs_no_matplotlib():
+    code = "import sys; sys.modules['matplotlib'] = None; import plot; plot.parse_args(['--help'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "--distribution" in done.stdout, done.stderr
