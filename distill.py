@@ -43,7 +43,7 @@ RECIPES = {
     "plain": {},
     # Offline, from what the repository ships. The control is the same run without the teacher.
     "demo": {"teacher": DEMO_TEACHER, "student_layers": "3", "data": "stdlib", "seq_len": 256,
-             "batch_size": 4, "grad_accum": 1, "steps": 500, "lr": 2e-3, "kd_weight": 1.0, "clm_weight": 0.0,
+             "batch_size": 4, "grad_accum": 1, "steps": 600, "lr": 2e-3, "kd_weight": 1.0, "clm_weight": 0.0,
              "control": True, "eval_tokens": 200_000},
     # How the demo's teacher was made: the shape of demo/teacher/config.json, fresh weights, no teacher.
     "demo-teacher": {"teacher": "none", "student": DEMO_TEACHER, "student_init": "random",
@@ -108,7 +108,7 @@ def parse_args(argv=None):
         help="bf16: autocast, float32 weights; bf16-pure: bf16 weights, too; auto: bf16 where it is fast")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: the best there is")
     add("--compile", action="store_true", help="torch.compile the layers")
-    add("--chunk-size", type=int, default=1024, help="tokens whose logits exist at a time")
+    add("--chunk-size", type=int, default=512, help="tokens whose logits exist at a time")
     add("--seed", type=int, default=0, help="of data order, dropout and random weights")
     add("--control", action=argparse.BooleanOptionalAction, default=False,
         help="then train the same student without the teacher, to compare")
@@ -192,21 +192,24 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx, student_hidden, student_head, teacher_hidden, teacher_head, targets, T, kd_weight,
                 clm_weight, chunk_size):
         dtype, V, device = matmul_dtype(student_hidden), len(student_head), targets.device
-        heads = [head.to(dtype) for head in (student_head, teacher_head) if head is not None]
+        head = student_head.to(dtype)
+        teacher_head = None if teacher_head is None else teacher_head.to(dtype)
         grad_hidden = torch.zeros_like(student_hidden)
         grad_head = torch.zeros_like(student_head, dtype=torch.float32)
         sums = torch.zeros(3, device=device)
-        logits = torch.empty(len(heads), min(chunk_size, len(targets)), V, dtype=dtype, device=device)
+        memory = torch.empty(2, min(chunk_size, len(targets)), V, dtype=dtype, device=device)
         few = max(1, 2**20 // V) if device.type == "cpu" else chunk_size  # 4 MB stay in a CPU's cache
         for rows in (targets != -100).nonzero().flatten().split(chunk_size):  # n <= chunk_size counted tokens
-            inputs = [hidden[rows].to(dtype) for hidden in (student_hidden, teacher_hidden)[:len(heads)]]
-            s, *t = (torch.mm(x, head.T, out=out[:len(rows)])  # each (n, V)
-                     for x, head, out in zip(inputs, heads, logits, strict=True))
-            for part in zip(*(tensor.split(few) for tensor in (targets[rows, None], s, *t)), strict=True):
-                sums += loss_and_gradient_(*part, T=T, kd_weight=kd_weight, clm_weight=clm_weight)
-            grad_hidden[rows] = (s @ heads[0]).to(grad_hidden.dtype)  # s is d loss / d logits by now
+            n, x, y, t = len(rows), student_hidden[rows].to(dtype), targets[rows, None], None
+            s = torch.mm(x, head.T, out=memory[0, :n])  # (n, V)
+            if teacher_head is not None:
+                t = torch.mm(teacher_hidden[rows].to(dtype), teacher_head.T, out=memory[1, :n])  # (n, V)
+            for part in (slice(i, i + few) for i in range(0, n, few)):
+                t_part = None if t is None else t[part]
+                sums += loss_and_gradient_(s[part], t_part, y[part], T, kd_weight, clm_weight)
+            grad_hidden[rows] = (s @ head).to(grad_hidden.dtype)  # by now s is d loss / d logits
             for total, columns in zip(grad_head.split(4096), s.split(4096, dim=1), strict=True):
-                total += columns.T @ inputs[0]  # summed in float32, in pieces that stay in the cache
+                total += columns.T @ x  # summed in float32, in pieces that stay in the cache
         kl, clm, teacher_clm = sums
         ctx.gradients = grad_hidden, grad_head.to(student_head.dtype)
         ctx.mark_non_differentiable(kl, clm, teacher_clm)
@@ -219,8 +222,8 @@ class ChunkedLoss(torch.autograd.Function):
         return grad_hidden.mul_(grad_loss), grad_head.mul_(grad_loss), *[None] * 7
 
 
-def loss_and_gradient_(y, s, t=None, *, T, kd_weight, clm_weight):
-    """Targets y (n, 1), logits s and t (n, V) -> sums (kl, clm, teacher's clm); s becomes d loss / d s.
+def loss_and_gradient_(s, t, y, T, kd_weight, clm_weight):
+    """Logits s, t (n, V), targets y (n, 1) -> sums (kl, clm, teacher's clm); s becomes d loss / d s.
 
     Gradients are differences of distributions. With p = softmax(t / T) and q = softmax(s / T):
         d/ds T² * KL(p || q) = T * (q - p)        d/ds CLM = softmax(s) - onehot(y)
@@ -408,6 +411,8 @@ def main():
     if args.device == "auto":
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         args.device = "cuda" if torch.cuda.is_available() else mps
+    if args.device == "cpu":
+        run.keep_memory()
     ranks = run.Ranks(args.device)
     if args.grad_accum % ranks.world:
         raise InputError(f"--grad-accum {args.grad_accum} cannot be shared evenly by {ranks.world} processes")

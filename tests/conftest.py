@@ -1,6 +1,7 @@
 """What all tests share: a stand-in for the Hub, small tokenizers of both forms, commands run as users do."""
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,6 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fakehub import FakeHub  # noqa: E402
 
 REPO = Path(__file__).parent.parent
+README = (REPO / "README.md").read_text(encoding="utf-8")
+BLOCKS = [[line.split("  #")[0].strip() for line in block.splitlines()
+           if line.startswith(("python ", "torchrun ", "lm_eval ", "hf "))]
+          for block in re.findall(r"^```\w*\n(.*?)^```", README, re.S | re.M)]
 
 
 def pytest_configure(config):

@@ -1,13 +1,17 @@
 """The README's commands as users type them, through a stand-in Hub, with the models' widths made small."""
+import itertools
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import BLOCKS
 from fakehub import FakeHub
 
 from data import load_tokenizer
@@ -48,6 +52,7 @@ def world(tmp_path_factory, tokenizers_dir):
         return GPTNeoX(GPTNeoXConfig(vocab_size, 64, width, n_layer, 2, 4 * width))
 
     publish(hub, "gpt2", gpt2(12), tokenizers_dir / "gpt2")
+    publish(hub, "gpt2-xl", gpt2(48), tokenizers_dir / "gpt2")
     publish(hub, "distilgpt2", gpt2(6), tokenizers_dir / "gpt2")
     publish(hub, "EleutherAI/pythia-160m", pythia(4, 48, 656), tokenizers_dir / "neox")
     publish(hub, "EleutherAI/pythia-70m", pythia(2, 32, 640), tokenizers_dir / "neox")
@@ -62,12 +67,15 @@ def world(tmp_path_factory, tokenizers_dir):
     wiki = [line for i in range(60)
             for line in ("", f" = Title {i} = \n", "", f" Text {i} says {i * i} . \n" * 5)]
     splits = ("train", "validation", "test")
-    for split in splits:
-        rows(f"Salesforce/wikitext/wikitext-103-raw-v1/{split}-00000-of-00001.parquet", wiki)
-    configs = [{"config_name": "wikitext-103-raw-v1",
-                "data_files": [{"split": s, "path": f"wikitext-103-raw-v1/{s}-*"} for s in splits]}]
+    configs = [f"wikitext-{size}-raw-v1" for size in ("2", "103")]
+    for config, split in itertools.product(configs, splits):
+        rows(f"Salesforce/wikitext/{config}/{split}-00000-of-00001.parquet", wiki)
+    configs = [{"config_name": config,
+                "data_files": [{"split": split, "path": f"{config}/{split}-*"} for split in splits]}
+               for config in configs]
     (hub.root / "datasets" / "Salesforce" / "wikitext" / "README.md").write_text(
         "---\n" + json.dumps({"configs": configs}) + "\n---\n")
+    rows("EleutherAI/lambada_openai/data/test-00000-of-00001.parquet", articles(20, "words"))
     yield hub
     hub.close()
 
@@ -82,20 +90,64 @@ COMMANDS = {
     "flagship": ["--teacher", "gpt2", "--student-layers", "6"],
     "distilgpt2": ["--recipe", "distilgpt2"],
     "distilpythia": ["--recipe", "distilpythia"],
-    "distilpythia padded": ["--recipe", "distilpythia", "--packing", "padded"],
     "finetune-wikitext103": ["--recipe", "finetune-wikitext103", "--student", "distilgpt2"],
 }
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_recipes_run_from_download_to_a_hub_folder(world, run, tmp_path, name):
-    done = run("distill.py", *COMMANDS[name], *SMALL)
-    assert done.returncode == 0, done.stderr
-    args = json.loads((tmp_path / "out" / "args.json").read_text())
-    if name == "flagship":
-        assert args["recipe"] == "plain" and args["data"] == "openwebtext"
-        assert args["student_layers"] == "0,2,4,7,9,11"
-    opens_in_transformers(tmp_path / "out")
+@pytest.fixture(scope="module")
+def workplace(world, tmp_path_factory):
+    """A folder after the flagship command: its out/ and corpora/, with demo/ and my_texts/ beside them."""
+    folder = tmp_path_factory.mktemp("workplace")
+    (folder / "demo").symlink_to(ROOT / "demo")
+    (folder / "my_texts").mkdir()
+    for i, text in enumerate(articles(100, "mine")):
+        (folder / "my_texts" / f"{i}.txt").write_text(text)
+    done = command([sys.executable, str(ROOT / "distill.py"), *COMMANDS["flagship"], *SMALL], world, folder)
+    args = json.loads((folder / "out" / "args.json").read_text())
+    assert args["recipe"] == "plain" and args["data"] == "openwebtext", done.stdout
+    assert args["student_layers"] == "0,2,4,7,9,11"
+    return folder
+
+
+def command(argv, world, folder):
+    """Run it in the folder, as a user of one thread; it must succeed."""
+    env = {**os.environ, **world.env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(argv, cwd=folder, env=env, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, (argv, done.stderr)
+    return done
+
+
+SHORTER = {"distill": SMALL, "data": ["--max-tokens", "5000", "--workers", "1"], "plot": [],
+           "eval_ppl": ["--limit", "3", "--context", "32", "--device", "cpu"],
+           "sample": ["--tokens", "4", "--device", "cpu"]}
+
+
+RUNNABLE = [block for block in BLOCKS if block and ".py" in block[0] and "pip install" not in block[0]]
+
+
+@pytest.mark.parametrize("block", RUNNABLE, ids=lambda block: block[0][:60])
+def test_commands_of_the_readme(world, workplace, block, tmp_path):
+    """One after the other, with flags behind them that make them short. Students open in transformers."""
+    shutil.copytree(workplace, tmp_path / "here", symlinks=True)
+    folder = tmp_path / "here"
+    for line in block:
+        if "corpora/" in line:  # the name ends in the tokenizer's fingerprint
+            corpus, = (folder / "corpora").glob("my-texts-????????")
+            line = re.sub(r"corpora/\S+", str(corpus), line)
+        launcher, script, flags = re.match(r"(.*?)(\w+)\.py(.*)", line).groups()
+        argv = [sys.executable]
+        if "torchrun" in launcher:
+            argv += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        argv += [str(ROOT / f"{script}.py"), *shlex.split(flags), *SHORTER[script]]
+        if script == "distill" and "--resume" in argv:
+            before = [part for part in argv if part != "--resume"]
+            command([*before, "--save-interval", "1", "--overwrite", "--no-control"], world, folder)
+        elif script == "distill":
+            argv.append("--overwrite")
+        command(argv, world, folder)
+        if script == "distill":
+            out = argv[len(argv) - argv[::-1].index("--out")] if "--out" in argv else "out"
+            opens_in_transformers(folder / out)
 
 
 def opens_in_transformers(out):
