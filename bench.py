@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -379,7 +379,10 @@ def main():
     if unknown := [peer for peer in peers if peer not in PEERS]:
         raise InputError(f"--peers {unknown[0]}: choose from {', '.join(PEERS)}")
     hardware = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
-    libraries = [f"{name} {version(name)}" for name in ("torch", "transformers", "datasets")]
+    try:
+        libraries = [f"{name} {version(name)}" for name in ("torch", "transformers", "datasets")]
+    except PackageNotFoundError as error:
+        raise InputError(f"bench.py needs {error.name}: pip install -r requirements-dev.txt") from error
     print(f"{args.device} ({hardware}), {platform.platform()}, Python {platform.python_version()},",
           ", ".join(libraries) + "\n")
     with tempfile.TemporaryDirectory() as folder:

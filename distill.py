@@ -83,7 +83,7 @@ def parse_args(argv=None):
         "data set id[:config], a file or folder of .txt, .jsonl, .parquet")
     add("--text-column", default="text", help="the column or field with a document's text")
     add("--data-folder", default="corpora", help="where tokenised corpora are kept")
-    add("--workers", type=int, default=os.cpu_count(), help="processes that tokenise")
+    add("--workers", type=int, default=os.cpu_count(), help="threads that tokenise")
     add("--packing", choices=["constant", "padded"], default="constant",
         help="constant: documents joined and cut into blocks; padded: one document an example")
     add("--seq-len", type=int, default=1024, help="tokens of an example")
@@ -229,15 +229,14 @@ def loss_and_gradient_(s, t, y, T, kd_weight, clm_weight):
         d/ds T² * KL(p || q) = T * (q - p)        d/ds CLM = softmax(s) - onehot(y)
     One exponential makes two of them: e = exp(s / T) is q but for a factor, and e**T is softmax(s).
     """
-    z_s, e_s = exponentials(s, T)
-    sum_s, grad = e_s.sum(-1, keepdim=True), e_s**T
-    total = grad.sum(-1, keepdim=True)
+    z_s, e_s, grad = exponentials(s, T)
+    sum_s, total = e_s.sum(-1, keepdim=True), grad.sum(-1, keepdim=True)
     clm = (total.log() - T * z_s.gather(1, y)).sum()
     grad.mul_(clm_weight / total).scatter_add_(1, y, torch.full_like(total, -clm_weight))
     kl = teacher_clm = torch.zeros_like(clm)
     if t is not None:
-        z_t, e_t = exponentials(t, T)
-        teacher_clm = ((e_t**T).sum(-1, keepdim=True).log() - T * z_t.gather(1, y)).sum()
+        z_t, e_t, unsoftened = exponentials(t, T)
+        teacher_clm = (unsoftened.sum(-1, keepdim=True).log() - T * z_t.gather(1, y)).sum()
         sum_t = e_t.sum(-1, keepdim=True)
         p, q = e_t.div_(sum_t), e_s.div_(sum_s)
         kl = z_t.sub_(z_s).mul_(p).sum() + (sum_s / sum_t).log().sum()
@@ -247,10 +246,11 @@ def loss_and_gradient_(s, t, y, T, kd_weight, clm_weight):
 
 
 def exponentials(logits, T):
-    """Logits / T in float32, shifted so that the largest of a row is 0, and their exponentials."""
+    """z, exp(z), exp(T * z) for z = logits / T in float32, shifted so that the largest of a row is 0."""
     z = logits.float() / T
     z -= z.amax(-1, keepdim=True)
-    return z, z.exp()
+    e = z.exp()
+    return z, e, e**T if T >= 1 else (T * z).exp()  # below 1, e is 0 where its power is not
 
 
 def matmul_dtype(tensor):
@@ -310,14 +310,14 @@ def train(args, student, teacher, corpus, vocab_size, ranks):
             lr = lr_at(step, args)
             if not math.isfinite(norm + losses.loss):
                 raise InputError(f"step {step + 1}: loss {losses.loss:.3g}, gradient {norm:.3g} at learning "
-                                 f"rate {lr:.2g}. Try a lower --lr, more --warmup, or --precision fp32; "
-                                 f"the last good state is in {args.out}/train_state.pt")
+                                 f"rate {lr:.2g}. Start again with a lower --lr, more --warmup, or "
+                                 f"--precision fp32; the last saved state stays in {args.out}")
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
             log.write(step + 1, losses, lr=lr, grad_norm=norm, tokens=int(tokens),
-                      tokens_per_second=round(tokens / (time.perf_counter() - started)))
+                      tokens_per_second=max(1, round(tokens / (time.perf_counter() - started))))
             if args.eval_interval and (step + 1) % args.eval_interval == 0 and ranks.rank == 0:
                 row, = run.validate([student], corpus, vocab_size, args, autocast(args, ranks.device))
                 log.say(f"step {step + 1}: validation loss {row['loss']:.4f}")
@@ -416,8 +416,10 @@ def main():
     ranks = run.Ranks(args.device)
     if args.grad_accum % ranks.world:
         raise InputError(f"--grad-accum {args.grad_accum} cannot be shared evenly by {ranks.world} processes")
+    if args.precision == "auto" and args.resume:
+        args.precision = run.settings_of(args.out).get("precision", "auto")
     if args.precision == "auto":
-        args.precision = "bf16" if run.bf16_is_fast(ranks.device) else "fp32"
+        args.precision = "fp32" if ranks.any(not run.bf16_is_fast(ranks.device)) else "bf16"
         if args.precision == "fp32" and ranks.rank == 0:
             print("note       bf16 is not fast on this device, so fp32")
     out, lock = Path(args.out), run.claim(args) if ranks.rank == 0 else None
@@ -426,6 +428,7 @@ def main():
         step_tokens = args.grad_accum * args.batch_size * args.seq_len
         budget = None if args.epochs else max(2**24, args.steps * step_tokens + 1)
         corpus = prepare(args.data, tokenizer, args.data_folder, budget, args.workers, args.text_column)
+    corpus.train = corpus.train[:budget]  # there may be more, made for another run
     if args.epochs:
         documents, blocks = corpus.meta["train"]["documents"], (len(corpus.train) - 1) // args.seq_len
         examples = documents if args.packing == "padded" else blocks
@@ -455,6 +458,7 @@ def main():
         run.write_card(args, ranks, table)
         print(f"\n{table}\n\nNext:  python sample.py --model {out}")
         lock.release()
+    ranks.close()
 
 
 if __name__ == "__main__":

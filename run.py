@@ -53,6 +53,10 @@ class Ranks:
             return bool(flag)
         return self.sum(torch.tensor(float(bool(flag)), device=self.device)).item() > 0
 
+    def close(self):
+        if self.world > 1:
+            dist.destroy_process_group()
+
     @contextlib.contextmanager
     def rank_0_first(self):
         """Rank 0 downloads and prepares; the others then find it done."""
@@ -101,6 +105,8 @@ def check(args):
     refuse("kd_weight clm_weight cos_weight weight_decay grad_clip eval_interval",
            lambda value: 0 <= value < math.inf, "0 or more")
     refuse("warmup dropout attention_dropout", lambda value: 0 <= value < 1, "at least 0 and below 1")
+    refuse("betas", lambda pair: all(0 <= beta < 1 for beta in pair), "at least 0 and below 1")
+    refuse("seed", lambda value: value >= 0, "0 or more")
     if not args.teacher:
         raise InputError("--teacher is missing: name a model, or `none` to train on the text alone")
     if bool(args.student) == bool(args.student_layers):
@@ -248,13 +254,19 @@ def claim(args):
         raise InputError(f"--out {out} is in use by another process; choose another --out") from error
     except OSError as error:
         raise InputError(f"--out {out} cannot be written ({error.strerror}); choose another --out") from error
-    before = json.loads((out / "args.json").read_text()) if (out / "args.json").exists() else {}
+    before = settings_of(out)
     if args.resume and not before:
         raise InputError(f"--resume: there is no run in {out}")
-    demo_again = args.recipe == before.get("recipe") == "demo"
+    demo_again = args.recipe == before.get("recipe") == "demo" and (out / "README.md").exists()  # finished
     if any((out / name).exists() for name in RUN_FILES) and not (args.resume or args.overwrite or demo_again):
         raise InputError(f"--out {out} holds another run: --resume goes on with it, --overwrite replaces it")
     return lock
+
+
+def settings_of(out):
+    """The args.json of the run in a folder; {} if there is none."""
+    path = Path(out, "args.json")
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 CHANGES_NOTHING = ("recipe", "out", "resume", "overwrite", "device", "data_folder", "workers", "compile",
@@ -297,12 +309,11 @@ def resume(args, corpus, student, optimizer):
 # ------------------------------------------------------------------------------------ the student's README.md
 CARD = """---
 library_name: transformers
-pipeline_tag: text-generation
-tags: [distillation]
+pipeline_tag: text-generation{tags}
 ---
-# A distilled GPT
+# A {made} GPT
 
-Made by distil-from-scratch. Teacher: `{teacher}`. Student: {origin}.
+Made by distil-from-scratch. Teacher: {teacher}. Student: {origin}.
 
     {formula}
 
@@ -316,16 +327,21 @@ Hardware: {ranks} x {hardware}, {hours:.2f} hours of training steps. Energy and 
 
 ## Limitations
 
-The student learns to say what its teacher says: the teacher's errors and biases become its own, and being
-smaller it adds some. Read the teacher's card before using this model, and measure it on your task.
+{inherited}Read the card of the model that it comes from before using it, and measure it on your task.
 """
+INHERITED = """The student learns to say what its teacher says: the errors and biases of the teacher become
+its own, and being smaller it adds some. """
 
 
 def write_card(args, ranks, table):
     """The model card, from the settings and the log."""
     rows = list(csv.DictReader((Path(args.out) / "log.csv").open()))
     hardware = torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"{platform.machine()} CPU"
-    text = CARD.format(**vars(args), origin=origin(args), formula=formula(args), table=table,
+    about = {"teacher": "none", "tags": "", "made": "trained", "inherited": ""}
+    if args.teacher != "none":
+        about = {"teacher": f"`{args.teacher}`", "tags": "\ntags: [distillation]", "made": "distilled",
+                 "inherited": INHERITED}
+    text = CARD.format(**vars(args) | about, origin=origin(args), formula=formula(args), table=table,
                        ranks=ranks.world, hardware=hardware, tokens=sum(int(row["tokens"]) for row in rows),
                        hours=sum(int(row["tokens"]) / int(row["tokens_per_second"]) for row in rows) / 3600)
     (Path(args.out) / "README.md").write_text(text, encoding="utf-8")

@@ -88,7 +88,6 @@ def run(run, world):
 
 COMMANDS = {
     "flagship": ["--teacher", "gpt2", "--student-layers", "6"],
-    "distilgpt2": ["--recipe", "distilgpt2"],
     "distilpythia": ["--recipe", "distilpythia"],
     "finetune-wikitext103": ["--recipe", "finetune-wikitext103", "--student", "distilgpt2"],
 }
@@ -166,7 +165,7 @@ def opens_in_transformers(out):
     assert ours.generate(ids, 12).tolist() == written.tolist()
 
 
-@pytest.mark.parametrize("name", ["distilgpt2", "distilpythia", "finetune-wikitext103"])
+@pytest.mark.parametrize("name", ["distilpythia", "finetune-wikitext103"])  # distilgpt2: in the README
 def test_recipes_run_on_two_processes(world, tmp_path, name):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                str(ROOT / "distill.py"), *COMMANDS[name], *SMALL]

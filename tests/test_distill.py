@@ -61,7 +61,7 @@ def close(a, b, relative=1e-5):
     return (a - b).norm() <= relative * b.norm()
 
 
-@pytest.mark.parametrize("T", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("T", [0.1, 1.0, 2.0, 4.0])
 @pytest.mark.parametrize("chunk_size", [1, 7, 16, 50, 1000])
 @pytest.mark.parametrize("weights", [(0.5, 0.5, 0.0), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (5.0, 2.0, 1.0)])
 def test_loss_and_gradients_equal_float64_autograd(T, chunk_size, weights):
@@ -338,6 +338,7 @@ BAD = {
     "temperature 0": ({"temperature": 0}, "--temperature 0.0: must be above 0"),
     "negative steps": ({"steps": -1}, "--steps -1: must be above 0"),
     "learning rate nan": ({"lr": "nan"}, "--lr nan: must be above 0"),
+    "negative seed": ({"seed": -1}, "--seed -1: must be 0 or more"),
     "dropout 1": ({"dropout": 1}, "--dropout 1.0: must be at least 0 and below 1"),
     "no weights": ({"kd-weight": 0, "clm-weight": 0}, "all weights of the loss are 0"),
     "no student": ({"student-layers": None}, "name one student"),
