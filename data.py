@@ -3,7 +3,8 @@
 Read in this order:
   1. Small things   InputError, run_cli, and fetch: a file of a model, from a folder or from the Hub
   2. Tokenizer      tokenizer.json -> tiktoken: one path for GPT-2, GPT-NeoX and our own
-  3. Documents      open_data: what --data stands for, and which of its documents are held out
+  3. Documents      open_data: what --data stands for, and which of its documents are held out; read_texts:
+                    the same for evaluation
   4. prepare        documents -> train.bin and val.bin: uint16 ids, an end-of-text id before each document
   5. batch_at       batch number i of a run, as a function of its arguments
 
@@ -430,6 +431,46 @@ def wikitext_articles(rows):
             article = []
         article.append(line)
     yield "\n".join([*article, ""])  # the file ends with a line break
+
+
+def detokenize_wikitext(page):
+    """WikiText is cut into words; the harness's rules, in its order, put them together again:
+    ' = Oz = \\n It is " 1 @.@ 5 " km . \\n' -> ' = Oz =\\nIt is "1.5" km.\\n'"""
+    for pattern, replacement in (
+            ("s '", "s'"), ("/' [0-9]/", "/'[0-9]/"),  # the second is a slip of the harness's
+            *((f" @[{c}]@ ", c) for c in "-,."), *((f" [{c}] ", f"{c} ") for c in ":;.!?,"),
+            *((rf"\{a}\s*([^\{b}]*?)\s*\{b}", rf"{a}\1{b}") for a, b in ("()", "[]", "{}", '""', "''")),
+            ("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" ° ", "°"), (" \n", "\n"), ("\n ", "\n"),
+            (" N ", " 1 "), (" 's", "'s")):
+        page = re.sub(pattern, replacement, page)
+    return page
+
+
+WIKITEXT, LAMBADA = "Salesforce/wikitext:wikitext-2-raw-v1", "EleutherAI/lambada_openai:default"
+TEST_SETS = {"wikitext-2": WIKITEXT, "wikitext-103": WIKITEXT, "lambada": LAMBADA}  # WikiText's two are equal
+
+
+def read_texts(data, protocol, column):
+    """What --data names: a list of texts, or of one Corpus; of one text if the protocol wants them joined."""
+    path = Path(data)
+    if (path / "meta.json").is_file():
+        return [Corpus(path)]
+    if data == "stdlib":
+        texts = [text for split, text in open_data(data)[1] if split == "val"]
+    elif path.is_file():
+        texts = list(READERS.get(path.suffix, READERS[".txt"])(path, column))
+        texts = texts if path.suffix in (".jsonl", ".parquet") else ["".join(texts)]  # .txt comes in pieces
+    else:
+        from datasets import load_dataset
+        try:
+            texts = list(load_dataset(*data.split(":", 1), split="test")[column])
+        except Exception as error:
+            raise hub_error(data, error) from error
+    if data == WIKITEXT and protocol == "pages":
+        return list(wikitext_articles(texts))
+    if data == WIKITEXT and protocol == "blocks":
+        return ["".join(line or " \n" for line in texts)]  # wiki.test.raw; the Hub emptied its blank lines
+    return texts if protocol in ("pages", "lambada") else ["\n\n".join(texts)]
 
 
 # --- 4. prepare -------------------------------------------------------------------------------------------

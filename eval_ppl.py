@@ -5,8 +5,8 @@
     python eval_ppl.py gpt2 distilgpt2 --data lambada     lm-evaluation-harness's `lambada_openai`
     python eval_ppl.py demo/teacher out                   offline: the code that the demo held out
 
-Read in this order: read_texts (what --data names), tokenize and windows (all that the protocols differ in),
-score (the only place where logits exist), figures (perplexities and their standard errors). The guide is
+Read in this order: tokenize and windows (all that the protocols differ in), score (the only place where
+logits exist), figures (perplexities and standard errors). The texts come from data.read_texts. The guide is
 huggingface.co/docs/transformers/perplexity, the harness github.com/EleutherAI/lm-evaluation-harness.
 Shapes: M models, B windows, T tokens, N = B * T, V vocabulary. NLL: negative log-likelihood, summed, in nats.
 """
@@ -22,11 +22,19 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from data import READERS, Corpus, InputError, hub_error, load_tokenizer, open_data, run_cli, wikitext_articles
+from data import (
+    LAMBADA,
+    TEST_SETS,
+    WIKITEXT,
+    Corpus,
+    InputError,
+    detokenize_wikitext,
+    load_tokenizer,
+    read_texts,
+    run_cli,
+)
 from model import GPT2, load
 
-WIKITEXT, LAMBADA = "Salesforce/wikitext:wikitext-2-raw-v1", "EleutherAI/lambada_openai:default"
-TEST_SETS = {"wikitext-2": WIKITEXT, "wikitext-103": WIKITEXT, "lambada": LAMBADA}  # WikiText's two are equal
 PROTOCOLS = {  # printed with the figures
     "sliding": "As Hugging Face's guide, not detokenised; words and bytes: by the share of tokens scored",
     "blocks": "Disjoint whole blocks, not detokenised; words and bytes: by the share of tokens scored",
@@ -37,42 +45,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SCORES = ("nll", "kl", "agree", "right", "tokens")
 
 
-def read_texts(data, protocol, column):
-    """What --data names: a list of texts, or of one Corpus; of one text if the protocol wants them joined."""
-    path = Path(data)
-    if (path / "meta.json").is_file():
-        return [Corpus(path)]
-    if data == "stdlib":
-        texts = [text for split, text in open_data(data)[1] if split == "val"]
-    elif path.is_file():
-        texts = list(READERS.get(path.suffix, READERS[".txt"])(path, column))
-        texts = texts if path.suffix in (".jsonl", ".parquet") else ["".join(texts)]  # .txt comes in pieces
-    else:
-        from datasets import load_dataset
-        try:
-            texts = list(load_dataset(*data.split(":", 1), split="test")[column])
-        except Exception as error:
-            raise hub_error(data, error) from error
-    if data == WIKITEXT and protocol == "pages":
-        return list(wikitext_articles(texts))
-    if data == WIKITEXT and protocol == "blocks":
-        return ["".join(line or " \n" for line in texts)]  # wiki.test.raw; the Hub emptied its blank lines
-    return texts if protocol in EACH_TEXT else ["\n\n".join(texts)]
-
-
-def detokenize(page):
-    """WikiText is cut into words; the harness's rules, in its order, put them together again:
-    ' = Oz = \\n It is " 1 @.@ 5 " km . \\n' -> ' = Oz =\\nIt is "1.5" km.\\n'"""
-    for pattern, replacement in (
-            ("s '", "s'"), ("/' [0-9]/", "/'[0-9]/"),  # the second is a slip of the harness's
-            *((f" @[{c}]@ ", c) for c in "-,."), *((f" [{c}] ", f"{c} ") for c in ":;.!?,"),
-            *((rf"\{a}\s*([^\{b}]*?)\s*\{b}", rf"{a}\1{b}") for a, b in ("()", "[]", "{}", '""', "''")),
-            ("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" ° ", "°"), (" \n", "\n"), ("\n ", "\n"),
-            (" N ", " 1 "), (" 's", "'s")):
-        page = re.sub(pattern, replacement, page)
-    return page
-
-
 def tokenize(text, args, tokenizer):
     """(ids, how many of them, the last ones, are the text that counts, its words or 0, its bytes)."""
     if isinstance(text, Corpus):
@@ -81,7 +53,7 @@ def tokenize(text, args, tokenizer):
         return text.val, len(text.val), 0, text.meta["val"]["bytes"]
     encode, size = tokenizer.encode_array, len(text.encode("utf-8", "replace"))
     if args.protocol == "pages":
-        ids = encode(detokenize(text) if args.data == WIKITEXT else text)
+        ids = encode(detokenize_wikitext(text) if args.data == WIKITEXT else text)
         return np.append(tokenizer.eot, ids), len(ids), len(re.split(r"\s+", text)), size
     if args.protocol == "lambada":
         ids, before = encode(text), text.rpartition(" ")[0]

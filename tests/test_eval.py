@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import data
 import eval_ppl
 from data import load_tokenizer, prepare, run_cli, train_tokenizer
 from model import GPT2, GPT2Config, GPTNeoX, GPTNeoXConfig, load, student_from
@@ -189,7 +190,7 @@ def test_what_else_is_data(tmp_path, monkeypatch):
     text.write_bytes(b"long line\r\n" * 500_000)
     assert eval_ppl.read_texts(str(text), "pages", "text") == ["long line\r\n" * 500_000]
     pairs = [("val", "a"), ("train", "b"), ("val", "c")]
-    monkeypatch.setattr(eval_ppl, "open_data", lambda data: ({}, iter(pairs)))
+    monkeypatch.setattr(data, "open_data", lambda data: ({}, iter(pairs)))
     assert eval_ppl.read_texts("stdlib", "blocks", "text") == ["a\n\nc"]
 
 
@@ -371,8 +372,9 @@ def test_detokeniser_is_the_harnesss():
     bits = ["s '", "/' 5/", "@-@ ", "@,@ ", "@.@ ", *"()[]{}\"'=\n", "° ", "N ", "'s", "= = = =", "ab", "  "]
     bits += [" "] * 8 + [f"{c} " for c in ":;.!?,"] * 3
     for text in PAGES + ["".join(rng.choices(bits, k=rng.randrange(60))) for _ in range(3000)]:
-        assert eval_ppl.detokenize(text) == wikitext_detokenizer({"page": text}), repr(text)
-    assert eval_ppl.detokenize(' = Oz = \n It is " 1 @.@ 5 " km . \n') == ' = Oz =\nIt is "1.5" km.\n'
+        assert eval_ppl.detokenize_wikitext(text) == wikitext_detokenizer({"page": text}), repr(text)
+    page = ' = Oz = \n It is " 1 @.@ 5 " km . \n'
+    assert eval_ppl.detokenize_wikitext(page) == ' = Oz =\nIt is "1.5" km.\n'
 
 
 @torch.no_grad()
