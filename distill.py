@@ -416,12 +416,7 @@ def main():
     ranks = run.Ranks(args.device)
     if args.grad_accum % ranks.world:
         raise InputError(f"--grad-accum {args.grad_accum} cannot be shared evenly by {ranks.world} processes")
-    if args.precision == "auto" and args.resume:
-        args.precision = run.settings_of(args.out).get("precision", "auto")
-    if args.precision == "auto":
-        args.precision = "fp32" if ranks.any(not run.bf16_is_fast(ranks.device)) else "bf16"
-        if args.precision == "fp32" and ranks.rank == 0:
-            print("note       bf16 is not fast on this device, so fp32")
+    args.precision = run.precision(args, ranks)
     out, lock = Path(args.out), run.claim(args) if ranks.rank == 0 else None
     with ranks.rank_0_first():
         tokenizer, teacher, student = load_models(args, ranks.device)

@@ -119,6 +119,19 @@ def check(args):
         raise InputError("all weights of the loss are 0: nothing would be learned; raise one of them")
 
 
+def precision(args, ranks):
+    """--precision, with `auto` resolved: what a run to resume has had, otherwise bf16 where it is fast."""
+    if args.precision != "auto":
+        return args.precision
+    if args.resume and "precision" in settings_of(args.out):
+        return settings_of(args.out)["precision"]
+    if not ranks.any(not bf16_is_fast(ranks.device)):
+        return "bf16"
+    if ranks.rank == 0:
+        print("note       bf16 is not fast on this device, so fp32")
+    return "fp32"
+
+
 # ------------------------------------------------------------------------------------ what a person sees
 def formula(args):
     """The loss with its numbers."""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -519,3 +520,23 @@ def test_the_demo_in_a_few_steps(tmp_path, monkeypatch, capsys):
         assert code == 0, error
     names = [line.split()[1] for line in printed.splitlines() if re.match(r"\| \w", line)]
     assert names == ["model", "teacher", "student", "control"]
+
+
+def test_a_resumed_run_keeps_its_precision(tmp_path, monkeypatch):
+    """What is fast is measured, so the answer can change between two starts."""
+    monkeypatch.setattr(run, "bf16_is_fast", lambda device: True)
+    (tmp_path / "args.json").write_text('{"precision": "fp32"}')
+    settings = SimpleNamespace(precision="auto", resume=True, out=tmp_path)
+    assert run.precision(settings, run.Ranks("cpu")) == "fp32"
+    settings.resume = False
+    assert run.precision(settings, run.Ranks("cpu")) == "bf16"
+
+
+def test_an_unfinished_demo_is_not_overwritten(tmp_path, monkeypatch):
+    """A finished one is, as everyone tries the first command twice."""
+    (tmp_path / "args.json").write_text('{"recipe": "demo"}')
+    settings = SimpleNamespace(recipe="demo", resume=False, overwrite=False, out=tmp_path)
+    with pytest.raises(run.InputError, match="holds another run"):
+        run.claim(settings)
+    (tmp_path / "README.md").write_text("the card, written last")
+    run.claim(settings).release()
