@@ -36,8 +36,7 @@ from torch.nn import functional as F
 import distill
 import model as models
 import run
-from data import InputError, load_tokenizer, prepare, run_cli, stdlib_documents
-from eval_ppl import format_table
+from data import InputError, format_table, load_tokenizer, prepare, run_cli, stdlib_documents
 
 T, KD, CLM = 2.0, 0.5, 0.5
 PYTHIA = {"vocab_size": 50304, "max_position_embeddings": 2048}

@@ -1,7 +1,7 @@
 """Text in, batches of token ids out.
 
 Read in this order:
-  1. Small things   InputError, run_cli, and fetch: a file of a model, from a folder or from the Hub
+  1. Small things   InputError, run_cli, format_table, and fetch: a model's file, from a folder or the Hub
   2. Tokenizer      tokenizer.json -> tiktoken: one path for GPT-2, GPT-NeoX and our own
   3. Documents      open_data: what --data stands for, and which of its documents are held out; read_texts:
                     the same for evaluation
@@ -53,6 +53,19 @@ def run_cli(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def format_table(rows):
+    """Rows (dicts with the same keys) as a Markdown table whose columns line up in a terminal, too."""
+    def show(value):
+        form = {int: ",", float: ".4f"}.get(type(value), "")
+        return " ± ".join(map(show, value)) if isinstance(value, tuple) else format(value, form)
+
+    cells = [list(rows[0]), *([show(value) for value in row.values()] for row in rows)]
+    width, *widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width, *("-" * (w - 1) + ":" for w in widths)])
+    lines = (" | ".join([name.ljust(width), *map(str.rjust, row, widths)]) for name, *row in cells)
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 HUB_ERRORS = {  # class of an error of the Hub's clients -> what it means here; the first that fits

@@ -33,8 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import model as models
 import run
-from data import InputError, batch_at, load_tokenizer, prepare, run_cli
-from eval_ppl import format_table
+from data import InputError, batch_at, format_table, load_tokenizer, prepare, run_cli
 
 DEMO_TEACHER = os.path.relpath(Path(__file__).parent / "demo" / "teacher")
 

@@ -29,6 +29,7 @@ from data import (
     Corpus,
     InputError,
     detokenize_wikitext,
+    format_table,
     load_tokenizer,
     read_texts,
     run_cli,
@@ -165,19 +166,6 @@ def figures(scores, found, args, several):
             mean, error = mean.exp(), mean.exp() * error
         result[name] = (mean.item(), error.item()) if n > 1 else mean.item()
     return result
-
-
-def format_table(rows):
-    """Rows (dicts with the same keys) as a Markdown table whose columns line up in a terminal, too."""
-    def show(value):
-        form = {int: ",", float: ".4f"}.get(type(value), "")
-        return " ± ".join(map(show, value)) if isinstance(value, tuple) else format(value, form)
-
-    cells = [list(rows[0]), *([show(value) for value in row.values()] for row in rows)]
-    width, *widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * width, *("-" * (w - 1) + ":" for w in widths)])
-    lines = (" | ".join([name.ljust(width), *map(str.rjust, row, widths)]) for name, *row in cells)
-    return "\n".join(f"| {line} |" for line in lines)
 
 
 def report(results, args):

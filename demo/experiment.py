@@ -26,8 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import distill
 import run
-from data import prepare, run_cli
-from eval_ppl import format_table
+from data import format_table, prepare, run_cli
 
 OUT, CPU = Path("out-experiment"), torch.device("cpu")
 STUDENT, RESULTS = OUT / "student", OUT / "results.json"
