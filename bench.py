@@ -52,11 +52,16 @@ TUNED = {  # what glibc and PyTorch can be told about large tensors: keep their 
     "THP_MEM_ALLOC_ENABLE": "1"}
 
 
+def new_model(config):
+    """With random weights."""
+    return (models.GPT2 if isinstance(config, models.GPT2Config) else models.GPTNeoX)(config)
+
+
 # ------------------------------------------------------------------------------------ who is compared
 def ours(folder, args):
     """This project: hidden states, loss in chunks, teacher in the precision that it computes in."""
     run.keep_memory()
-    held = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    held = models.DTYPES[args.precision]
     teacher = models.load(folder / "teacher", args.device, held).requires_grad_(False)
     student = models.load(folder / "student", args.device).train()
     settings = SimpleNamespace(temperature=T, kd_weight=KD, clm_weight=CLM, cos_weight=0.0,
@@ -127,19 +132,17 @@ def step(folder, args):
     student, loss_of = PEERS[args.peer](folder, args)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
     ids, targets = batch(args, student.config.vocab_size)
-    losses, seconds = [], []
-    for _ in range(args.steps + 1):
-        wait(args.device)
-        started = time.perf_counter()
+
+    def one():
         with torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16"):
             loss = loss_of(ids, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
-        wait(args.device)
-        seconds.append(time.perf_counter() - started)
+        return loss.item()
+
+    seconds, losses = zip(*(timed(args.device, one) for _ in range(args.steps + 1)), strict=True)
     return {"loss": losses[0], "seconds": seconds[1:], "peak": peak_bytes(args.device)}
 
 
@@ -197,16 +200,8 @@ def checkpoint_gradient(student):
 def ceiling(folder, args):
     """FLOP/s of a large square matrix product, the best of a few: no step can be faster."""
     n = 8192 if args.device == "cuda" else 2048
-    a = torch.ones(n, n, dtype=torch.bfloat16 if args.precision == "bf16" else torch.float32,
-                   device=args.device)
-    best = math.inf
-    for _ in range(10):
-        wait(args.device)
-        started = time.perf_counter()
-        a @ a
-        wait(args.device)
-        best = min(best, time.perf_counter() - started)
-    return {"flops": 2 * n**3 / best}
+    a = torch.ones(n, n, dtype=models.DTYPES[args.precision], device=args.device)
+    return {"flops": 2 * n**3 / min(timed(args.device, lambda: a @ a)[0] for _ in range(10))}
 
 
 def step_flops(args):
@@ -215,7 +210,7 @@ def step_flops(args):
     total = 0
     for role, config in zip(("teacher", "student"), SHAPES[args.shape], strict=True):
         with torch.device("meta"):
-            network = next(m for m, c in models.ARCHITECTURES.values() if c is type(config))(config)
+            network = new_model(config)
         matrices = sum(p.numel() for p in network.blocks.parameters() if p.dim() == 2)
         width = len(network.norm.weight)
         attention = len(network.blocks) * 2 * width * args.seq_len / 2
@@ -224,9 +219,13 @@ def step_flops(args):
     return total
 
 
-def wait(device):
+def timed(device, function):
+    """(seconds, result) of a call, the work that it left to a GPU included."""
+    started = time.perf_counter()
+    result = function()
     if device == "cuda":
         torch.cuda.synchronize()
+    return time.perf_counter() - started, result
 
 
 def peak_bytes(device):
@@ -240,7 +239,7 @@ def peak_bytes(device):
 def decode(folder, args, tokens=128):
     """Greedy tokens/s of the student, 1 and 5 sequences, ours and transformers' in turns; the same ids?"""
     from transformers import AutoModelForCausalLM
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    dtype = models.DTYPES[args.precision]
     mine = models.load(folder / "student", args.device, dtype)
     theirs = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=dtype).to(args.device).eval()
     result = {}
@@ -253,11 +252,8 @@ def decode(folder, args, tokens=128):
         best, texts = dict.fromkeys(ways, math.inf), {}
         for _ in range(4):
             for name, generate in ways.items():
-                wait(args.device)
-                started = time.perf_counter()
-                texts[name] = generate()
-                wait(args.device)
-                best[name] = min(best[name], time.perf_counter() - started)
+                seconds, texts[name] = timed(args.device, generate)
+                best[name] = min(best[name], seconds)
         result[sequences] = {name: sequences * tokens / seconds for name, seconds in best.items()}
         result[sequences]["same"] = (texts["ours"] == texts["hf"]).float().mean().item()
     return result
@@ -297,13 +293,13 @@ def tokenise(folder, args, document=5000):
 
     best, size = {"ours": math.inf, "hf": math.inf}, sum(len(text.encode()) for text in texts)
     for turn in range(3):
-        started = time.perf_counter()
-        corpus = prepare(folder / "text.parquet", tokenizer, folder / str(turn), workers=args.workers)
-        best["ours"] = min(best["ours"], time.perf_counter() - started)
-        started = time.perf_counter()
-        if usual() != len(corpus.train) + len(corpus.val):
+        mine = partial(prepare, folder / "text.parquet", tokenizer, folder / str(turn), workers=args.workers)
+        seconds, corpus = timed("cpu", mine)
+        best["ours"] = min(best["ours"], seconds)
+        seconds, tokens = timed("cpu", usual)
+        best["hf"] = min(best["hf"], seconds)
+        if tokens != len(corpus.train) + len(corpus.val):
             raise InputError("datasets.map and prepare() found different numbers of tokens")
-        best["hf"] = min(best["hf"], time.perf_counter() - started)
     return {name: size / 1e6 / seconds for name, seconds in best.items()}
 
 
@@ -387,8 +383,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for role, config in zip(("teacher", "student"), SHAPES[args.shape], strict=True):
             torch.manual_seed(len(role))
-            network = next(m for m, c in models.ARCHITECTURES.values() if c is type(config))(config)
-            network.save(Path(folder, role))
+            new_model(config).save(Path(folder, role))
         if args.only in (None, "step"):
             step_table(folder, args, peers)
         if args.only in (None, "decode"):

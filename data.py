@@ -149,7 +149,6 @@ def replaced(path):
             yield temporary
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
-            temporary.chmod(0o644)  # safetensors makes its files readable for their owner alone
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -461,6 +460,7 @@ def detokenize_wikitext(page):
 
 WIKITEXT, LAMBADA = "Salesforce/wikitext:wikitext-2-raw-v1", "EleutherAI/lambada_openai:default"
 TEST_SETS = {"wikitext-2": WIKITEXT, "wikitext-103": WIKITEXT, "lambada": LAMBADA}  # WikiText's two are equal
+EACH_TEXT = ("pages", "lambada")  # protocols that score each text for itself; the others join them
 
 
 def read_texts(data, protocol, column):
@@ -483,7 +483,7 @@ def read_texts(data, protocol, column):
         return list(wikitext_articles(texts))
     if data == WIKITEXT and protocol == "blocks":
         return ["".join(line or " \n" for line in texts)]  # wiki.test.raw; the Hub emptied its blank lines
-    return texts if protocol in ("pages", "lambada") else ["\n\n".join(texts)]
+    return texts if protocol in EACH_TEXT else ["\n\n".join(texts)]
 
 
 # --- 4. prepare -------------------------------------------------------------------------------------------

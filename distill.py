@@ -35,6 +35,7 @@ import model as models
 import run
 from data import InputError, batch_at, format_table, load_tokenizer, prepare, run_cli
 
+LEAST_TOKENS = 2**24  # in a corpus, so that short runs share one
 DEMO_TEACHER = os.path.relpath(Path(__file__).parent / "demo" / "teacher")
 
 RECIPES = {
@@ -67,8 +68,8 @@ RECIPES = {
 }
 
 
-def parse_args(argv=None):
-    """Flags win over the recipe, the recipe over the defaults, which stand here and nowhere else."""
+def new_parser():
+    """All flags, with their defaults, which stand here and nowhere else."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -117,6 +118,12 @@ def parse_args(argv=None):
     add("--out", default="out", help="folder of the student, its log and its state")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--overwrite", action="store_true", help="replace the run in --out")
+    return parser
+
+
+def parse_args(argv=None):
+    """Flags win over the recipe, the recipe over the defaults."""
+    parser = new_parser()
     given = parser.parse_args(argv, argparse.Namespace(steps=None))
     recipe = given.recipe or ("plain" if given.teacher or given.student else "demo")
     parser.set_defaults(**RECIPES[recipe])
@@ -368,15 +375,9 @@ def load_models(args, device):
     held = torch.bfloat16 if args.precision.startswith("bf16") else torch.float32
     if args.teacher != "none":  # one that gives its layers away does so in float32, before it is rounded
         teacher = models.load(args.teacher, dtype=held if args.student else torch.float32)
-    torch.manual_seed(args.seed)  # of random weights
-    if args.student:
-        student = (models.build if args.student_init == "random" else models.load)(args.student)
-    else:
-        layers = parse_layers(args.student_layers, len(teacher.blocks))
-        args.student_layers = ",".join(map(str, layers))
-        student = models.student_from(teacher, layers)
-        if args.student_init == "random":
-            student.initialise()
+    layers = parse_layers(args.student_layers, len(teacher.blocks)) if args.student_layers else []
+    args.student_layers = ",".join(map(str, layers)) or None
+    student = first_student(args, teacher, layers)
     for name, network in ((args.teacher, teacher), (args.student or "the student", student)):
         if network and network.config.vocab_size < tokenizer.vocab_size:
             raise InputError(f"{name} has {network.config.vocab_size} embeddings for a tokenizer of "
@@ -393,6 +394,17 @@ def load_models(args, device):
             block.compile()
     student = student.to(device, torch.bfloat16 if args.precision == "bf16-pure" else torch.float32)
     return tokenizer, teacher and teacher.to(device, held).requires_grad_(False), student
+
+
+def first_student(args, teacher, layers):
+    """The student before its first step: what args.student names, or those layers of the teacher."""
+    torch.manual_seed(args.seed)  # of random weights
+    if args.student:
+        return (models.build if args.student_init == "random" else models.load)(args.student)
+    student = models.student_from(teacher, layers)
+    if args.student_init == "random":
+        student.initialise()
+    return student
 
 
 def parse_layers(text, depth):
@@ -420,7 +432,7 @@ def main():
     with ranks.rank_0_first():
         tokenizer, teacher, student = load_models(args, ranks.device)
         step_tokens = args.grad_accum * args.batch_size * args.seq_len
-        budget = None if args.epochs else max(2**24, args.steps * step_tokens + 1)
+        budget = None if args.epochs else max(LEAST_TOKENS, args.steps * step_tokens + 1)
         corpus = prepare(args.data, tokenizer, args.data_folder, budget, args.workers, args.text_column)
     corpus.train = corpus.train[:budget]  # there may be more, made for another run
     if args.epochs:

@@ -23,6 +23,7 @@ import torch
 from torch.nn import functional as F
 
 from data import (
+    EACH_TEXT,
     LAMBADA,
     TEST_SETS,
     WIKITEXT,
@@ -34,15 +35,13 @@ from data import (
     read_texts,
     run_cli,
 )
-from model import GPT2, load
+from model import DTYPES, GPT2, load
 
 PROTOCOLS = {  # printed with the figures
     "sliding": "As Hugging Face's guide, not detokenised; words and bytes: by the share of tokens scored",
     "blocks": "Disjoint whole blocks, not detokenised; words and bytes: by the share of tokens scored",
     "pages": "As lm-evaluation-harness; WikiText is detokenised; words and bytes: the page's before that",
     "lambada": "As lm-evaluation-harness's lambada_openai, whose perplexity is per word; not detokenised"}
-EACH_TEXT = ("pages", "lambada")  # protocols that score each text for itself; the others join them
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SCORES = ("nll", "kl", "agree", "right", "tokens")
 
 

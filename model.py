@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from data import InputError, fetch, read_tensors, replaced, weight_files
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # what --precision calls them
 GELU = {"gelu": "none", "gelu_new": "tanh", "gelu_fast": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 
@@ -165,6 +166,7 @@ class GPT(nn.Module):
                   **asdict(self.config), **ends}
         with replaced(Path(folder, "model.safetensors")) as file:
             save_file(tensors, file, {"format": "pt"})
+            file.chmod(0o644)  # safetensors makes it readable for its owner alone
         for name, content in (("generation_config.json", ends), ("config.json", config)):
             with replaced(Path(folder, name)) as file:
                 file.write_text(json.dumps(content, indent=2) + "\n")

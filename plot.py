@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import distill
 import model as models
 from data import InputError, load_tokenizer, replaced, run_cli
 from run import formula
@@ -180,15 +181,9 @@ def read_settings(folder):
 
 
 def student_before(settings, teacher):
-    """The student as it was before the first step, as distill.py made it."""
-    torch.manual_seed(settings["seed"])  # of random weights
-    random = settings["student_init"] == "random"
-    if settings["student"]:
-        return (models.build if random else models.load)(settings["student"]).eval()
-    student = models.student_from(teacher, [int(layer) for layer in settings["student_layers"].split(",")])
-    if random:
-        student.initialise()
-    return student.eval()
+    """The student as it was before the first step."""
+    layers = [int(layer) for layer in (settings["student_layers"] or "").split(",") if layer]
+    return distill.first_student(argparse.Namespace(**settings), teacher, layers).eval()
 
 
 # ------------------------------------------------------------------------------------ from flags to a file

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from data import InputError, load_tokenizer, run_cli
-from model import likeliest, load
+from model import DTYPES, likeliest, load
 
 DEFAULT_PROMPT = "def read_config(path):"
 
@@ -30,7 +30,7 @@ def parse_args(argv=None):
     add("--top-k", type=int, default=50, help="draw from the k likeliest tokens; 0: from all")
     add("--top-p", type=float, default=1.0, help="draw from the fewest tokens with this much probability")
     add("--seed", type=int, default=0, help="of the draws")
-    add("--precision", choices=["fp32", "bf16"], default="fp32", help="of the weights; bf16 is faster")
+    add("--precision", choices=DTYPES, default="fp32", help="of the weights; bf16 is faster")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps")
     return parser.parse_args(argv)
 
@@ -54,8 +54,7 @@ def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 def continuations(name, args):
     """Yields the texts that the model `name` writes after the prompt."""
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    model, tokenizer = load(name, args.device, dtype), load_tokenizer(name)
+    model, tokenizer = load(name, args.device, DTYPES[args.precision]), load_tokenizer(name)
     prompt = tokenizer.encode(args.prompt) or [tokenizer.eot]  # an empty prompt: the start of any document
     if len(prompt) >= model.context:
         print(f"note: the prompt has {len(prompt)} tokens; {name} sees the last {model.context} at a time",

@@ -541,3 +541,16 @@ def test_an_unfinished_demo_is_not_overwritten(tmp_path, monkeypatch):
         run.claim(settings)
     (tmp_path / "README.md").write_text("the card, written last")
     run.claim(settings).release()
+
+
+def test_a_larger_corpus_changes_nothing(workshop, tmp_path, monkeypatch, capsys):
+    """Another run may have left more tokens behind than this one uses."""
+    monkeypatch.setattr(distill, "LEAST_TOKENS", 1)
+    small = flags(workshop, tmp_path / "small", steps=2, data_folder=tmp_path)
+    small[small.index("--data_folder")] = "--data-folder"
+    large = [{"2": "9", str(tmp_path / "small"): str(tmp_path / "large")}.get(part, part) for part in small]
+    for argv in (small, large, [*small, "--overwrite"]):
+        before = log_rows(tmp_path / "small") if argv[-1] == "--overwrite" else None
+        code, _, error = call(monkeypatch, capsys, argv)
+        assert code == 0, error
+    assert [row["loss"] for row in log_rows(tmp_path / "small")] == [row["loss"] for row in before]
