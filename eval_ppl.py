@@ -22,27 +22,45 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from data import (
-    EACH_TEXT,
-    LAMBADA,
-    TEST_SETS,
-    WIKITEXT,
-    Corpus,
-    InputError,
-    detokenize_wikitext,
-    format_table,
-    load_tokenizer,
-    read_texts,
-    run_cli,
-)
+from data import Corpus, load_tokenizer
 from model import DTYPES, GPT2, load
+from support.cli import InputError, format_table, run_cli
+from support.documents import READERS, open_data
+from support.hub import hub_error
+from support.wikitext import detokenize_wikitext, wikitext_articles
 
 PROTOCOLS = {  # printed with the figures
     "sliding": "As Hugging Face's guide, not detokenised; words and bytes: by the share of tokens scored",
     "blocks": "Disjoint whole blocks, not detokenised; words and bytes: by the share of tokens scored",
     "pages": "As lm-evaluation-harness; WikiText is detokenised; words and bytes: the page's before that",
     "lambada": "As lm-evaluation-harness's lambada_openai, whose perplexity is per word; not detokenised"}
+WIKITEXT, LAMBADA = "Salesforce/wikitext:wikitext-2-raw-v1", "EleutherAI/lambada_openai:default"
+TEST_SETS = {"wikitext-2": WIKITEXT, "wikitext-103": WIKITEXT, "lambada": LAMBADA}  # WikiText's two are equal
+EACH_TEXT = ("pages", "lambada")  # protocols that score each text for itself; the others join them
 SCORES = ("nll", "kl", "agree", "right", "tokens")
+
+
+def read_texts(data, protocol, column):
+    """What --data names: a list of texts, or of one Corpus; of one text if the protocol wants them joined."""
+    path = Path(data)
+    if (path / "meta.json").is_file():
+        return [Corpus(path)]
+    if data == "stdlib":
+        texts = [text for split, text in open_data(data)[1] if split == "val"]
+    elif path.is_file():
+        texts = list(READERS.get(path.suffix, READERS[".txt"])(path, column))
+        texts = texts if path.suffix in (".jsonl", ".parquet") else ["".join(texts)]  # .txt comes in pieces
+    else:
+        from datasets import load_dataset
+        try:
+            texts = list(load_dataset(*data.split(":", 1), split="test")[column])
+        except Exception as error:
+            raise hub_error(data, error) from error
+    if data == WIKITEXT and protocol == "pages":
+        return list(wikitext_articles(texts))
+    if data == WIKITEXT and protocol == "blocks":
+        return ["".join(line or " \n" for line in texts)]  # wiki.test.raw; the Hub emptied its blank lines
+    return texts if protocol in EACH_TEXT else ["\n\n".join(texts)]
 
 
 def tokenize(text, args, tokenizer):

@@ -19,7 +19,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from data import InputError, fetch, read_tensors, replaced, weight_files
+from support.cli import InputError
+from support.files import replaced
+from support.hub import fetch, read_tensors, weight_files
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # what --precision calls them
 GELU = {"gelu": "none", "gelu_new": "tanh", "gelu_fast": "tanh", "gelu_pytorch_tanh": "tanh"}

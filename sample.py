@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from data import InputError, load_tokenizer, run_cli
+from data import load_tokenizer
 from model import DTYPES, likeliest, load
+from support.cli import InputError, run_cli
 
 DEFAULT_PROMPT = "def read_config(path):"
 

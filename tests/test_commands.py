@@ -176,7 +176,8 @@ def test_recipes_run_on_two_processes(world, tmp_path, name):
     assert done.returncode == 0, done.stderr
     assert "2 x cpu" in done.stdout and len(load(tmp_path / "out").blocks) > 0
     card, taught = (tmp_path / "out" / "README.md").read_text(), name == "distilpythia"
-    assert ("# A distilled GPT" in card) == ("tags: [distillation]" in card) == ("its teacher says" in card) == taught
+    claims = ("# A distilled GPT", "tags: [distillation]", "its teacher says")
+    assert all((claim in card) == taught for claim in claims)
 
 
 def test_sample_from_the_hub(world, run):

@@ -1,0 +1,28 @@
+"""WikiText's rules: rows -> articles, and articles -> ordinary text, as lm-evaluation-harness has them."""
+import re
+
+
+def wikitext_articles(rows):
+    """Rows of Salesforce/wikitext, a line each -> articles, byte for byte lm-evaluation-harness's pages."""
+    article = []
+    for row in rows:
+        line = row.rstrip("\n") or " "  # the Hub's copy has emptied the blank lines
+        if re.fullmatch(r" = (?!= ).*(?<! =) = ", line):  # " = Title = ", not " = = Section = = "
+            if "".join(article).strip():
+                yield "\n".join(article)
+            article = []
+        article.append(line)
+    yield "\n".join([*article, ""])  # the file ends with a line break
+
+
+def detokenize_wikitext(page):
+    """WikiText is cut into words; the harness's rules, in its order, put them together again:
+    ' = Oz = \\n It is " 1 @.@ 5 " km . \\n' -> ' = Oz =\\nIt is "1.5" km.\\n'"""
+    for pattern, replacement in (
+            ("s '", "s'"), ("/' [0-9]/", "/'[0-9]/"),  # the second is a slip of the harness's
+            *((f" @[{c}]@ ", c) for c in "-,."), *((f" [{c}] ", f"{c} ") for c in ":;.!?,"),
+            *((rf"\{a}\s*([^\{b}]*?)\s*\{b}", rf"{a}\1{b}") for a, b in ("()", "[]", "{}", '""', "''")),
+            ("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" ° ", "°"), (" \n", "\n"), ("\n ", "\n"),
+            (" N ", " 1 "), (" 's", "'s")):
+        page = re.sub(pattern, replacement, page)
+    return page
