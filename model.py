@@ -1,18 +1,23 @@
 """GPT-2 and GPT-NeoX (Pythia) by hand; the Hub's checkpoints come in, ordinary Hub checkpoints go out.
 
 Read in this order:
-  Attention, Block        one pre-norm transformer layer, the same code for both architectures
+  Config                  the shape of a model, in one set of words for both architectures
+  Attention, MLP, Block   one pre-norm transformer layer, the same code for both
   GPT                     what both share around the layers: head, key-value cache, generation, saving
   GPT2, GPTNeoX           what differs; hold the two against each other
+  TENSORS, FIELDS         what checkpoints call things, as data
   load, student_from      checkpoint -> model, and teacher -> student
 
-Shapes: B batch, T tokens, C width, H heads, D = C / H head width, V vocabulary, R rotated part of D.
+Shapes: B batch, L tokens of a sequence, C width, H heads, D = C / H width of a head, V vocabulary,
+R the part of D that is rotated.
 References: GPT-2 (Radford et al. 2019), GPT-NeoX-20B (Black et al. 2022, arXiv 2204.06745).
 """
 import json
+import math
 import re
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -20,89 +25,201 @@ from torch import nn
 from torch.nn import functional as F
 
 from support.cli import InputError
+from support.config_json import check_value, read_config_json
 from support.files import replaced
 from support.hub import fetch, read_tensors, weight_files
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # what --precision calls them
+
+# What config.json calls an activation -> what PyTorch calls that form of the GELU.
 GELU = {"gelu": "none", "gelu_new": "tanh", "gelu_fast": "tanh", "gelu_pytorch_tanh": "tanh"}
+
+
+@dataclass
+class Config:
+    """The shape of a GPT. FIELDS, below, has the names that config.json files use for the same things."""
+    vocab_size: int  # V, often padded: more rows than the tokenizer has tokens
+    context: int  # how many tokens the model can look at
+    width: int  # C, of the stream that runs through all layers
+    n_layer: int
+    n_head: int
+    mlp_width: int | None = None  # of the hidden layer of the MLP; None: 4 * width
+    activation: str = "gelu_new"  # a key of GELU
+    norm_eps: float = 1e-5
+    tied_head: bool = True  # the output head is the embedding matrix itself
+    eos: int | list | None = None  # id of the end-of-text token, or several
+    inverse_layer_scale: bool = False  # GPT-2: attention scores of layer i are also divided by i + 1
+    parallel: bool = False  # GPT-NeoX: attention and MLP read the same input
+    attention_bias: bool = True
+    rotary_share: float = 0.0  # GPT-NeoX: the share of each head's dimensions that is rotated
+    rotary_base: float = 10000.0
+
+    def __post_init__(self):
+        if self.mlp_width is None:
+            self.mlp_width = 4 * self.width
+        if self.width % self.n_head:
+            raise InputError(f"a width of {self.width} cannot be shared by {self.n_head} attention heads")
+
+        # Rotated dimensions come in pairs, so an odd number of them is rounded up.
+        pairs = math.ceil(self.rotary_dim / 2)
+        if 2 * pairs > self.head_width:
+            raise InputError(f"{2 * pairs} dimensions to rotate in heads of width {self.head_width}")
+
+    @property
+    def head_width(self):
+        """D."""
+        return self.width // self.n_head
+
+    @property
+    def rotary_dim(self):
+        """R."""
+        return int(self.head_width * self.rotary_share)
 
 
 # ----------------------------------------------------------------------------------------- one layer
 class Attention(nn.Module):
     """Causal multi-head self-attention with one fused projection for queries, keys and values."""
 
-    def __init__(self, width, n_head, bias):
+    def __init__(self, config, layer):
         super().__init__()
-        if width % n_head:
-            raise InputError(f"a width of {width} cannot be shared by {n_head} attention heads")
-        self.n_head = n_head
-        self.qkv, self.out = nn.Linear(width, 3 * width, bias), nn.Linear(width, width, bias)
-        self.drop = nn.Dropout(0.0)  # of attention weights
+        self.n_head = config.n_head
+        self.qkv = nn.Linear(config.width, 3 * config.width, config.attention_bias)
+        self.out = nn.Linear(config.width, config.width, config.attention_bias)
+        self.dropout = nn.Dropout(0.0)  # of attention weights
+
+        # Scores are divided by sqrt(D) (None), in some GPT-2 (Stanford's) also by the number of the layer.
+        self.scale = None
+        if config.inverse_layer_scale:
+            self.scale = config.head_width**-0.5 / (layer + 1)
 
     def forward(self, x, rotary=None, cache=None, past=0):
-        """x (B, T, C) -> (B, T, C). `cache` (2, B, H, room, D): k and v of `past` tokens, to which x's go."""
-        B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        """x (B, L, C) -> (B, L, C). `cache` (2, B, H, room, D) holds keys and values of `past` tokens, and
+        those of x are added to it."""
+        B, L, C = x.shape
+        qkv = self.qkv(x).view(B, L, 3, self.n_head, -1)  # (B, L, 3, H, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, L, D)
+
         if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
+            q = rotate(q, *rotary)
+            k = rotate(k, *rotary)
+
         if cache is not None:
-            cache[0, :, :, past:past + T], cache[1, :, :, past:past + T] = k, v
-            k, v = cache[:, :, :, :past + T]  # each (B, H, past + T, D)
-        dropout = self.drop.p if self.training else 0.0
+            cache[0, :, :, past:past + L] = k
+            cache[1, :, :, past:past + L] = v
+            k, v = cache[:, :, :, :past + L]  # each (B, H, past + L, D)
+
         # One new token may look at all of the past, so it needs no mask; a whole text needs the causal one.
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)  # (B, H, T, D)
-        return self.out(y.transpose(1, 2).reshape(B, T, C))
+        dropout = self.dropout.p if self.training else 0.0
+        y = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=L > 1, scale=self.scale)  # (B, H, L, D)
+        return self.out(y.transpose(1, 2).reshape(B, L, C))
 
 
 def rotate(x, cos, sin):
-    """Rotary position: turn the first R of x's D dimensions; i is paired with i + R / 2 ("half-split")."""
+    """Rotary position (Su et al. 2021, arXiv 2104.09864): turn the first R of x's D dimensions.
+
+    x (B, H, L, D); cos, sin (L, R / 2). Dimension i is paired with i + R / 2 ("half-split"), and each pair is
+    turned like a point in the plane, by an angle that grows with the token's position.
+    """
     half = cos.size(-1)
-    a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
-    return torch.cat(((a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest), -1)
+    a = x[..., :half]
+    b = x[..., half:2 * half]
+    rest = x[..., 2 * half:]
+
+    turned_a = (a * cos - b * sin).to(x.dtype)
+    turned_b = (b * cos + a * sin).to(x.dtype)
+    return torch.cat((turned_a, turned_b, rest), -1)
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between them, applied to each token for itself."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.up = nn.Linear(config.width, config.mlp_width)
+        self.down = nn.Linear(config.mlp_width, config.width)
+        self.gelu = GELU[config.activation]
+
+    def forward(self, x):
+        """x (B, L, C) -> (B, L, C)."""
+        return self.down(F.gelu(self.up(x), approximate=self.gelu))
 
 
 class Block(nn.Module):
-    """Pre-norm layer. Sequential (GPT-2): the MLP reads x + attention. Parallel (Pythia): both read x."""
+    """One pre-norm layer: attention and MLP each read the normalised stream and add what they found to it."""
 
-    def __init__(self, width, eps, n_head, mlp_width, activation, parallel=False, attention_bias=True):
+    def __init__(self, config, layer):
         super().__init__()
-        self.gelu, self.parallel = GELU[activation], parallel
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
-        self.attention = Attention(width, n_head, attention_bias)
-        self.up, self.down = nn.Linear(width, mlp_width), nn.Linear(mlp_width, width)
-        self.drop = nn.Dropout(0.0)
+        self.parallel = config.parallel
+        self.norm1 = nn.LayerNorm(config.width, config.norm_eps)
+        self.norm2 = nn.LayerNorm(config.width, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(0.0)  # of what is added to the stream
 
     def forward(self, x, rotary=None, cache=None, past=0):
-        attended = x + self.drop(self.attention(self.norm1(x), rotary, cache, past))
-        h = self.up(self.norm2(x if self.parallel else attended))
-        return attended + self.drop(self.down(F.gelu(h, approximate=self.gelu)))
+        """x (B, L, C) -> (B, L, C); see Attention for the rest."""
+        attended = x + self.dropout(self.attention(self.norm1(x), rotary, cache, past))
+
+        # Sequential (GPT-2): the MLP sees what attention found. Parallel (Pythia): both see the same x.
+        mlp_input = x if self.parallel else attended
+        return attended + self.dropout(self.mlp(self.norm2(mlp_input)))
 
 
 # ----------------------------------------------------------------------------------------- both models
 def likeliest(logits):
-    """Greedy: logits (B, V) -> the likeliest token of each (B, 1)."""
+    """Greedy choice: logits (B, V) -> the likeliest token of each (B, 1)."""
     return logits.argmax(-1, keepdim=True)
 
 
 class GPT(nn.Module):
-    """Blocks between an embedding and a head; GPT2 and GPTNeoX say how positions get in (`embed_at`)."""
+    """Blocks between an embedding and a head. Subclasses say how positions get in, and how disks hold it."""
 
-    def __init__(self, config, context, depth, tied, width, eps, **block):
+    # What a subclass says about itself.
+    MODEL_TYPE: str  # in config.json
+    HF_CLASS: str  # its class in transformers
+    COLUMN: int  # the column of TENSORS and of FIELDS with its names
+    DEFAULTS: dict  # fields of Config that mean this when config.json leaves them out
+
+    def embed_at(self, ids, past):
+        """ids (B, L) that follow `past` tokens -> stream (B, L, C), and what `rotate` needs or None."""
+        raise NotImplementedError
+
+    def from_disk(self, name, tensor):
+        """A tensor as checkpoints store it -> as we do; `name` is ours."""
+        raise NotImplementedError
+
+    def to_disk(self, name, tensor):
+        """The inverse of from_disk."""
+        raise NotImplementedError
+
+    @classmethod
+    def config(cls, **fields):
+        """A Config with this architecture's defaults: GPT2.config(n_layer=6)."""
+        return Config(**{**cls.DEFAULTS, **fields})
+
+    def __init__(self, config):
         super().__init__()
-        self.config, self.context = config, context
-        self.embed, self.drop = nn.Embedding(config.vocab_size, width), nn.Dropout(0.0)
-        self.blocks = nn.ModuleList(Block(width, eps, **block) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps)
-        self.head = None if tied else nn.Linear(width, config.vocab_size, bias=False)
+        self.config = config
+        self.context = config.context
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.dropout = nn.Dropout(0.0)  # of the embeddings
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.width, config.norm_eps)
+        self.head = None
+        if not config.tied_head:
+            self.head = nn.Linear(config.width, config.vocab_size, bias=False)
 
     def initialise(self):
-        """As GPT-2: std 0.02, over sqrt(2 * depth) in the 2 * depth matrices that end a residual branch."""
-        for name, p in self.named_parameters():
-            if p.dim() == 1:
-                nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
+        """Fresh weights as GPT-2's: std 0.02, but over sqrt(2 * n_layer) in the 2 * n_layer matrices that
+        add to the stream, so that its size does not grow with depth."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+            elif name.endswith(("attention.out.weight", "mlp.down.weight")):
+                nn.init.normal_(parameter, std=0.02 * (2 * len(self.blocks)) ** -0.5)
             else:
-                branches = 2 * len(self.blocks) if name.endswith(("out.weight", "down.weight")) else 1
-                nn.init.normal_(p, std=0.02 * branches**-0.5)
+                nn.init.normal_(parameter, std=0.02)
 
     @property
     def head_weight(self):
@@ -110,72 +227,165 @@ class GPT(nn.Module):
         return self.embed.weight if self.head is None else self.head.weight
 
     def set_dropout(self, p, attention_p):
-        """In training: `p` on embeddings and residual branches, `attention_p` on attention weights."""
+        """In training: `p` on embeddings and on what blocks add, `attention_p` on attention weights."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Dropout):
-                module.p = attention_p if name.endswith("attention.drop") else p
+                module.p = attention_p if name.endswith("attention.dropout") else p
 
     def num_parameters(self):
-        return sum(p.numel() for p in self.parameters())
+        """How many there are; a tied head counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
     def forward(self, ids):
-        """ids (B, T) -> logits (B, T, V)."""
+        """ids (B, L) -> logits (B, L, V). Training never calls this: logits of all tokens are large."""
         return F.linear(self.hidden(ids), self.head_weight)
 
     def hidden(self, ids, cache=None, past=0):
-        """ids (B, T) -> final hidden states after the last norm (B, T, C). With a `cache` that holds `past`
-        tokens ids go on from them and are added: any number to an empty one, then one at a time."""
+        """ids (B, L) -> final hidden states, after the last norm (B, L, C).
+
+        With a `cache` that holds `past` tokens, ids go on from those and are added to it: any number of ids
+        if it is empty, otherwise one at a time.
+        """
         x, rotary = self.embed_at(ids, past)
-        x = self.drop(x)  # (B, T, C)
+        x = self.dropout(x)  # (B, L, C)
         for i, block in enumerate(self.blocks):
             x = block(x, rotary, None if cache is None else cache[i], past)
         return self.norm(x)
 
     def new_cache(self, batch, room):
-        """Place for the keys and values of `room` tokens: (layers, 2, batch, H, room, D)."""
-        n_head, width = self.blocks[0].attention.n_head, len(self.norm.weight)
-        return self.norm.weight.new_empty(len(self.blocks), 2, batch, n_head, room, width // n_head)
+        """Place for keys and values of `room` tokens: (n_layer, 2, batch, H, room, D)."""
+        config = self.config
+        shape = (config.n_layer, 2, batch, config.n_head, room, config.head_width)
+        return self.norm.weight.new_empty(shape)
 
     @torch.no_grad()
     def generate(self, ids, max_new_tokens, choose=likeliest):
-        """ids (B, T) -> (B, T + max_new_tokens). `choose`: logits (B, V) -> tokens (B, 1); see sample.py. A
-        full window slides: its older half goes, the rest is read again, as absolute positions cannot move."""
-        cache = self.new_cache(ids.size(0), min(self.context, ids.size(1) + max_new_tokens))
-        unread, past = ids[:, -self.context:], 0
+        """ids (B, L) -> (B, L + max_new_tokens), greedily or as `choose` says.
+
+        `choose`: logits (B, V) -> tokens (B, 1); sample.py has one that draws. When the window is full its
+        older half is dropped and the rest is read again, because positions in the cache cannot move.
+        """
+        room = min(self.context, ids.size(1) + max_new_tokens)
+        cache = self.new_cache(ids.size(0), room)
+        unread = ids[:, -self.context:]
+        past = 0
+
         for _ in range(max_new_tokens):
-            logits = F.linear(self.hidden(unread, cache, past)[:, -1], self.head_weight)  # (B, V)
+            hidden = self.hidden(unread, cache, past)[:, -1]  # (B, C)
             past += unread.size(1)
-            unread = choose(logits)
+            unread = choose(F.linear(hidden, self.head_weight))  # (B, 1)
             ids = torch.cat((ids, unread), 1)
+
             if past == self.context:
-                unread, past = ids[:, -max(1, self.context // 2):], 0
+                unread = ids[:, -max(1, self.context // 2):]
+                past = 0
         return ids
 
     def checkpoint_names(self):
-        """{name of our tensor: its name on the Hub}, from NAMES."""
-        names = {ours.format(i): theirs[self.COLUMN].format(i)
-                 for ours, theirs in NAMES.items() for i in range(len(self.blocks))}
-        parts = [name.rpartition(".") for name in self.state_dict()]  # (module, ".", "weight" or "bias")
-        return {module + dot + leaf: names[module] + dot + leaf for module, dot, leaf in parts}
+        """{name of our tensor: its name in checkpoints}, from TENSORS."""
+        theirs = {}
+        for ours, columns in TENSORS.items():
+            for i in range(len(self.blocks)):
+                theirs[ours.format(i)] = columns[self.COLUMN].format(i)
+
+        names = {}
+        for name in self.state_dict():
+            module, dot, leaf = name.rpartition(".")  # leaf: "weight" or "bias"
+            names[name] = theirs[module] + dot + leaf
+        return names
 
     def save(self, folder):
-        """The inverse of `load`: config.json, generation_config.json, model.safetensors as on the Hub."""
-        state, names = self.state_dict(), self.checkpoint_names()
-        tensors = {names[ours]: self.layout(ours, state[ours], saving=True).contiguous() for ours in names}
-        ends = {"bos_token_id": self.config.eos_token_id, "eos_token_id": self.config.eos_token_id}
-        dtype = str(self.embed.weight.dtype).removeprefix("torch.")
-        config = {"architectures": [self.HF_CLASS], "model_type": self.MODEL_TYPE, "torch_dtype": dtype,
-                  **asdict(self.config), **ends}
+        """The inverse of `load`: model.safetensors, generation_config.json, config.json, as on the Hub.
+
+        Each file is replaced as a whole, config.json last, so that a reader never finds half a model.
+        """
+        state = self.state_dict()
+        tensors = {theirs: self.to_disk(ours, state[ours]).contiguous()
+                   for ours, theirs in self.checkpoint_names().items()}
         with replaced(Path(folder, "model.safetensors")) as file:
             save_file(tensors, file, {"format": "pt"})
             file.chmod(0o644)  # safetensors makes it readable for its owner alone
-        for name, content in (("generation_config.json", ends), ("config.json", config)):
+
+        eos = self.config.eos
+        bos = (eos or [None])[0] if isinstance(eos, list) else eos  # GPTs begin a text with what ends one
+        ends = {"bos_token_id": bos, "eos_token_id": eos}
+        config = {
+            "architectures": [self.HF_CLASS],
+            "model_type": self.MODEL_TYPE,
+            "torch_dtype": str(self.embed.weight.dtype).removeprefix("torch."),
+        }
+        for name, value in asdict(self.config).items():
+            if theirs := FIELDS[name][self.COLUMN]:
+                config[theirs] = value
+        for name, content in (("generation_config.json", ends), ("config.json", config | ends)):
             with replaced(Path(folder, name)) as file:
                 file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 # ----------------------------------------------------------------------------------------- what differs
-NAMES = {  # our module: its name in checkpoints of GPT-2, of GPT-NeoX
+class GPT2(GPT):
+    """Learned positions, sequential residual, tanh GELU, tied head."""
+    MODEL_TYPE = "gpt2"
+    HF_CLASS = "GPT2LMHeadModel"
+    COLUMN = 0
+    DEFAULTS = {"vocab_size": 50257, "context": 1024, "width": 768, "n_layer": 12, "n_head": 12, "eos": 50256}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.positions = nn.Embedding(config.context, config.width)
+        self.initialise()
+
+    def embed_at(self, ids, past):
+        """ids (B, L) -> (B, L, C): a vector for the position is added to that of the token, once, here."""
+        end = past + ids.size(1)
+        if end > self.context:
+            raise InputError(f"{end} tokens, but this model has {self.context} positions: pass fewer")
+        positions = torch.arange(past, end, device=ids.device)
+        return self.embed(ids) + self.positions(positions), None
+
+    def from_disk(self, name, tensor):
+        """GPT-2 stores weights of linear layers as (in, out); ours are PyTorch's (out, in)."""
+        linear = name.endswith(("qkv.weight", "out.weight", "up.weight", "down.weight"))
+        return tensor.t() if linear else tensor
+
+    to_disk = from_disk  # transposing twice changes nothing
+
+
+class GPTNeoX(GPT):
+    """Rotary positions, parallel residual, exact GELU, a head of its own."""
+    MODEL_TYPE = "gpt_neox"
+    HF_CLASS = "GPTNeoXForCausalLM"
+    COLUMN = 1
+    DEFAULTS = {"activation": "gelu", "tied_head": False, "eos": 0, "parallel": True, "rotary_share": 0.25}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.initialise()
+
+    def embed_at(self, ids, past):
+        """ids (B, L) -> (B, L, C), and how far each layer turns its queries and keys: cosine and sine of
+        position * frequency, each (L, R / 2), in float32. An odd R is rounded up."""
+        positions = torch.arange(past, past + ids.size(1), device=ids.device)  # (L,)
+        rotary_dim = self.config.rotary_dim
+        exponents = torch.arange(0, rotary_dim, 2, device=ids.device) / rotary_dim  # (R / 2,)
+        frequencies = 1 / self.config.rotary_base**exponents
+        angles = positions[:, None] * frequencies  # (L, R / 2)
+        return self.embed(ids), (angles.cos(), angles.sin())
+
+    def from_disk(self, name, tensor):
+        """GPT-NeoX stores q, k, v head by head: rows (H, 3, D); ours are (3, H, D), as in GPT-2."""
+        if ".qkv." not in name:
+            return tensor
+        return tensor.unflatten(0, (self.config.n_head, 3, -1)).transpose(0, 1).flatten(0, 2)
+
+    def to_disk(self, name, tensor):
+        if ".qkv." not in name:
+            return tensor
+        return tensor.unflatten(0, (3, self.config.n_head, -1)).transpose(0, 1).flatten(0, 2)
+
+
+# ----------------------------------------------------------------------------------------- names on disk
+TENSORS = {  # our module: its name in checkpoints of GPT-2, of GPT-NeoX
     "embed": ("transformer.wte", "gpt_neox.embed_in"),
     "positions": ("transformer.wpe", ""),
     "blocks.{}.norm1": ("transformer.h.{}.ln_1", "gpt_neox.layers.{}.input_layernorm"),
@@ -183,154 +393,132 @@ NAMES = {  # our module: its name in checkpoints of GPT-2, of GPT-NeoX
                                 "gpt_neox.layers.{}.attention.query_key_value"),
     "blocks.{}.attention.out": ("transformer.h.{}.attn.c_proj", "gpt_neox.layers.{}.attention.dense"),
     "blocks.{}.norm2": ("transformer.h.{}.ln_2", "gpt_neox.layers.{}.post_attention_layernorm"),
-    "blocks.{}.up": ("transformer.h.{}.mlp.c_fc", "gpt_neox.layers.{}.mlp.dense_h_to_4h"),
-    "blocks.{}.down": ("transformer.h.{}.mlp.c_proj", "gpt_neox.layers.{}.mlp.dense_4h_to_h"),
+    "blocks.{}.mlp.up": ("transformer.h.{}.mlp.c_fc", "gpt_neox.layers.{}.mlp.dense_h_to_4h"),
+    "blocks.{}.mlp.down": ("transformer.h.{}.mlp.c_proj", "gpt_neox.layers.{}.mlp.dense_4h_to_h"),
     "norm": ("transformer.ln_f", "gpt_neox.final_layer_norm"),
     "head": ("lm_head", "embed_out"),
 }
+PREFIX = r"^(transformer|gpt_neox)\."  # which some files lack, such as those of `gpt2`
+IGNORED = r"(^|\.)(attn|attention)\.(bias|masked_bias|rotary_emb\.inv_freq)$"  # causal masks, frequencies
+
+class Field(NamedTuple):
+    """What config.json calls a field of Config ("" where it has no such thing), and what it may hold."""
+    gpt2: str
+    neox: str
+    kind: type | str
+    low: float | None = None
+    high: float | None = None
 
 
-@dataclass
-class GPT2Config:
-    """The fields of a GPT-2 config.json in which checkpoints differ; the defaults are `gpt2` (124M)."""
-    vocab_size: int = 50257
-    n_positions: int = 1024
-    n_embd: int = 768
-    n_layer: int = 12
-    n_head: int = 12
-    n_inner: int | None = None  # width of the MLP; None: 4 * n_embd
-    activation_function: str = "gelu_new"
-    layer_norm_epsilon: float = 1e-5
-    tie_word_embeddings: bool = True
-    eos_token_id: int = 50256
+FIELDS = {
+    "vocab_size": Field("vocab_size", "vocab_size", int, 1, 10**7),
+    "context": Field("n_positions", "max_position_embeddings", int, 1, 10**7),
+    "width": Field("n_embd", "hidden_size", int, 1, 10**5),
+    "n_layer": Field("n_layer", "num_hidden_layers", int, 1, 1000),
+    "n_head": Field("n_head", "num_attention_heads", int, 1, 10**4),
+    "mlp_width": Field("n_inner", "intermediate_size", int, 1, 10**6),
+    "activation": Field("activation_function", "hidden_act", str),
+    "norm_eps": Field("layer_norm_epsilon", "layer_norm_eps", float, 0, 1),
+    "tied_head": Field("tie_word_embeddings", "tie_word_embeddings", bool),
+    "eos": Field("eos_token_id", "eos_token_id", "ids", 0, 10**7),
+    "inverse_layer_scale": Field("scale_attn_by_inverse_layer_idx", "", bool),
+    "parallel": Field("", "use_parallel_residual", bool),
+    "attention_bias": Field("", "attention_bias", bool),
+    "rotary_share": Field("", "rotary_pct", float, 0, 1),
+    "rotary_base": Field("", "rotary_emb_base", float, 1, 1e12),
+}
+IMPLEMENTED = {  # options of config.json that change what is computed: the values that we have
+    "activation_function": [*GELU], "hidden_act": [*GELU], "rope_type": ["default"],
+    "scale_attn_weights": [True], "add_cross_attention": [False], "quantization_config": [None]}
+ARCHITECTURES = {"gpt2": GPT2, "gpt_neox": GPTNeoX}
 
 
-class GPT2(GPT):
-    """Learned positions, sequential residual, tanh GELU, tied head."""
-    MODEL_TYPE, HF_CLASS, DEPTH, COLUMN = "gpt2", "GPT2LMHeadModel", "n_layer", 0
+def read_config(path):
+    """config.json -> (GPT2 or GPTNeoX, Config). InputError names the field that describes no model."""
+    raw = read_config_json(path)
+    kind = raw.get("model_type")
+    if kind not in [*ARCHITECTURES]:  # a list, as what is asked for may be of any type
+        raise InputError(f"{path}: model_type {kind!r:.50} is not implemented, only {[*ARCHITECTURES]}")
+    architecture = ARCHITECTURES[kind]
 
-    def __init__(self, c: GPT2Config):
-        super().__init__(c, c.n_positions, c.n_layer, c.tie_word_embeddings, c.n_embd, c.layer_norm_epsilon,
-                         n_head=c.n_head, mlp_width=c.n_inner or 4 * c.n_embd,
-                         activation=c.activation_function)
-        self.positions = nn.Embedding(c.n_positions, c.n_embd)
-        self.initialise()
+    for option, values in IMPLEMENTED.items():
+        if option in raw and raw[option] not in values:
+            raise InputError(f"{path}: {option} {raw[option]!r:.99} is not implemented, only {values}")
 
-    def embed_at(self, ids, past):
-        """ids (B, T) after `past` tokens -> (B, T, C): the position is added to the token, once, here."""
-        end = past + ids.size(1)
-        if end > self.context:
-            raise InputError(f"{end} tokens, but this model has {self.context} positions: pass fewer")
-        return self.embed(ids) + self.positions(torch.arange(past, end, device=ids.device)), None
+    found = {}
+    for name, field in FIELDS.items():
+        theirs = field[architecture.COLUMN]
+        if theirs not in raw or (theirs == "n_inner" and raw[theirs] is None):  # null: 4 * width
+            continue
+        check_value(f"{path}: {theirs}", raw[theirs], field.kind, field.low, field.high)
+        found[name] = raw[theirs]
 
-    def layout(self, name, tensor, saving):
-        """GPT-2 stores the weights of linear layers as (in, out); ours are PyTorch's (out, in)."""
-        linear = name.endswith(("qkv.weight", "out.weight", "up.weight", "down.weight"))
-        return tensor.t() if linear else tensor
-
-
-@dataclass
-class GPTNeoXConfig:
-    """The fields of a GPT-NeoX config.json in which checkpoints differ."""
-    vocab_size: int
-    max_position_embeddings: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-5
-    rotary_pct: float = 0.25  # the share of each head's dimensions that is rotated
-    rotary_emb_base: float = 10000.0
-    use_parallel_residual: bool = True
-    attention_bias: bool = True
-    tie_word_embeddings: bool = False
-    eos_token_id: int = 0
-
-
-class GPTNeoX(GPT):
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864), parallel residual, exact GELU, untied head."""
-    MODEL_TYPE, HF_CLASS, DEPTH, COLUMN = "gpt_neox", "GPTNeoXForCausalLM", "num_hidden_layers", 1
-
-    def __init__(self, c: GPTNeoXConfig):
-        super().__init__(c, c.max_position_embeddings, c.num_hidden_layers, c.tie_word_embeddings,
-                         c.hidden_size, c.layer_norm_eps, n_head=c.num_attention_heads,
-                         mlp_width=c.intermediate_size, activation=c.hidden_act,
-                         parallel=c.use_parallel_residual, attention_bias=c.attention_bias)
-        self.rotary_dim = int(c.hidden_size // c.num_attention_heads * c.rotary_pct)  # R
-        self.initialise()
-
-    def embed_at(self, ids, past):
-        """ids (B, T) after `past` tokens -> (B, T, C), and how far each layer turns its queries and keys:
-        cosine and sine of position * frequency, each (T, R / 2), in float32. An odd R is rounded up."""
-        position = torch.arange(past, past + ids.size(1), device=ids.device)
-        exponent = torch.arange(0, self.rotary_dim, 2, device=ids.device) / self.rotary_dim
-        angle = position[:, None] * (1 / self.config.rotary_emb_base**exponent)
-        return self.embed(ids), (angle.cos(), angle.sin())
-
-    def layout(self, name, tensor, saving):
-        """GPT-NeoX stores q, k, v head by head: rows (H, 3, D); ours are (3, H, D), as in GPT-2."""
-        if ".qkv." not in name:
-            return tensor
-        H = self.config.num_attention_heads
-        return tensor.unflatten(0, (3, H, -1) if saving else (H, 3, -1)).transpose(0, 1).flatten(0, 2)
+    fields = {**architecture.DEFAULTS, **found}
+    for name in ("vocab_size", "context", "width", "n_layer", "n_head"):
+        if name not in fields:
+            raise InputError(f"{path} lacks {FIELDS[name][architecture.COLUMN]}")
+    try:
+        return architecture, Config(**fields)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 # ----------------------------------------------------------------------------------------- checkpoints
-ARCHITECTURES = {"gpt2": (GPT2, GPT2Config), "gpt_neox": (GPTNeoX, GPTNeoXConfig)}
-IMPLEMENTED = {  # options of config.json that change what is computed: the values that we have
-    "model_type": [*ARCHITECTURES], "activation_function": [*GELU], "hidden_act": [*GELU],
-    "rope_type": ["default"], "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
-    "reorder_and_upcast_attn": [False], "add_cross_attention": [False], "quantization_config": [None]}
-ROPE = {"partial_rotary_factor": "rotary_pct", "rope_theta": "rotary_emb_base", "type": "rope_type"}
-BASE = r"^(transformer|gpt_neox)\."  # a prefix that some files lack
-IGNORED = r"(^|\.)(attn|attention)\.(bias|masked_bias|rotary_emb\.inv_freq)$"  # causal masks, frequencies
+def build(name_or_dir):
+    """A model of the shape that config.json describes, with fresh weights."""
+    path = fetch(name_or_dir, "config.json")
+    architecture, config = read_config(path)
+    try:
+        return architecture(config)
+    except RuntimeError as error:  # more weights than memory
+        raise InputError(f"{path}: no memory for such a model ({str(error).splitlines()[0]})") from error
 
 
 def load(name_or_dir, device="cpu", dtype=torch.float32):
-    """A model in eval mode, from the Hub (`gpt2`, `EleutherAI/pythia-70m`, ...) or from a folder. Tensors are
-    converted one by one, so the peak of memory is the model in `dtype` and one tensor. InputError names what
-    does not fit: a tensor (missing, unexpected, of another shape), an option, a damaged file."""
-    with torch.device("meta"):
+    """A model in eval mode, from the Hub (`gpt2`, `EleutherAI/pythia-70m`, ...) or from a folder.
+
+    Tensors are converted one by one, so the peak of memory is the model in `dtype` and one tensor. InputError
+    names what does not fit: a tensor (missing, unexpected, of another shape, not finite), an option, a file.
+    """
+    with torch.device("meta"):  # shapes alone, without memory
         model = build(name_or_dir)
-    state, empty, names = {}, model.state_dict(), model.checkpoint_names()
-    ours = {re.sub(BASE, "", theirs): name for name, theirs in names.items()}
-    ours.setdefault(NAMES["head"][model.COLUMN] + ".weight", "embed.weight")  # some hold a tied head, too
+    empty = model.state_dict()
+    names = model.checkpoint_names()
+    ours = {re.sub(PREFIX, "", theirs): name for name, theirs in names.items()}
+    ours.setdefault(TENSORS["head"][model.COLUMN] + ".weight", "embed.weight")  # some hold a tied head, too
+
+    state = {}
     for path in weight_files(name_or_dir):
         for theirs, tensor in read_tensors(path):
-            name = ours.get(re.sub(BASE, "", theirs))
+            name = ours.get(re.sub(PREFIX, "", theirs))
             if name is None and re.search(IGNORED, theirs):
                 continue
             if name is None:
                 raise InputError(f"{path}: {theirs} has no place in the model that config.json describes")
-            shape, found = model.layout(name, empty[name], saving=True).shape, tensor.shape
-            if found != shape or not tensor.is_floating_point():
-                raise InputError(f"{path}: {theirs} is {tensor.dtype} {[*found]}, not floats {[*shape]}")
+
+            shape = model.to_disk(name, empty[name]).shape
+            if tensor.shape != shape or not tensor.is_floating_point():
+                found = f"{tensor.dtype} {[*tensor.shape]}"
+                raise InputError(f"{path}: {theirs} is {found}, not floats {[*shape]}")
             ready = torch.empty(empty[name].shape, dtype=dtype, device=device)
-            ready.copy_(model.layout(name, tensor, saving=False))
+            ready.copy_(model.from_disk(name, tensor))
+            check_finite(f"{path}: {theirs}", ready)
+
             if name in state and not torch.equal(state[name], ready):
                 raise InputError(f"{path}: {theirs} differs from the tensor to which config.json ties it")
             state[name] = ready
+
     if missing := [names[name] for name in names if name not in state]:
         raise InputError(f"{name_or_dir} lacks {len(missing)} of its tensors, such as {missing[0]}")
     model.load_state_dict(state, assign=True)
     return model.eval()
 
 
-def build(name_or_dir):
-    """A model of the shape that config.json says, with fresh weights."""
-    path = fetch(name_or_dir, "config.json")
-    try:
-        raw = {"model_type": None, **json.loads(path.read_bytes())}
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5's form of it
-        raw |= {ROPE.get(name, name): value for name, value in rope.items()}
-        for option, values in IMPLEMENTED.items():
-            if option in raw and raw[option] not in values:
-                raise InputError(f"{option} {raw[option]!r} is not implemented, only {values}")
-        model, config = ARCHITECTURES[raw["model_type"]]
-        return model(config(**{f.name: raw[f.name] for f in fields(config) if f.name in raw}))
-    except (ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
-        raise InputError(f"{path} describes no model: {str(error).splitlines()[0]}") from error
+def check_finite(where, tensor):
+    """InputError if a tensor holds NaN or infinity. Its extremes tell, and need no copy of it."""
+    low, high = torch.aminmax(tensor)
+    if not math.isfinite(low.item() + high.item()):
+        raise InputError(f"{where} holds NaN or infinity in {tensor.dtype}: these weights are broken")
 
 
 # ----------------------------------------------------------------------------------------- students
@@ -345,8 +533,17 @@ def student_from(teacher, layers):
     """A new model with copies of the teacher's blocks `layers`, and of all that surrounds the blocks."""
     if not layers or not set(layers) <= set(range(len(teacher.blocks))):
         raise InputError(f"layers {layers} of a teacher whose layers are 0 to {len(teacher.blocks) - 1}")
-    student = type(teacher)(replace(teacher.config, **{teacher.DEPTH: len(layers)})).to(teacher.embed.weight)
-    student.load_state_dict(teacher.state_dict(), strict=False)
+    config = replace(teacher.config, n_layer=len(layers))
+    student = type(teacher)(config).to(teacher.embed.weight)  # on its device, in its dtype
+
+    for name, module in student.named_children():
+        if name != "blocks":
+            module.load_state_dict(getattr(teacher, name).state_dict())
     for block, i in zip(student.blocks, layers, strict=True):
         block.load_state_dict(teacher.blocks[i].state_dict())
+
+    if config.inverse_layer_scale:  # a layer that moved forward divides by less, so its queries shrink
+        for new, old in enumerate(layers):
+            for parameter in student.blocks[new].attention.qkv.parameters():
+                parameter.data[:config.width] *= (new + 1) / (old + 1)
     return student

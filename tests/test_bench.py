@@ -46,7 +46,7 @@ def test_decoding_compares_the_same_text(folder):
 
 def test_flops_of_a_step(monkeypatch):
     """A teacher's and a student's layer of GPT-2, counted by hand."""
-    config = models.GPT2Config(vocab_size=10, n_embd=4, n_head=2, n_layer=1)
+    config = models.GPT2.config(vocab_size=10, width=4, n_head=2, n_layer=1)
     monkeypatch.setitem(bench.SHAPES, "tiny", [config, config])
     layer, attention, head = 12 * 4 * 4, 2 * 4 * 64 / 2, 4 * 10
     assert bench.step_flops(settings(batch_size=3)) == 3 * 64 * (layer + attention + head) * (2 + 6)

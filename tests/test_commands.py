@@ -15,7 +15,7 @@ from conftest import BLOCKS
 from fakehub import FakeHub
 
 from data import load_tokenizer
-from model import GPT2, GPT2Config, GPTNeoX, GPTNeoXConfig, load
+from model import GPT2, GPTNeoX, load
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--steps", "2", "--seq-len", "32", "--batch-size", "2", "--grad-accum", "2", "--workers", "1",
@@ -45,11 +45,11 @@ def world(tmp_path_factory, tokenizers_dir):
     torch.manual_seed(0)
 
     def gpt2(n_layer):
-        return GPT2(GPT2Config(vocab_size=600, n_positions=64, n_embd=32, n_layer=n_layer, n_head=2,
-                               eos_token_id=599))
+        return GPT2(GPT2.config(vocab_size=600, context=64, width=32, n_layer=n_layer, n_head=2,
+                               eos=599))
 
     def pythia(n_layer, width, vocab_size):
-        return GPTNeoX(GPTNeoXConfig(vocab_size, 64, width, n_layer, 2, 4 * width))
+        return GPTNeoX(GPTNeoX.config(vocab_size, 64, width, n_layer, 2, 4 * width))
 
     publish(hub, "gpt2", gpt2(12), tokenizers_dir / "gpt2")
     publish(hub, "gpt2-xl", gpt2(48), tokenizers_dir / "gpt2")

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import distill
 import run
 from data import run_cli
-from model import GPT2, GPT2Config, GPTNeoX, GPTNeoXConfig, load
+from model import GPT2, GPTNeoX, load
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = ROOT / "demo" / "teacher" / "tokenizer.json"
@@ -160,9 +160,9 @@ def workshop(tmp_path_factory):
     for i in range(60):
         (folder / "text" / f"{i:02}.txt").write_text(" ".join(rng.choices(words, k=rng.choice([3, 20, 200]))))
     torch.manual_seed(0)
-    gpt2 = GPT2Config(vocab_size=4096, n_positions=64, n_embd=32, n_layer=4, n_head=2, eos_token_id=4095)
-    neox = GPTNeoXConfig(vocab_size=4200, max_position_embeddings=64, hidden_size=16, num_hidden_layers=2,
-                         num_attention_heads=2, intermediate_size=64)
+    gpt2 = GPT2.config(vocab_size=4096, context=64, width=32, n_layer=4, n_head=2, eos=4095)
+    neox = GPTNeoX.config(vocab_size=4200, context=64, width=16, n_layer=2,
+                         n_head=2, mlp_width=64)
     for name, model in (("teacher", GPT2(gpt2)), ("small", GPTNeoX(neox))):
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -366,7 +366,7 @@ def strangers(workshop):
     vocab = spec["model"]["vocab"]
     vocab["!"], vocab['"'] = vocab['"'], vocab["!"]
     (workshop / "stranger" / "tokenizer.json").write_text(json.dumps(spec))
-    GPT2(GPT2Config(vocab_size=4000, n_positions=64, n_embd=32, n_layer=4, n_head=2)).save(workshop / "short")
+    GPT2(GPT2.config(vocab_size=4000, context=64, width=32, n_layer=4, n_head=2)).save(workshop / "short")
     whole = (workshop / "cut" / "model.safetensors").read_bytes()
     (workshop / "cut" / "model.safetensors").write_bytes(whole[:len(whole) // 2])
     (workshop / "text" / "tokenizer.json").write_bytes(TOKENIZER.read_bytes())

@@ -15,7 +15,7 @@ import distill
 import model as models
 import plot
 from data import load_tokenizer, run_cli
-from model import GPT2, GPT2Config
+from model import GPT2
 from run import Log, Ranks
 
 ROOT = Path(__file__).parent.parent
@@ -46,8 +46,8 @@ def finished(tmp_path_factory, tokenizers_dir):
     """A teacher with a padded vocabulary, and a run of distill.py with two of its layers."""
     root, tokenizer = tmp_path_factory.mktemp("plot"), load_tokenizer(tokenizers_dir / "gpt2")
     torch.manual_seed(0)
-    teacher = GPT2(GPT2Config(vocab_size=tokenizer.vocab_size + 40, n_positions=32, n_embd=32, n_layer=4,
-                              n_head=2, eos_token_id=tokenizer.eot))
+    teacher = GPT2(GPT2.config(vocab_size=tokenizer.vocab_size + 40, context=32, width=32, n_layer=4,
+                              n_head=2, eos=tokenizer.eot))
     for parameter in teacher.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.3)
