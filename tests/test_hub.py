@@ -1,51 +1,87 @@
-"""data.py: ids against Hugging Face's own tokenizers, corpora on disk, batches, every kind of bad input."""
-import errno
-import itertools
+"""support/hub.py and support/files.py: a model's files, what strangers can put into them, safe writes."""
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
-import threading
-import time
-import unicodedata
 from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
 from conftest import REPO
 from fakehub import FakeHub
+from safetensors.torch import save_file
 
-import data
-from data import InputError, batch_at, fetch, hold_out, load_tokenizer, prepare
-
-FORMS = pytest.mark.parametrize("form", ["gpt2", "neox"])
-
-
-@pytest.fixture
-def tok(tokenizers_dir):
-    return load_tokenizer(tokenizers_dir / "gpt2")
+from support import hub as hub_module
+from support.cli import InputError
+from support.files import replaced
+from support.hub import fetch, read_tensors, weight_files
 
 
-def pair(tokenizers_dir, form):
-    """Our tokenizer and the reference, from the same file."""
-    from tokenizers import Tokenizer
-    reference = Tokenizer.from_file(str(tokenizers_dir / form / "tokenizer.json"))
-    return load_tokenizer(tokenizers_dir / form), lambda text: reference.encode(text).ids
+def message_of(function, *args):
+    """The one line with which a call is refused."""
+    with pytest.raises(InputError) as error:
+        function(*args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 # --- fetch ------------------------------------------------------------------------------------------------
 
 def test_fetch_from_a_folder(tmp_path):
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "vocab.json").mkdir()
     assert fetch(tmp_path, "config.json") == tmp_path / "config.json"
     assert fetch(tmp_path, "model.safetensors", required=False) is None
-    with pytest.raises(InputError, match="has no model.safetensors"):
-        fetch(tmp_path, "model.safetensors")
-    for name in (tmp_path / "nowhere", "./nowhere", "../nowhere", "nowhere/", "out"):
-        with pytest.raises(InputError, match="no folder"):
-            fetch(name, "config.json")
+    for missing in ("model.safetensors", "vocab.json", "x" * 300):
+        assert f"has no {missing}" in message_of(fetch, tmp_path, missing)
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """A fetch that asks the Hub fails the test."""
+    def asked(name, filename, required):
+        raise AssertionError(f"the Hub was asked for {name}")
+    monkeypatch.setattr(hub_module, "download", asked)
+
+
+def test_what_can_only_be_a_path_is_missing_at_once(tmp_path, monkeypatch, no_hub):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo" / "teacher").mkdir(parents=True)
+    (tmp_path / "weights.bin").write_bytes(b"")
+    for name in (tmp_path / "nowhere", "./nowhere", "../nowhere", "nowhere/", "out", "~/nowhere", "a/b/c",
+                 r"runs\one", "/" + "x" * 5000):
+        assert message_of(fetch, name, "config.json").startswith(f"no folder {name}")
+    assert message_of(fetch, "demo/techer", "a.json") == "no folder demo/techer; did you mean demo/teacher?"
+    assert "./demo/teacher?" in message_of(fetch, "./demo/teachr", "a.json")
+    assert "weights.bin is no model: name its folder" in message_of(fetch, "weights.bin", "config.json")
+    assert "an empty name" in message_of(fetch, "", "config.json")
+
+
+def test_what_can_be_a_name_on_the_hub_is_asked_for_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub_module, "download", lambda name, filename, required: Path(name))
+    (tmp_path / "EleutherAI" / "pythia-70m").mkdir(parents=True)
+    (tmp_path / "gpt-2").mkdir()
+    for name in ("gpt2", "EleutherAI/pythia-160m", "openai-community/gpt2"):
+        assert fetch(name, "config.json") == Path(name)
+
+
+def test_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert fetch("~/model", "config.json") == tmp_path / "model" / "config.json"
+
+
+def test_a_lora_adapter_is_called_by_its_name(tmp_path, hub):
+    served = hub.root / "models" / "someone" / "lora"
+    for folder in (tmp_path, served):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "adapter_config.json").write_text("{}")
+    for name in (tmp_path, "someone/lora"):
+        assert "is a LoRA adapter" in message_of(fetch, name, "config.json")
+        assert fetch(name, "config.json", required=False) is None
 
 
 def test_fetch_from_the_hub(hub, tmp_path):
@@ -61,10 +97,12 @@ def test_fetch_from_the_hub(hub, tmp_path):
         fetch("someone/else", "config.json")
     with pytest.raises(InputError, match="no name"):
         fetch("some one", "config.json")
+
     hub.gated.add("someone/model")
     with pytest.raises(InputError, match="HF_TOKEN"):
         fetch("someone/model", "weights.bin")
     hub.gated.clear()
+
     hub.cut.add("weights.bin")
     try:  # the client goes on where the download broke off, or gives up; half a file is never handed out
         path = fetch("someone/model", "weights.bin")
@@ -87,8 +125,220 @@ def test_no_network(run, tokenizers_dir, tmp_path, env):
         assert "`python distill.py` needs no Hub" in message
 
 
+def test_a_silent_hub_is_asked_once_about_a_new_model(tmp_path):
+    script = """
+import huggingface_hub
+from support.hub import fetch
+asked, real = [], huggingface_hub.hf_hub_download
+huggingface_hub.hf_hub_download = lambda *args: asked.append(args) or real(*args)
+try:
+    fetch("someone/model", "model.safetensors", required=False)
+except ValueError as error:
+    print(len(asked), error)
+"""
+    env = {**os.environ, "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", script], env=env, text=True, capture_output=True)
+    assert result.stdout.startswith("1 model.safetensors of someone/model is neither here"), result.stderr
 
 
 def test_the_stand_in_stops(tmp_path):
     hub = FakeHub(tmp_path)
     hub.close()
+
+
+# --- Weights ----------------------------------------------------------------------------------------------
+
+def test_shards_are_files_beside_their_index(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("a.bin", "b.bin", "../outside.bin"):
+        torch.save({"x": torch.ones(2)}, folder / name)
+    (folder / "directory.bin").mkdir()
+    index = folder / "pytorch_model.bin.index.json"
+
+    def files(*names):
+        index.write_text(json.dumps({"weight_map": dict(zip("xyz", names, strict=False))}))
+        return weight_files(folder)
+
+    assert files("b.bin", "a.bin", "b.bin") == [folder / "a.bin", folder / "b.bin"]
+    outside = str(tmp_path / "outside.bin")
+    for name in ("../outside.bin", outside, "./a.bin", r"..\outside.bin", "C:a.bin", "/etc/passwd",
+                 "config.json", "", "x" * 300 + ".bin", 7, None, ["a.bin"], True):
+        assert f"{index} names" in message_of(files, "a.bin", name)
+    assert "has no directory.bin" in message_of(files, "a.bin", "directory.bin")
+    assert "weight_map" in message_of(files)
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"\xff{}", b"[" * 100_000, b'{"weight_map": [1]}',
+                                     b'{"weight_map": "a.bin"}', b"null"], ids=lambda content: content[:20])
+def test_a_damaged_index(tmp_path, content):
+    (tmp_path / "model.safetensors.index.json").write_bytes(content)
+    assert "index.json is damaged" in message_of(weight_files, tmp_path)
+
+
+ODD = {
+    "a list": lambda: [torch.ones(2)],
+    "a number as a name": lambda: {7: torch.ones(2)},
+    "names of two types": lambda: {7: torch.ones(2), "x": torch.ones(3)},
+    "a state within": lambda: {"model": {"x": torch.ones(2)}, "step": 5},
+    "a meta tensor": lambda: {"x": torch.empty(2, device="meta")},
+    "a sparse tensor": lambda: {"x": torch.eye(3).to_sparse()},
+    "a compressed sparse tensor": lambda: {"x": torch.eye(3).to_sparse_csr()},
+    "a quantised tensor": lambda: {"x": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)},
+    "nothing": lambda: None,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("content", ODD.values(), ids=ODD)
+def test_a_bin_that_holds_something_else(tmp_path, content, legacy):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(content(), path, _use_new_zipfile_serialization=not legacy)
+    message = message_of(lambda: [*read_tensors(path)])
+    assert message.startswith(str(path))
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, -1])
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+def test_a_file_that_breaks_off(tmp_path, suffix, size):
+    path = tmp_path / f"model.{suffix}"
+    write = torch.save if suffix == "bin" else save_file
+    write({"x": torch.ones(1000)}, path)
+    path.write_bytes(path.read_bytes()[:size])
+    assert "is damaged or no weights" in message_of(lambda: [*read_tensors(path)])
+
+
+def test_tensors_are_read_as_they_are(tmp_path):
+    tensors = {
+        "small": torch.tensor([float("-inf"), float("nan")]),
+        "parameter": torch.nn.Parameter(torch.ones(3)),
+        "large": torch.arange(2**20 + 1),
+        "half": torch.ones(2, 2, dtype=torch.float16),
+    }
+    torch.save(tensors, tmp_path / "a.bin")
+    save_file({name: tensor.data for name, tensor in tensors.items()}, tmp_path / "a.safetensors")
+    for file in ("a.bin", "a.safetensors"):
+        read = dict(read_tensors(tmp_path / file))
+        assert list(read)[0] == "large" and read.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert read[name].dtype == tensor.dtype and not read[name].requires_grad
+            assert torch.equal(read[name].nan_to_num(), tensor.data.nan_to_num())
+
+
+# --- replaced ---------------------------------------------------------------------------------------------
+
+def write(path, text="new"):
+    with replaced(path) as temporary:
+        temporary.write_text(text)
+
+
+def listing(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def test_replaced(tmp_path):
+    write(tmp_path / "a" / "b.json", "old")
+    write(tmp_path / "a" / "b.json")
+    assert (tmp_path / "a" / "b.json").read_text() == "new"
+    assert listing(tmp_path) == ["a", "a/b.json"]
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt, RuntimeError])
+def test_an_error_changes_nothing(tmp_path, error):
+    write(tmp_path / "a.json", "old")
+    with pytest.raises(InputError if error is OSError else error), replaced(tmp_path / "a.json") as temporary:
+        temporary.write_text("half")
+        raise error
+    assert (tmp_path / "a.json").read_text() == "old" and listing(tmp_path) == ["a.json"]
+
+
+def test_a_full_disk(tmp_path):
+    """A limit to the size of files stands for it. torch and safetensors have errors of their own for that."""
+    write(tmp_path / "a", "old")
+    script = """
+import resource, signal, torch
+from safetensors.torch import save_file
+from support.cli import InputError
+from support.files import replaced
+zeros = torch.zeros(10**6)
+ways = [lambda name: open(name, "wb").write(bytes(10**6)), lambda name: torch.save(zeros, open(name, "wb")),
+        lambda name: torch.save(zeros, name), lambda name: save_file({"x": zeros}, name)]
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+for way in ways:
+    try:
+        with replaced("a") as temporary:
+            way(temporary)
+    except InputError as error:
+        print(error)
+"""
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True)
+    lines = result.stdout.splitlines()
+    assert len(lines) == 4 and all(line.startswith("a cannot be written (") for line in lines), result.stderr
+    assert (tmp_path / "a").read_text() == "old" and listing(tmp_path) == ["a"]
+
+
+def test_a_kill_in_the_middle_leaves_nothing_for_ever(tmp_path):
+    """safetensors writes to a temporary file of its own, beside the name that it is given."""
+    script = """
+import os, signal, threading, time, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from support.files import replaced
+def kill():
+    while not [*Path().glob("a.safetensors.tmp/*")]:
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGKILL)
+weights = {str(i): torch.zeros(2**22) for i in range(20)}
+threading.Thread(target=kill).start()
+with replaced("a.safetensors") as temporary:
+    save_file(weights, temporary)
+"""
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    killed = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env)
+    assert killed.returncode == -signal.SIGKILL and listing(tmp_path)[0] == "a.safetensors.tmp"
+    write(tmp_path / "a.safetensors")
+    assert listing(tmp_path) == ["a.safetensors"]
+
+
+def test_leftovers_of_a_kill_are_removed_and_nothing_else(tmp_path):
+    (tmp_path / "a.tmp").write_text("left by a kill")
+    write(tmp_path / "a")
+    (tmp_path / "b.tmp").mkdir()
+    (tmp_path / "b.tmp" / "mine").write_text("somebody's")
+    assert "b.tmp" in message_of(write, tmp_path / "b")
+    assert listing(tmp_path) == ["a", "b.tmp", "b.tmp/mine"]
+
+
+def test_a_written_file_can_be_read_by_others(tmp_path):
+    before = os.umask(0o022)
+    try:
+        with replaced(tmp_path / "a.safetensors") as temporary:
+            save_file({"x": torch.ones(2)}, temporary)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_link_is_replaced_not_what_it_points_to(tmp_path):
+    (tmp_path / "blob").write_text("old")
+    (tmp_path / "a").symlink_to("blob")
+    write(tmp_path / "a")
+    assert (tmp_path / "a").read_text() == "new" and (tmp_path / "blob").read_text() == "old"
+
+
+@pytest.mark.parametrize("name", ["folder", ".", "..", "x" * 300, "x" * 5000, "file/x", "file/x/y"])
+def test_a_name_that_cannot_be_written(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("old")
+    assert "cannot be written" in message_of(write, f"{tmp_path}/{name}")
+    assert listing(tmp_path) == ["file", "folder"]
+
+
+def test_nothing_written(tmp_path):
+    with pytest.raises(InputError, match="cannot be written"), replaced(tmp_path / "a"):
+        pass
+    assert listing(tmp_path) == []
