@@ -2,6 +2,7 @@
 
 Read in this order:
   prepare    the text that --data names -> a Corpus on disk: the ids of all documents, one after the other
+  Corpus     these ids, as arrays that stay on disk until they are read
   batch_at   batch number i of a run, as a function of its arguments
 
 The tokenizer is in support/tokenizer.py, what --data can name in support/documents.py, and how a corpus is
@@ -9,80 +10,87 @@ written so that a kill loses nothing in support/corpus.py.
 
 Shapes: B sequences in a batch, L tokens in a sequence.
 
-    python data.py --data openwebtext --tokenizer gpt2 --max-tokens 1e9 --workers 8
+    python data.py --data my_texts/
+    python data.py --data openwebtext --tokenizer gpt2 --max-tokens 1e9
 """
-import argparse
-import errno
 import functools
-import json
-import re
 from pathlib import Path
 
 import numpy as np
 
-from support.cli import InputError, run_cli
-from support.corpus import SPLITS, fits, locked, make
+from support.cli import InputError, checked, new_parser, run_cli, user_path
+from support.corpus import SPLITS, check_ids, corpus_path, fits, make, read_meta
 from support.documents import DATA_CHOICES, open_data
 from support.tokenizer import load_tokenizer
 
 
 class Corpus:
-    """`train`, `val`: memory-mapped uint16 ids, an end-of-text id before each document. `meta`: of what data
-    and tokenizer; documents, tokens, bytes of text in each split; `complete` or stopped at a budget."""
+    """A text as token ids: `train` and `val`, arrays of uint16.
+
+    The documents lie one after the other, each with the end-of-text id `eot` before it. `meta` says of what
+    data and tokenizer they are, and counts documents, tokens and bytes of text in each split.
+    """
 
     def __init__(self, path):
-        self.path, self.meta = Path(path), json.loads(Path(path, "meta.json").read_text())
+        self.path = Path(path)
+        self.meta = read_meta(self.path)
         self.train, self.val = (np.memmap(self.path / f"{split}.bin", np.uint16, "r") for split in SPLITS)
+        for ids in (self.train, self.val):
+            check_ids(self.path, ids, self.vocab_size)
+
+    @property
+    def eot(self):
+        return self.meta["eot"]
+
+    @property
+    def vocab_size(self):
+        return self.meta["vocab_size"]
 
 
 def prepare(data, tokenizer, folder="corpora", max_tokens=None, workers=1, text_column="text"):
     """The corpus of `data` in ids of `tokenizer`: all training tokens, or at least `max_tokens`.
 
-    Made when there is none of this version of the data: in a folder *.part, which gets its name when all
-    is written, so that what has the name is whole. What was killed half-way goes on where it was."""
+    It is made when `folder` has none of this version of the data; corpora of other data stay as they are.
+    """
     if tokenizer.vocab_size > 2**16:
         raise InputError(f"a vocabulary of {tokenizer.vocab_size} does not fit the 16-bit ids of a corpus")
-    identity, documents = open_data(str(data), text_column)
-    wanted = {"source": identity, "tokenizer": tokenizer.fingerprint}
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", str(data)).strip("-.")[-100:]
-    path = Path(folder, f"{name}-{tokenizer.fingerprint[:8]}")
+    source = open_data(str(data), text_column)
+    path = corpus_path(folder, source, tokenizer)
+    wanted = {"source": source.identity, "tokenizer": tokenizer.fingerprint}
     if not fits(path, wanted, max_tokens):
-        try:
-            with locked(path):
-                make(path, wanted, documents, tokenizer, max_tokens, workers)
-        except OSError as error:
-            size = f"{2 * max_tokens // 10**6:,} MB" if max_tokens else "about half the size of its text"
-            hint = f"; it takes {size}. Make room and start again: it goes on where it stopped"
-            hint = hint if error.errno == errno.ENOSPC else ""
-            raise InputError(f"{error.filename or path}: {error.strerror}{hint}") from error
+        make(path, wanted, source, tokenizer, max_tokens, workers)
     return Corpus(path)
 
 
 def batch_at(tokens, seed, index, batch_size, context, packing="constant", eot=None):
-    """Batch number `index` of a run: ids and targets (the ids that follow), (B, T) int64; -100 is no target.
+    """Batch number `index` of a run: ids and targets, each (B, L) int64.
 
-    A pure function, so that a run resumes from one number. Each epoch takes each example once, in an order of
-    its own. "constant": an example is a block of T tokens, wherever documents end; so each token is a target
-    once. "padded": it is a document, cut after T targets or filled up with eot on the right. That needs no
-    attention mask: in a causal model no token sees what is to its right, and the filling has no targets."""
-    example, n = examples(tokens, context, packing, eot)
-    ids, targets = np.full((batch_size, context), eot or 0), np.full((batch_size, context), -100)
+    The target of a position is the id that follows it; -100 is no target. It is a pure function, so a run
+    resumes from one number. A packing is a way to cut the tokens into examples of at most L + 1 ids. Say that
+    L is 4, and 0 is the end-of-text id:
+
+        tokens      0 5 6 7 0 8 0 1 2 3 4 9
+        "constant"  0 5 6 7 0 | 0 8 0 1 2        blocks, wherever documents end; each token is a target once
+        "padded"    0 5 6 7 | 0 8 | 0 1 2 3 4    documents, cut after L targets
+
+    The block 0 5 6 7 0 gives the ids 0 5 6 7 and the targets 5 6 7 0. The document 0 8 is shorter: the ids
+    0 0 0 0 and the targets 8 -100 -100 -100. It is filled up on the right, where in a causal model no earlier
+    token can look, so there is no need of an attention mask.
+    """
+    cut = cut_documents if packing == "padded" else cut_blocks
+    starts, ends = cut(tokens, context, eot)
+
+    ids = np.full((batch_size, context), eot or 0)  # (B, L)
+    targets = np.full((batch_size, context), -100)  # (B, L)
     for row in range(batch_size):
-        epoch, i = divmod(index * batch_size + row, n)
-        found = example(permutation(seed, epoch, n)[i])
-        ids[row, :len(found) - 1], targets[row, :len(found) - 1] = found[:-1], found[1:]
+        # Each epoch takes each example once, in an order of its own.
+        epoch, position = divmod(index * batch_size + row, len(starts))
+        i = permutation(seed, epoch, len(starts))[position]
+        example = tokens[starts[i]:min(ends[i], starts[i] + context + 1)]
+        n = len(example) - 1
+        ids[row, :n] = example[:-1]
+        targets[row, :n] = example[1:]
     return ids, targets
-
-
-def examples(tokens, context, packing, eot):
-    """(function: number of an example -> its at most T + 1 tokens, how many examples there are)."""
-    if packing == "padded":
-        starts, ends = document_spans(tokens, eot)
-        return (lambda i: tokens[starts[i]:min(ends[i], starts[i] + context + 1)]), len(starts)
-    n = (len(tokens) - 1) // context
-    if n < 1:
-        raise InputError(f"{len(tokens)} tokens make no block of {context} + 1; take a shorter --seq-len")
-    return (lambda i: tokens[i * context:(i + 1) * context + 1]), n
 
 
 @functools.lru_cache(maxsize=4)  # a batch can lie across two epochs
@@ -91,38 +99,55 @@ def permutation(seed, epoch, n):
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-SPANS = {}  # id of an array -> (that array, so that its id stays taken; starts; ends)
+def cut_blocks(tokens, context, eot):
+    """Starts and ends of blocks of L + 1 tokens. Blocks overlap by a token: the last target of one is the
+    first input of the next."""
+    n = (len(tokens) - 1) // context
+    if n < 1:
+        raise InputError(f"{len(tokens)} tokens make no block of {context} + 1; take a shorter --seq-len")
+    return range(0, n * context, context), range(context + 1, n * context + 2, context)
 
 
-def document_spans(tokens, eot):
+DOCUMENTS = {}  # id of an array -> (that array, so that its id stays taken; starts; ends)
+
+
+def cut_documents(tokens, context, eot):
     """Starts and ends of the documents that have any text, looked for once per array."""
-    if id(tokens) not in SPANS:
+    if id(tokens) not in DOCUMENTS:
         step = 2**24  # an array can be larger than memory
         found = [i + np.flatnonzero(tokens[i:i + step] == eot) for i in range(0, len(tokens), step)]
         starts = np.concatenate(found)
         ends = np.append(starts[1:], len(tokens))
-        SPANS[id(tokens)] = tokens, starts[ends > starts + 1], ends[ends > starts + 1]
-    return SPANS[id(tokens)][1:]
+        with_text = ends > starts + 1
+        if not with_text.any():
+            raise InputError(f"{len(tokens)} tokens with no document that has any text")
+        DOCUMENTS[id(tokens)] = tokens, starts[with_text], ends[with_text]
+    return DOCUMENTS[id(tokens)][1:]
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Prepare a corpus ahead of training.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", default="stdlib", help=DATA_CHOICES)
-    parser.add_argument("--tokenizer", default="demo/teacher", help="a model, by folder or Hub name")
-    parser.add_argument("--max-tokens", type=float, help="stop at so many, e.g. 1e9; without it, take all")
-    parser.add_argument("--workers", type=int, default=1, help="cores that tokenize")
-    parser.add_argument("--text-column", default="text", help="column that holds the text")
-    parser.add_argument("--folder", default="corpora", help="where corpora are kept")
+    parser = new_parser(__doc__)
+    add = parser.add_argument_group("what is prepared").add_argument
+    add("--data", type=user_path, default="stdlib", help=f"the text: {DATA_CHOICES}")
+    add("--text-column", default="text", metavar="NAME",
+        help="the column or JSON key that holds the text; change it when the data has no such column")
+    add("--tokenizer", type=user_path, default="demo/teacher", metavar="MODEL",
+        help="the model, by folder or Hub name, whose tokenizer makes the ids: name your teacher")
+    add("--max-tokens", type=checked(float, "1 to 1e18, as in 1e9", lambda n: 1 <= n <= 1e18), metavar="N",
+        help="stop after N tokens to train on; without it all of the data is taken, and downloaded")
+    add = parser.add_argument_group("how").add_argument
+    add("--workers", type=checked(int, "1 to 1024", lambda n: 1 <= n <= 1024), default=1, metavar="N",
+        help="cores that tokenize; more are faster and change nothing else")
+    add("--folder", type=user_path, default="corpora",
+        help="where corpora are kept; a corpus that is there already is not made again")
     return parser.parse_args(argv)
 
 
 def main():
     args = parse_args()
-    if args.workers < 1 or args.max_tokens is not None and args.max_tokens < 1:
-        raise InputError("--workers and --max-tokens must be at least 1")
-    corpus = prepare(args.data, load_tokenizer(args.tokenizer), args.folder,
-                     args.max_tokens and int(args.max_tokens), args.workers, args.text_column)
+    max_tokens = int(args.max_tokens) if args.max_tokens else None
+    corpus = prepare(args.data, load_tokenizer(args.tokenizer), args.folder, max_tokens, args.workers,
+                     args.text_column)
     for split in SPLITS:
         n = corpus.meta[split]
         print(f"{split}: {n['documents']:,} documents, {n['tokens']:,} tokens, {n['bytes']:,} bytes")
