@@ -1,84 +1,146 @@
-"""Let a model write: one prompt, several continuations, and a second model beside it if you like.
+"""Let a model write: one prompt, several continuations, other models beside it.
 
-    python sample.py                                the student in out/
-    python sample.py --compare demo/teacher         ... and its teacher, after the same prompt
-    python sample.py --model gpt2 --compare distilgpt2 --prompt "The horse raced" --num 3
+    python sample.py                             the student in out/
+    python sample.py --compare demo/teacher      ... and its teacher
+    python sample.py --model gpt2 --compare distilgpt2 --prompt "A horse" --num 3
+
+Read in this order:
+  draw            logits -> the next token: temperature, top-k, top-p
+  continuations   a prompt -> texts; the loop over tokens is model.generate
+
+Shapes: B continuations, L tokens so far, V vocabulary.
 """
-import argparse
+import math
 import sys
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from data import load_tokenizer
 from model import DTYPES, likeliest, load
-from support.cli import InputError, run_cli
+from support.cli import InputError, checked, new_parser, pick_device, run_cli, user_path
+from support.tokenizer import load_tokenizer
 
 DEFAULT_PROMPT = "def read_config(path):"
-
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--model", default="out", help="Hub id or folder")
-    add("--compare", nargs="+", default=[], metavar="MODEL", help="more models, after the same prompt")
-    add("--prompt", default=DEFAULT_PROMPT, help="the text to go on from; `-` reads it from standard input")
-    add("--num", type=int, default=1, help="continuations of each model")
-    add("--tokens", type=int, default=120, help="tokens of each continuation")
-    add("--temperature", type=float, default=0.7, help="0: always the likeliest token")
-    add("--top-k", type=int, default=50, help="draw from the k likeliest tokens; 0: from all")
-    add("--top-p", type=float, default=1.0, help="draw from the fewest tokens with this much probability")
-    add("--seed", type=int, default=0, help="of the draws")
-    add("--precision", choices=DTYPES, default="fp32", help="of the weights; bf16 is faster")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps")
-    return parser.parse_args(argv)
+COLDEST = 1e-30  # far below this, logits / temperature is no float32; the likeliest token has won long before
 
 
 def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Logits (B, V) -> a token each (B, 1): the likeliest at temperature 0, otherwise drawn, from the `top_k`
-    likeliest (0: all), from the fewest with probability `top_p` (Holtzman et al. 2019, arXiv 1904.09751)."""
-    if temperature == 0:
+    """Logits (B, V) -> one token for each row (B, 1).
+
+    At temperature 0 it is the likeliest. Otherwise it is drawn: from the `top_k` likeliest (0: from all), and
+    of these from the fewest that together have probability `top_p` (Holtzman et al. 2019, arXiv 1904.09751).
+    """
+    if not logits.isfinite().all():
+        raise InputError("its logits are NaN or infinite, so there is nothing to draw from: the weights are "
+                         "broken, or too large for this --precision")
+    if temperature < COLDEST:
         return likeliest(logits)
     logits = logits.float() / temperature
+
     if top_k:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, -torch.inf)
+
     if top_p < 1:
         descending, order = logits.sort(descending=True)
         p = descending.softmax(-1)
-        descending[p.cumsum(-1) - p >= top_p] = -torch.inf  # what stands before it already suffices
+        enough = p.cumsum(-1) - p >= top_p  # what stands before a token already suffices
+        descending = descending.masked_fill(enough, -torch.inf)
         logits = torch.empty_like(logits).scatter(-1, order, descending)
+
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
 
+def check_fit(name, model, tokenizer):
+    """InputError if a text could give ids that the model `name` has no embedding for."""
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise InputError(f"{name}: its tokenizer has {tokenizer.vocab_size} tokens and its model only "
+                         f"{model.config.vocab_size}: these files do not belong together")
+
+
 def continuations(name, args):
-    """Yields the texts that the model `name` writes after the prompt."""
-    model, tokenizer = load(name, args.device, DTYPES[args.precision]), load_tokenizer(name)
-    prompt = tokenizer.encode(args.prompt) or [tokenizer.eot]  # an empty prompt: the start of any document
+    """Yield the texts that the model `name` writes after the prompt."""
+    tokenizer = load_tokenizer(name)
+    model = load(name, args.device, DTYPES[args.precision])
+    check_fit(name, model, tokenizer)
+
+    # <|endoftext|> in a prompt is the token. Without a prompt the text starts as a document does.
+    prompt = tokenizer.encode(args.prompt, allow_special=True) or [tokenizer.eot]
     if len(prompt) >= model.context:
         print(f"note: the prompt has {len(prompt)} tokens; {name} sees the last {model.context} at a time",
               file=sys.stderr)
-    ids = torch.tensor([prompt] * args.num, device=args.device)  # (num, T)
+
     generator = torch.Generator(args.device).manual_seed(args.seed)
-    ids = model.generate(ids, args.tokens, partial(
-        draw, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, generator=generator))
-    for row in ids[:, len(prompt):].tolist():
-        yield tokenizer.decode(row[:row.index(tokenizer.eot)] if tokenizer.eot in row else row)
+    choose = partial(draw, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                     generator=generator)
+    ids = torch.tensor([prompt] * args.num, device=args.device)  # (B, L)
+    try:
+        ids = model.generate(ids, args.tokens, choose)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+
+    for written in ids[:, len(prompt):].tolist():
+        if tokenizer.eot in written:
+            written = written[:written.index(tokenizer.eot)]
+        yield tokenizer.decode(written)
+
+
+# ------------------------------------------------------------------------------------ the command
+def parse_args(argv=None):
+    parser = new_parser(__doc__)
+    add = parser.add_argument_group("models").add_argument
+    add("--model", type=user_path, default="out", metavar="MODEL",
+        help="who writes: a folder, or a name on the Hub such as gpt2")
+    add("--compare", type=user_path, nargs="+", default=[], metavar="MODEL",
+        help="who else writes after the same prompt, such as the teacher")
+    add("--precision", choices=DTYPES, default="fp32",
+        help="of the weights; bf16 takes half of the memory, and on a GPU less time")
+    add("--device", default="auto", help="cuda, mps or cpu; auto takes the first of them that is there")
+
+    add = parser.add_argument_group("text").add_argument
+    add("--prompt", default=DEFAULT_PROMPT, metavar="TEXT",
+        help="what to go on from; - reads it from standard input; <|endoftext|> means the token between "
+             "documents")
+    add("--tokens", type=checked(int, "1 to 1000000", lambda n: 1 <= n <= 10**6), default=120, metavar="N",
+        help="length of each continuation; it is shorter where the document ends")
+    add("--num", type=checked(int, "1 to 1000", lambda n: 1 <= n <= 1000), default=1, metavar="N",
+        help="continuations of each model; they are written side by side, so more of them take more memory")
+
+    add = parser.add_argument_group("choice of the next token").add_argument
+    add("--temperature", type=checked(float, "0 or more", lambda t: 0 <= t < math.inf), default=0.7,
+        metavar="T", help="logits are divided by it: below 1 safer text, above 1 wilder; 0 always takes "
+                          "the likeliest token")
+    add("--top-k", type=checked(int, "0 or more", lambda k: 0 <= k < 2**63), default=50, metavar="K",
+        help="draw from the K likeliest tokens only, as unlikely ones derail a text; 0: from all")
+    add("--top-p", type=checked(float, "above 0 and at most 1", lambda p: 0 < p <= 1), default=1.0,
+        metavar="P", help="draw from the fewest tokens that together have probability P: few where the "
+                          "model is sure, many where it is not; 1: from all")
+    add("--seed", type=checked(int, "0 to 2^63 - 1", lambda n: 0 <= n < 2**63), default=0, metavar="N",
+        help="of the draws; another one gives other texts, the same one the same")
+    return parser.parse_args(argv)
+
+
+def read_prompt(text):
+    """--prompt as text; `-` stands for standard input."""
+    try:
+        if text == "-":
+            raw = sys.stdin.buffer.read()
+        else:
+            raw = text.encode("utf-8", "surrogateescape")  # bytes that are no letters come back as they were
+        return raw.decode("utf-8-sig")
+    except UnicodeError as error:
+        raise InputError(f"--prompt {text} is not UTF-8 text: see its byte {error.start}") from error
 
 
 def main():
     args = parse_args()
-    for flag, good in (("num", args.num > 0), ("tokens", args.tokens > 0), ("top_k", args.top_k >= 0),
-                       ("temperature", args.temperature >= 0), ("top_p", 0 < args.top_p <= 1)):
-        if not good:
-            raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is out of range; see --help")
-    if args.prompt == "-":
-        args.prompt = sys.stdin.read()
+    args.device = pick_device(args.device)
+    args.prompt = read_prompt(args.prompt)
     if args.model == "out" and not Path("out/config.json").exists():
         raise InputError("no student in out/ yet: run `python distill.py` first, or pass --model gpt2")
-    for name in [args.model, *args.compare]:
+
+    for name in dict.fromkeys([args.model, *args.compare]):
         print(f"--- {name}")
         for text in continuations(name, args):
             print(args.prompt + text + "\n")
