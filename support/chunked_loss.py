@@ -1,0 +1,199 @@
+"""The distillation loss in chunks of tokens: the value and gradient of distill.plain_loss, small and fast.
+
+Read distill.plain_loss first: it is the definition, and the tests hold this file against it. Then:
+  LossSettings         what the loss depends on, besides the models
+  distillation_loss    the loss from hidden states, for use on its own
+  chunked_losses       the same with all that the log shows, as the training loop calls it
+  ChunkedLoss          chunk by chunk: logits, their gradient, and the two gradients that are kept
+  loss_and_gradient_   the derivation, and the few rows at a time that fit into a CPU's cache
+
+Why. Logits are a language model's largest tensors: 2 x 2048 tokens x 50,304 entries are 0.8 GB in float32,
+and autograd would keep six to eight tensors of that size. Here the logits of one chunk exist at a time, in
+memory that the next chunk uses again, and the backward pass is done on the spot, because the gradient of this
+loss is known in closed form. What is kept is small: the gradients of the hidden states and of the head.
+
+This is the one file where tensors are changed in place. Each place says what that saves.
+Shapes: N tokens, n tokens of a chunk, C width, V vocabulary.
+References: Hinton et al. 2015 (arXiv 1503.02531), section 2.
+"""
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """loss = kd_weight * T² * KL(teacher || student) + clm_weight * CLM + cos_weight * (1 - cos)."""
+    temperature: float = 2.0  # T
+    kd_weight: float = 0.5
+    clm_weight: float = 0.5
+    cos_weight: float = 0.0
+    chunk_size: int = 512  # tokens whose logits exist at a time; changes memory and time, not the loss
+
+    @classmethod
+    def of(cls, args):
+        """From the command line's flags of the same names."""
+        return cls(args.temperature, args.kd_weight, args.clm_weight, args.cos_weight, args.chunk_size)
+
+
+class Losses(NamedTuple):
+    """Sums over the counted tokens of a micro-batch, in nats; divide them once, by all tokens of a step."""
+    loss: torch.Tensor  # what is minimised; the others carry no gradient
+    kl: torch.Tensor  # at temperature T, before its factor T²
+    clm: torch.Tensor
+    cos: torch.Tensor
+    teacher_clm: torch.Tensor  # the teacher's CLM on the same tokens: the bar to reach
+    tokens: torch.Tensor  # how many were counted
+
+
+def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head, targets, *,
+                      temperature=2.0, kd_weight=0.5, clm_weight=0.5, cos_weight=0.0, chunk_size=256):
+    """kd_weight * T² * KL(softmax(t / T) || softmax(s / T)) + clm_weight * CLM + cos_weight * (1 - cos).
+
+    student_hidden (N, C_s), teacher_hidden (N, C_t): final hidden states; student_head (V, C_s), teacher_head
+    (V, C_t); targets (N,), where -100 is counted in no term. Returns (loss, kl, clm), *sums* over the counted
+    tokens, in nats: divide once, by the tokens of the whole step. The KL is the forward one, the teacher's
+    entropy included, so a perfect student scores 0. The gradient flows to the student alone. ValueError if
+    the heads differ in V. Source: Hinton et al. 2015, section 2; the cosine term: Sanh et al. 2019.
+    """
+    settings = LossSettings(temperature, kd_weight, clm_weight, cos_weight, chunk_size)
+    return chunked_losses(student_hidden, student_head, teacher_hidden, teacher_head, targets, settings)[:3]
+
+
+def chunked_losses(student_hidden, student_head, teacher_hidden, teacher_head, targets, settings):
+    """`distillation_loss` with all that the log shows. Without a teacher (None) only the CLM is left."""
+    if teacher_head is not None and len(teacher_head) != len(student_head):
+        raise ValueError(f"heads of {len(student_head)} and {len(teacher_head)} rows: pass what they share")
+    loss, kl, clm, teacher_clm = ChunkedLoss.apply(
+        student_hidden, student_head, teacher_hidden, teacher_head, targets, settings)
+
+    cos = torch.zeros_like(kl)
+    if settings.cos_weight:
+        cos = cosine_distance(student_hidden, teacher_hidden, targets)
+        loss = loss + settings.cos_weight * cos
+    return Losses(loss, kl, clm, cos.detach(), teacher_clm, (targets != -100).sum())
+
+
+def cosine_distance(student_hidden, teacher_hidden, targets):
+    """Sum of 1 - cos(student's, teacher's final hidden state) over counted tokens (Sanh et al. 2019)."""
+    counted = targets != -100
+    student = student_hidden[counted].float()
+    teacher = teacher_hidden[counted].float()
+    return (1 - F.cosine_similarity(student, teacher, dim=-1)).sum()
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Forward computes the loss and, at once, its gradients; backward only hands them out."""
+
+    @staticmethod
+    def forward(ctx, student_hidden, student_head, teacher_hidden, teacher_head, targets, settings):
+        dtype = matmul_dtype(student_hidden)
+        device = targets.device
+        chunk_size = settings.chunk_size
+        V = len(student_head)
+
+        student_weight = student_head.to(dtype)  # (V, C_s)
+        teacher_weight = None if teacher_head is None else teacher_head.to(dtype)  # (V, C_t)
+        grad_hidden = torch.zeros_like(student_hidden)
+        grad_head = torch.zeros_like(student_head, dtype=torch.float32)
+        sums = torch.zeros(3, device=device)  # kl, clm, teacher's clm
+
+        # One piece of memory for the logits of all chunks: fresh memory would have to be cleared each time.
+        logits = torch.empty(2, min(chunk_size, len(targets)), V, dtype=dtype, device=device)
+        # Elementwise work goes over so few rows at a time that on a CPU they (4 MB) stay in the cache.
+        few = max(1, 2**20 // V) if device.type == "cpu" else chunk_size
+
+        counted = (targets != -100).nonzero().flatten()
+        for rows in counted.split(chunk_size):
+            n = len(rows)
+            x = student_hidden[rows].to(dtype)  # (n, C_s)
+            y = targets[rows, None]  # (n, 1)
+
+            s = torch.mm(x, student_weight.T, out=logits[0, :n])  # (n, V)
+            t = None
+            if teacher_weight is not None:
+                t = torch.mm(teacher_hidden[rows].to(dtype), teacher_weight.T, out=logits[1, :n])  # (n, V)
+
+            for start in range(0, n, few):
+                part = slice(start, start + few)
+                t_part = None if t is None else t[part]
+                sums += loss_and_gradient_(s[part], t_part, y[part], settings)
+
+            # By now s is d loss / d logits. Logits are x @ head.T, so the chain rule is two products. The
+            # one for the head is summed in float32, in pieces of 4,096 rows that stay in the cache.
+            grad_hidden[rows] = (s @ student_weight).to(grad_hidden.dtype)  # (n, C_s)
+            for total, columns in zip(grad_head.split(4096), s.split(4096, dim=1), strict=True):
+                total += columns.T @ x
+
+        kl, clm, teacher_clm = sums
+        ctx.gradients = grad_hidden, grad_head.to(student_head.dtype)
+        ctx.mark_non_differentiable(kl, clm, teacher_clm)
+        loss = settings.kd_weight * settings.temperature**2 * kl + settings.clm_weight * clm
+        return loss, kl, clm, teacher_clm
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, *_):
+        grad_hidden, grad_head = ctx.gradients
+        ctx.gradients = None  # they are scaled in place, which saves a copy of each; so they serve once
+        nothing = (None,) * 4  # for teacher_hidden, teacher_head, targets, settings
+        return grad_hidden.mul_(grad_loss), grad_head.mul_(grad_loss), *nothing
+
+
+def loss_and_gradient_(s, t, y, settings):
+    """Logits s, t (n, V), targets y (n, 1) -> sums (kl, clm, teacher's clm), (3,). s becomes d loss / d s.
+
+    Gradients are differences of distributions. With p = softmax(t / T) and q = softmax(s / T):
+
+        d/ds  T² * KL(p || q) = T * (q - p)
+        d/ds  CLM             = softmax(s) - onehot(y)
+
+    The first: KL(p || q) = sum p * (log p - log q), where log q = s / T - log sum exp(s / T). As p sums to 1,
+    the derivative of -sum p * log q is (q - p) / T, and T² makes that T * (q - p).
+    """
+    T = settings.temperature
+    z_s, e_s, grad = exponentials(s, T)  # each (n, V); `grad` is softmax(s) but for a factor
+    sum_s = e_s.sum(-1, keepdim=True)
+    total = grad.sum(-1, keepdim=True)
+
+    # CLM = log sum exp(s) - s[y], and s = T * z_s up to the shift that both have.
+    clm = (total.log() - T * z_s.gather(1, y)).sum()
+    # clm_weight * (softmax(s) - onehot(y)), over the exponentials: nobody needs those again.
+    grad.mul_(settings.clm_weight / total)
+    grad.scatter_add_(1, y, torch.full_like(total, -settings.clm_weight))
+
+    kl = teacher_clm = torch.zeros_like(clm)
+    if t is not None:
+        z_t, e_t, unsoftened = exponentials(t, T)
+        sum_t = e_t.sum(-1, keepdim=True)
+        teacher_clm = (unsoftened.sum(-1, keepdim=True).log() - T * z_t.gather(1, y)).sum()
+
+        p = e_t.div_(sum_t)  # over the exponentials, as above
+        q = e_s.div_(sum_s)
+        # log p - log q = z_t - z_s + log(sum_s / sum_t), and p sums to 1. (z_t and q are overwritten.)
+        kl = z_t.sub_(z_s).mul_(p).sum() + (sum_s / sum_t).log().sum()
+        grad.add_(q.sub_(p), alpha=settings.kd_weight * T)
+
+    s.copy_(grad)  # the logits have served; their memory, in the dtype of the products, holds the gradient
+    return torch.stack((kl, clm, teacher_clm))
+
+
+def exponentials(logits, T):
+    """z, exp(z), exp(T * z) for z = logits / T in float32, shifted so that the largest of a row is 0.
+
+    One exponential makes two: exp(z) is softmax(logits / T) but for a factor, and its T-th power is that of
+    softmax(logits). Below T = 1 the power is computed from z, as exp(z) is 0 where its power is not.
+    """
+    z = logits.float() / T
+    z -= z.amax(-1, keepdim=True)  # in place: a copy of the logits is enough
+    e = z.exp()
+    unsoftened = e**T if T >= 1 else (T * z).exp()
+    return z, e, unsoftened
+
+
+def matmul_dtype(tensor):
+    """The dtype in which autocast, where it is on, would multiply this tensor."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype

@@ -1,0 +1,211 @@
+"""The command line of distill.py: named recipes, flags in groups, and what is refused at once.
+
+  RECIPES      each shipped or published run, as data
+  parse_args   flags win over the recipe, the recipe over the defaults
+  check        settings that each are fine but do not go together
+"""
+import argparse
+import math
+import os
+from pathlib import Path
+
+from support.cli import InputError, checked, new_parser, user_path
+
+DEMO_TEACHER = os.path.relpath(Path(__file__).parent.parent / "demo" / "teacher")
+
+RECIPES = {
+    # `--teacher gpt2 --student-layers 6` and nothing else: the defaults of the flags, 131M tokens.
+    "plain": {},
+
+    # Offline, from what the repository ships. The control is the same run without the teacher.
+    "demo": {
+        "teacher": DEMO_TEACHER, "student_layers": "3", "data": "stdlib", "seq_len": 256,
+        "batch_size": 4, "grad_accum": 1, "steps": 600, "lr": 2e-3, "kd_weight": 1.0, "clm_weight": 0.0,
+        "control": True, "eval_tokens": 200_000},
+
+    # How the demo's teacher was made: the shape of demo/teacher/config.json, fresh weights, no teacher.
+    "demo-teacher": {
+        "teacher": "none", "student": DEMO_TEACHER, "student_init": "random", "data": "stdlib",
+        "seq_len": 256, "batch_size": 16, "grad_accum": 1, "epochs": 9, "clm_weight": 1.0, "lr": 2e-3,
+        "warmup": 0.02, "weight_decay": 0.1, "dropout": 0.1, "attention_dropout": 0.0,
+        "eval_interval": 500, "eval_tokens": 200_000},
+
+    # DistilGPT2. Published: teacher, layers, data, context, T, optimizer, schedule, clip, dropout, epochs,
+    # and 2,000 sequences a step (5 x 50 x 8 GPUs). Never published: the loss weights; these are the
+    # defaults of its script.
+    "distilgpt2": {
+        "teacher": "gpt2", "student_layers": "6", "data": "openwebtext", "seq_len": 1024,
+        "batch_size": 5, "grad_accum": 400, "epochs": 3, "temperature": 2.0, "kd_weight": 0.5,
+        "clm_weight": 0.5, "lr": 5e-4, "betas": [0.9, 0.98], "eps": 1e-6, "weight_decay": 0.0,
+        "warmup": 0.05, "schedule": "linear", "grad_clip": 5.0, "dropout": 0.1},
+
+    # DistilPythia, from its model card, which names neither AdamW's betas nor a clip. The card's run had
+    # bf16 weights: that is `--precision bf16-pure`.
+    "distilpythia": {
+        "teacher": "EleutherAI/pythia-160m", "student": "EleutherAI/pythia-70m", "data": "pile",
+        "seq_len": 2048, "batch_size": 2, "grad_accum": 2048, "steps": 64, "temperature": 2.0,
+        "kd_weight": 0.5, "clm_weight": 0.5, "lr": 1e-4, "warmup": 0.0, "schedule": "constant"},
+
+    # The protocol usually meant by "WikiText-103 perplexity after fine-tuning" (gpt2 16.3, distilgpt2 21.1).
+    "finetune-wikitext103": {
+        "teacher": "none", "data": "wikitext-103", "seq_len": 1024, "batch_size": 4, "grad_accum": 1,
+        "epochs": 1, "clm_weight": 1.0, "lr": 5e-5, "weight_decay": 0.0, "warmup": 0.0,
+        "schedule": "linear", "grad_clip": 1.0},
+}
+
+# The types of flags: what they accept, and what they say otherwise.
+count = checked(int, "a whole number from 1 to 1,000,000,000", lambda n: 1 <= n <= 10**9)
+count_or_0 = checked(int, "a whole number from 0 to 1,000,000,000", lambda n: 0 <= n <= 10**9)
+seed = checked(int, "a whole number from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63)
+positive = checked(float, "above 0", lambda x: 0 < x < math.inf)
+weight = checked(float, "0 or more", lambda x: 0 <= x < math.inf)
+share = checked(float, "at least 0 and below 1", lambda x: 0 <= x < 1)
+temperature = checked(float, "from 0.001 to 1000", lambda x: 0.001 <= x <= 1000)
+
+
+def make_parser(doc):
+    """All flags, with their defaults, which stand here and nowhere else."""
+    parser = new_parser(doc)
+    add = parser.add_argument
+    add("--recipe", choices=RECIPES, help="a named set of defaults; without it `demo` if no model is named, "
+        "otherwise `plain`. A flag wins over the recipe")
+    add_model_flags(parser.add_argument_group("model"))
+    add_data_flags(parser.add_argument_group("data"))
+    add_loss_flags(parser.add_argument_group("loss"))
+    add_optimisation_flags(parser.add_argument_group("optimisation"))
+    add_precision_flags(parser.add_argument_group("precision and device"))
+    add_running_flags(parser.add_argument_group("running"))
+    return parser
+
+
+def add_model_flags(group):
+    add = group.add_argument
+    add("--teacher", type=user_path, metavar="MODEL",
+        help="Hub id or folder of the model to learn from, or `none` to train on the text alone")
+    add("--student-layers", metavar="LAYERS",
+        help="make the student of the teacher's layers: how many, evenly spread, or which, as "
+             "0,2,4,7,9,11. Keeping the first and the last works best")
+    add("--student", type=user_path, metavar="MODEL",
+        help="instead, start from a smaller model with the same tokenizer: Hub id or folder "
+             "(DistilPythia's way)")
+    add("--student-init", choices=["teacher", "random"], default="teacher",
+        help="random: the same shape, but from scratch; takes far longer to get as good")
+
+
+def add_data_flags(group):
+    add = group.add_argument
+    add("--data", type=user_path, default="openwebtext", metavar="TEXT",
+        help="openwebtext, pile, wikitext-103, wikitext-2, stdlib, a data set of the Hub as "
+             "owner/name[:config], or a file or folder of your own text")
+    add("--text-column", default="text", metavar="NAME", help="the column or field with a document's text")
+    add("--data-folder", type=user_path, default="corpora", metavar="DIR",
+        help="where tokenised corpora are kept, to be used again by later runs")
+    add("--workers", type=count, default=os.cpu_count() or 1, metavar="N", help="threads that tokenise")
+    add("--packing", choices=["constant", "padded"], default="constant",
+        help="constant: documents joined and cut into blocks, no token wasted; padded: one document "
+             "an example")
+    add("--seq-len", type=count, default=1024, metavar="N",
+        help="tokens of an example, at most the context of the models")
+    add("--eval-tokens", type=count, default=100_000, metavar="N", help="held-out tokens to score, at most")
+
+
+def add_loss_flags(group):
+    add = group.add_argument
+    add("--temperature", type=temperature, default=2.0, metavar="T",
+        help="softens both distributions: higher lets unlikely tokens count more (Hinton et al. 2015)")
+    add("--kd-weight", type=weight, default=0.5, metavar="W", help="weight of T^2 * KL(teacher || student)")
+    add("--clm-weight", type=weight, default=0.5, metavar="W",
+        help="weight of the usual loss on the next token of the text")
+    add("--cos-weight", type=weight, default=0.0, metavar="W",
+        help="weight of 1 - cos(final hidden states), which needs a student as wide as its teacher "
+             "(Sanh et al. 2019)")
+    add("--loss", choices=["chunked", "plain"], default="chunked",
+        help="plain: train with plain_loss as it stands in distill.py, by autograd; slower and larger, "
+             "for a loss of your own")
+    add("--chunk-size", type=count, default=512, metavar="N",
+        help="tokens whose logits exist at a time in the chunked loss; lower needs less memory")
+
+
+def add_optimisation_flags(group):
+    add = group.add_argument
+    add("--steps", type=count, default=1000, metavar="N", help="optimizer steps")
+    add("--epochs", type=positive, metavar="X", help="passes over the corpus, instead of --steps")
+    add("--batch-size", type=count, default=8, metavar="N",
+        help="examples of a micro-batch: what fits in memory")
+    add("--grad-accum", type=count, default=16, metavar="N",
+        help="micro-batches of a step, over all GPUs together; with --batch-size it makes the size of a step")
+    add("--lr", type=positive, default=5e-4, metavar="RATE",
+        help="AdamW's learning rate after the warm-up; lower it if the loss jumps")
+    add("--betas", type=share, nargs=2, default=[0.9, 0.95], metavar="B",
+        help="how long AdamW remembers the gradient and its square")
+    add("--eps", type=positive, default=1e-8, metavar="X", help="keeps AdamW from dividing by 0")
+    add("--weight-decay", type=weight, default=0.0, metavar="W",
+        help="pulls matrices towards 0 (AdamW)")
+    add("--warmup", type=share, default=0.05, metavar="SHARE",
+        help="share of the steps in which the learning rate rises")
+    add("--schedule", choices=["constant", "linear", "cosine"], default="cosine",
+        help="of the rate after the warm-up; linear and cosine end at 0")
+    add("--grad-clip", type=weight, default=1.0, metavar="NORM",
+        help="largest norm of a step's gradient; 0: no limit")
+    add("--dropout", type=share, default=0.0, metavar="P",
+        help="of the student, in training; for many epochs")
+    add("--attention-dropout", type=share, metavar="P",
+        help="of attention weights, if it should differ (slow on CPUs)")
+
+
+def add_precision_flags(group):
+    add = group.add_argument
+    add("--precision", choices=["auto", "bf16", "fp32", "bf16-pure"], default="auto",
+        help="bf16: autocast, with weights in float32; bf16-pure: weights in bf16, too, which loses "
+             "small steps; auto: bf16 where it is fast")
+    add("--device", default="auto", metavar="NAME",
+        help="cuda, mps or cpu; auto: the first of them that is there")
+    add("--compile", action="store_true", help="torch.compile the layers; for long runs on a GPU")
+
+
+def add_running_flags(group):
+    add = group.add_argument
+    add("--out", type=user_path, default="out", metavar="DIR",
+        help="folder of the student, its log and its state")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--overwrite", action="store_true",
+        help="replace the run in --out, once the new one has made a step")
+    add("--control", action=argparse.BooleanOptionalAction, default=False,
+        help="then train the same student on the text alone, to see what the teacher was worth")
+    add("--seed", type=seed, default=0, metavar="N", help="of data order, dropout and random weights")
+    add("--eval-interval", type=count_or_0, default=0, metavar="N",
+        help="steps between validations; 0: only at the end")
+    add("--save-interval", type=count, default=100, metavar="N", help="steps between saves of the state")
+
+
+def parse_args(doc, argv=None):
+    """Flags win over the recipe, the recipe over the defaults. Returns them all, with the recipe's name."""
+    parser = make_parser(doc)
+    given = parser.parse_args(argv, argparse.Namespace(steps=None))
+    recipe = given.recipe or ("plain" if given.teacher or given.student else "demo")
+
+    parser.set_defaults(**RECIPES[recipe])
+    if given.student or given.student_layers:  # the user's student replaces the recipe's, of either kind
+        parser.set_defaults(student=None, student_layers=None)
+    if given.steps:
+        parser.set_defaults(epochs=None)
+
+    args = parser.parse_args(argv)
+    args.recipe = recipe
+    check(args)
+    return args
+
+
+def check(args):
+    """Refuse what does not go together. Without a teacher the weights of its terms become 0."""
+    if not args.teacher:
+        raise InputError("--teacher is missing: name a model, or `none` to train on the text alone")
+    if bool(args.student) == bool(args.student_layers):
+        raise InputError("name one student: --student-layers (of the teacher) or --student (another model)")
+    if args.teacher == "none":
+        if args.student_layers:
+            raise InputError("--student-layers are a teacher's; with --teacher none name a --student")
+        args.kd_weight = 0.0
+        args.cos_weight = 0.0
+    if args.kd_weight + args.clm_weight + args.cos_weight == 0:
+        raise InputError("all weights of the loss are 0: nothing would be learned; raise one of them")

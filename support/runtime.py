@@ -1,0 +1,155 @@
+"""Processes, devices and signals: what a training loop needs from the machine.
+
+  Ranks           one process, or the many that torchrun started
+  keep_memory     a CPU's memory allocator, told not to clear the same pages again and again
+  pick_precision  what --precision auto means on this device; autocast does what it says
+  stop_signals    Ctrl-C and SIGTERM, noted so that the loop can stop where nothing is lost
+"""
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from support.cli import InputError
+
+
+# ------------------------------------------------------------------------------------ processes
+class Ranks:
+    """The processes of a run: one, or as many as torchrun started. Rank 0 prints and writes."""
+
+    def __init__(self, device):
+        self.rank = 0
+        self.world = 1
+        self.device = torch.device(device)
+        if int_from_env("WORLD_SIZE", 1) > 1:
+            self.join()
+
+    def join(self):
+        """Find the other processes, by the variables that torchrun sets."""
+        self.world = int_from_env("WORLD_SIZE")
+        self.rank = int_from_env("RANK")
+        int_from_env("MASTER_PORT")
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", int_from_env("LOCAL_RANK"))
+            torch.cuda.set_device(self.device)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # rank 0 may tokenise for hours
+
+    @property
+    def is_first(self):
+        """Whether this process prints and writes."""
+        return self.rank == 0
+
+    def share(self, count):
+        """The numbers from 0 to count - 1 that are this process's: rank 1 of 4 has 1, 5, 9, ..."""
+        return range(self.rank, count, self.world)
+
+    def sum(self, tensor):
+        """Add `tensor` up over all ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag):
+        """Whether `flag` is true on some rank; all ranks must ask."""
+        if self.world == 1:
+            return bool(flag)
+        return self.sum(torch.tensor(float(bool(flag)), device=self.device)).item() > 0
+
+    @contextlib.contextmanager
+    def first_goes_first(self):
+        """Rank 0 downloads and prepares; the others then find it done."""
+        if not self.is_first:
+            dist.barrier()
+        yield
+        if self.is_first and self.world > 1:
+            dist.barrier()
+
+    def close(self):
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+def int_from_env(name, default=None):
+    """A number that torchrun puts into the environment."""
+    text = os.environ.get(name, default)
+    try:
+        return int(text)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"WORLD_SIZE asks for several processes, but {name} is {text!r}: start with "
+                         "torchrun, or unset WORLD_SIZE") from error
+
+
+# ------------------------------------------------------------------------------------ the device
+def keep_memory():
+    """Let glibc keep the memory of freed tensors. It gives large ones back to the system, which clears their
+    pages one by one when the next step asks for them again: a tenth of a GPT-2 step on a CPU."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation of its own for any tensor
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink
+
+
+def bf16_is_fast(device):
+    """GPUs say so. On a CPU a product is timed: without bf16 instructions it is several times slower."""
+    if device.type != "cpu":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+    seconds = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        a = torch.ones(512, 512, dtype=dtype)
+        a @ a  # the first product sets things up
+        started = time.perf_counter()
+        for _ in range(10):
+            a @ a
+        seconds[dtype] = time.perf_counter() - started
+    return seconds[torch.bfloat16] < seconds[torch.float32]
+
+
+def pick_precision(wanted, before, ranks):
+    """--precision, with `auto` resolved: what the run to resume has had (`before`), or bf16 if it is fast."""
+    if wanted != "auto":
+        return wanted
+    if before:
+        return before
+    if not ranks.any(not bf16_is_fast(ranks.device)):
+        return "bf16"
+    if ranks.is_first:
+        print("note       bf16 is not fast on this device, so fp32")
+    return "fp32"
+
+
+def autocast(args, device):
+    """A context in which products are computed in bfloat16; weights and their gradients stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+# ------------------------------------------------------------------------------------ stopping
+@contextlib.contextmanager
+def stop_signals():
+    """A list that fills when Ctrl-C or SIGTERM asks to stop; asked twice, the process ends at once."""
+    asked = []
+
+    def ask(number, frame):
+        if asked:
+            sys.exit(128 + number)
+        asked.append(number)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def exit_code(asked):
+    """128 + the signal, as shells count; where another rank was asked, as if it had been SIGTERM."""
+    number = asked[0] if asked else signal.SIGTERM
+    return 128 + number
