@@ -1,8 +1,8 @@
 """A page to play with: what the teacher knows and the student does not, token by token.
 
-    python -m extras.play                        the student in out/, its teacher and its control
-    python -m extras.play out-2                  another student; its args.json names the teacher
-    python -m extras.play gpt2 distilgpt2        teacher, student and perhaps a control, by name
+    python -m extras.play                     the student in out/, its teacher, its control
+    python -m extras.play out-2               another student; its args.json names the teacher
+    python -m extras.play gpt2 distilgpt2     teacher, student, perhaps a control, by name
 
 Read in this order:
   Classroom          the models, and the three things that the page asks of them: score, position, write
@@ -15,7 +15,6 @@ remembers nothing between two requests. It listens on 127.0.0.1 alone. For a mac
 port: `ssh -L 8000:127.0.0.1:8000 machine`, with one number at both ends.
 Shapes: L tokens, C width, V tokens in the vocabulary. Surprise and KL are in nats.
 """
-import argparse
 import base64
 import codecs
 import contextlib
@@ -36,7 +35,7 @@ from torch.nn import functional as F
 
 import sample
 from model import load
-from support.cli import InputError, run_cli
+from support.cli import InputError, checked, new_parser, pick_device, run_cli, user_path
 from support.tokenizer import load_tokenizer
 
 ROLES = ("teacher", "student", "control")
@@ -63,18 +62,13 @@ class Classroom:
         self.device = device
         self.lock = threading.Lock()  # one computation at a time; each holds it for one token or one text
 
-        tokenizers = {name: load_tokenizer(name) for name in names.values()}
-        self.tokenizer = tokenizers[names["teacher"]]
-        for name, tokenizer in tokenizers.items():
+        tokenizers = {role: load_tokenizer(name) for role, name in names.items()}
+        self.tokenizer = tokenizers["teacher"]
+        for role, tokenizer in tokenizers.items():
             if tokenizer.fingerprint != self.tokenizer.fingerprint:
-                raise InputError(f"{name} and {names['teacher']} have different tokenizers, so there is no "
-                                 "token that both could be asked for: name models of one family")
+                raise InputError(f"{names[role]} and {names['teacher']} have different tokenizers, so "
+                                 "no token could be asked of both: name models of one family")
 
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"--device {device} cannot be used here: {reason}") from error
         self.models = {role: load(name, device) for role, name in names.items()}
         self.context = min(model.context for model in self.models.values())
 
@@ -111,6 +105,11 @@ class Classroom:
         ids, n_cut = self.window(text)
         with self.lock:
             scores = token_scores(self.models, ids, self.tokenizer.vocab_size, self.device)
+        for role, columns in scores.items():
+            if not columns.isfinite().all():
+                raise InputError(f"{self.names[role]}: its logits are NaN or infinite: its weights are "
+                                 "broken")
+
         n_bytes = len(self.tokenizer.decode_bytes(ids[1:]))
         return {"tokens": [self.show(token) for token in ids[1:]], "cut": n_cut,
                 "scores": {role: columns.tolist() for role, columns in scores.items()},
@@ -145,9 +144,14 @@ class Classroom:
 
     def write(self, prompt, settings):
         """Yield what teacher and student write after a prompt, in turns, a token of each at a time."""
+        ids = self.tokenizer.encode(prompt, allow_special=True) or [self.tokenizer.eot]
+        if len(ids) >= self.context:
+            yield {"note": f"The prompt has {len(ids)} tokens; the models see the last {self.context} at a "
+                           "time."}
         with contextlib.ExitStack() as stack:
-            texts = {role: stack.enter_context(contextlib.closing(self.continuation(role, prompt, settings)))
-                     for role in ROLES[:2]}
+            texts = {role: self.continuation(role, ids, settings) for role in ROLES[:2]}
+            for text in texts.values():
+                stack.enter_context(contextlib.closing(text))
             while texts:
                 for role in list(texts):
                     with self.lock:
@@ -156,9 +160,8 @@ class Classroom:
                         del texts[role]
                     yield {"role": role, "text": text or "", "done": text is None}
 
-    def continuation(self, role, prompt, settings):
+    def continuation(self, role, ids, settings):
         """Yield the text that sample.py prints for these settings, in pieces that are whole characters."""
-        ids = self.tokenizer.encode(prompt, allow_special=True) or [self.tokenizer.eot]
         generator = torch.Generator(self.device).manual_seed(settings["seed"])
         choose = partial(sample.draw, temperature=settings["temperature"], top_k=settings["top_k"],
                          top_p=settings["top_p"], generator=generator)
@@ -364,8 +367,11 @@ class Page(BaseHTTPRequestHandler):
         settings = {name: field(request, name, *bounds) for name, bounds in WRITING.items()}
         self.send_head(200, "application/x-ndjson")
         with contextlib.closing(self.server.classroom.write(prompt, settings)) as pieces:
-            for piece in pieces:
-                self.wfile.write(json.dumps(piece).encode() + b"\n")
+            try:
+                for piece in pieces:
+                    self.wfile.write(json.dumps(piece).encode() + b"\n")
+            except InputError as error:  # too late for another status
+                self.wfile.write(json.dumps({"error": str(error)}).encode() + b"\n")
 
     def send_json(self, answer, status=200):
         body = json.dumps(answer).encode()
@@ -411,8 +417,8 @@ def listen(port):
     for number in ports:
         try:
             return Server(("127.0.0.1", number), Page)
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or error
+        except OSError as error:
+            reason = error.strerror or error
             if port is None:
                 print(f"port {number} cannot be had ({reason}); trying the next", file=sys.stderr)
     raise InputError(f"port {number} cannot be had ({reason}): name a free one with --port")
@@ -445,13 +451,16 @@ def find_models(given):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("models", nargs="*", metavar="MODEL", help="Hub ids or folders of one tokenizer: teacher, student, "
-        "control; or a student alone, whose args.json names its teacher; nothing: out")
-    add("--port", type=int, help=f"of the page; None: the first free one from {FIRST_PORT}; 0: any")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps")
+    parser = new_parser(__doc__, "python -m extras.play [MODEL ...] [options]")
+    add = parser.add_argument_group("models").add_argument
+    add("models", nargs="*", type=user_path, metavar="MODEL",
+        help="folders, or names on the Hub, of one tokenizer: teacher, student, control; a student alone is "
+             "asked who its teacher was; without any it is out")
+    add("--device", default="auto", help="cuda, mps or cpu; auto takes the first of them that is there")
+
+    add = parser.add_argument_group("page").add_argument
+    add("--port", type=checked(int, "0 to 65535", lambda n: 0 <= n < 2**16), metavar="N",
+        help=f"where the page is; 0: any that is free; without it, the first free one from {FIRST_PORT}")
     return parser.parse_args(argv)
 
 
@@ -459,7 +468,7 @@ def main():
     args = parse_args()
     names = find_models(args.models)
     with listen(args.port) as server:  # before the models, as it fails sooner
-        server.classroom = Classroom(names, args.device)
+        server.classroom = Classroom(names, pick_device(args.device))
         for role, name in names.items():
             print(f"{role}: {name}")
         print(f"open http://127.0.0.1:{server.server_port} in a browser; Ctrl-C ends it", flush=True)
