@@ -1,9 +1,9 @@
 """Perplexity that says which one it is: per token, per word, per byte, by the protocols of published numbers.
 
-    python eval_ppl.py demo/teacher out      offline: the code that the demo held out
-    python eval_ppl.py gpt2 distilgpt2       WikiText's test set, as the guide
-    python eval_ppl.py gpt2 distilgpt2 --protocol pages    ... as the harness
-    python eval_ppl.py gpt2 distilgpt2 --data lambada      LAMBADA, as the harness
+    python eval_ppl.py demo/teacher out                   offline, held-out code
+    python eval_ppl.py gpt2 distilgpt2                    WikiText, as the guide
+    python eval_ppl.py gpt2 distilgpt2 --protocol pages   ... as the harness
+    python eval_ppl.py gpt2 distilgpt2 --data lambada     LAMBADA, as the harness
 
 A protocol says how a text is cut into windows, which of their tokens are scored, and by how many words and
 bytes the loss is divided. Nothing else differs between them, and published figures differ by a factor of two.
@@ -326,17 +326,19 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("text").add_argument
     add("--data", type=user_path, metavar="DATA",
-        help="wikitext-2, wikitext-103 (they have one test set), lambada, stdlib, a file, a corpus that "
+        help="wikitext-2, wikitext-103 (the same test set), lambada, stdlib, a file, a corpus that "
              "data.py or a run has prepared, or id[:config] of a data set on the Hub; without it wikitext-2, "
              "but stdlib where all models are folders")
     add("--text-column", default="text", metavar="NAME", help="the column or field that holds a text")
     add("--limit", type=positive, metavar="N",
         help="stop after N windows, for a quick look; without it, take all")
 
-    add = parser.add_argument_group("protocol").add_argument
+    add = parser.add_argument_group(
+        "protocol", "sliding: Hugging Face's guide. blocks: fine-tuning scripts. pages: lm-evaluation-harness's "
+        "wikitext. lambada: its lambada_openai.").add_argument
     add("--protocol", choices=PROTOCOLS,
-        help="how to cut the text into windows: as the number that you want to compare with was made; "
-             "without it lambada for --data lambada, otherwise sliding")
+        help="take that of the number you want to compare with; without it lambada for --data lambada, "
+             "otherwise sliding")
     add("--context", type=positive, metavar="N",
         help="tokens of a window; without it, all that the models can see (the least of them)")
     add("--stride", type=positive, metavar="N",

@@ -116,8 +116,8 @@ class HelpFormatter(argparse.HelpFormatter):
         return "\n\n".join(filled)
 
     def _get_help_string(self, action):
-        silent = action.default in (None, False, "", argparse.SUPPRESS) or action.default == []
-        if silent or not action.option_strings or "%(default)" in action.help:
+        silent = any(action.default is value for value in (None, False, argparse.SUPPRESS))
+        if silent or action.default in ("", []) or not action.option_strings or "%(default)" in action.help:
             return action.help
         return action.help + " (default: %(default)s)"
 
