@@ -197,6 +197,7 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
+    options.check(args)
     args.device = pick_device(args.device)
     if args.device == "cpu":
         keep_memory()

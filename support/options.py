@@ -192,7 +192,6 @@ def parse_args(doc, argv=None):
 
     args = parser.parse_args(argv)
     args.recipe = recipe
-    check(args)
     return args
 
 

@@ -1,4 +1,4 @@
-"""distill.py and run.py: the loss against float64 autograd, the loop against itself, the command line."""
+"""distill.py: the loss against float64 autograd, the loop against itself, the command line."""
 import csv
 import json
 import math
@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,9 +17,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distill
-import run
-from data import run_cli
 from model import GPT2, GPTNeoX, load
+from support import runtime, state
+from support.chunked_loss import LossSettings
+from support.cli import InputError, run_cli
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = ROOT / "demo" / "teacher" / "tokenizer.json"
@@ -31,7 +31,7 @@ def reference_loss(student_hidden, student_head, teacher_hidden, teacher_head, t
     """The definition, on whole logits in float64; returns (loss, kl, clm) with an autograd graph."""
     s = student_hidden.double() @ student_head.double().T
     t = teacher_hidden.double() @ teacher_head.double().T
-    loss, kl, ce = distill.plain_loss(s, t, targets, T, kd, clm)
+    loss, kl, ce = distill.plain_loss(s, t, targets, LossSettings(T, kd, clm))
     if cos:
         similarity = F.cosine_similarity(student_hidden.double(), teacher_hidden.double(), dim=-1)
         loss = loss + cos * (1 - similarity)[targets != -100].sum()
@@ -43,7 +43,7 @@ def test_the_plain_loss_is_that_of_the_paper():
     t, s = torch.tensor([[2.0, 0.0]]).double(), torch.tensor([[0.0, 0.0]]).double()
     p = math.e / (math.e + 1)  # softmax of (2, 0) / 2
     expected = p * math.log(p / 0.5) + (1 - p) * math.log((1 - p) / 0.5)
-    loss, kl, clm = distill.plain_loss(s, t, torch.tensor([1]), 2.0, 0.25, 3.0)
+    loss, kl, clm = distill.plain_loss(s, t, torch.tensor([1]), LossSettings(2.0, 0.25, 3.0))
     assert kl.item() == pytest.approx(expected) and clm.item() == pytest.approx(math.log(2))
     assert loss.item() == pytest.approx(0.25 * 4 * expected + 3 * math.log(2))
 
@@ -330,17 +330,78 @@ def test_recipes_and_flags():
     assert distill.parse_args(["--recipe", "distilgpt2"]).epochs == 3
 
 
+# ------------------------------------------------------------------------------------ plain and chunked
+@pytest.mark.parametrize("settings", [
+    LossSettings(), LossSettings(1.0, 1.0, 0.0), LossSettings(4.0, 0.0, 1.0),
+    LossSettings(2.0, 1.0, 2.0, 3.0)])
+def test_plain_and_chunked_are_one_loss(settings):
+    """All that the log shows, and the gradient, from the same hidden states."""
+    found = {}
+    for name, losses_of in distill.LOSSES.items():
+        inputs = loss_inputs()
+        losses = losses_of(*inputs, settings)
+        found[name] = losses, torch.autograd.grad(losses.loss, inputs[:2])
+    for plain, chunked in zip(*(losses for losses, _ in found.values()), strict=True):
+        assert plain.item() == pytest.approx(chunked.item(), rel=1e-5)
+    assert all(close(a, b) for a, b in zip(found["plain"][1], found["chunked"][1], strict=True))
+    assert found["plain"][0].tokens == 42  # 50 less the eight without a target
+
+
+def test_plain_and_chunked_without_a_teacher():
+    student_hidden, student_head, _, _, targets = loss_inputs()
+    for losses_of in distill.LOSSES.values():
+        losses = losses_of(student_hidden, student_head, None, None, targets, LossSettings(2.0, 0.0, 3.0))
+        assert losses.loss.item() == pytest.approx(3 * losses.clm.item()) and losses.clm > 0
+        assert losses.kl == losses.teacher_clm == losses.cos == 0
+
+
+def test_a_run_with_each_loss_ends_the_same(workshop, tmp_path, monkeypatch, capsys):
+    for loss in distill.LOSSES:
+        argv = flags(workshop, tmp_path / loss, loss=loss, steps=8, packing="padded", control=True, eps=1e-4)
+        code, _, error = call(monkeypatch, capsys, argv)
+        assert code == 0, error
+    for folder in ("", "control"):
+        plain, chunked = (log_rows(tmp_path / loss / folder) for loss in ("plain", "chunked"))
+        for a, b in zip(plain, chunked, strict=True):
+            for column in ("loss", "kl", "clm", "teacher_clm", "grad_norm", "tokens"):
+                assert float(a[column]) == pytest.approx(float(b[column]), rel=1e-4), column
+        assert difference(weights(tmp_path / "plain" / folder), weights(tmp_path / "chunked" / folder)) < 1e-5
+
+
+def test_what_stands_in_plain_loss_is_what_trains(workshop, tmp_path, monkeypatch, capsys):
+    """The README's exercise: one line changed makes it the reverse KL, and the run follows."""
+    source = (ROOT / "distill.py").read_text(encoding="utf-8")
+    forward, reverse = "(log_p.exp() * (log_p - log_q)).sum()", "(log_q.exp() * (log_q - log_p)).sum()"
+    assert source.count(forward) == 1
+    changed = {}
+    exec(compile(source.replace(forward, reverse), "distill.py", "exec"), changed)  # as an edit would
+    monkeypatch.setattr(distill, "plain_loss", changed["plain_loss"])
+    argv = flags(workshop, tmp_path / "out", loss="plain", steps=1, **{"grad-accum": 1, "kd-weight": 1,
+                                                                       "clm-weight": 0, "temperature": 1})
+    assert call(monkeypatch, capsys, argv)[0] == 0
+
+    from data import batch_at, load_tokenizer, prepare
+    from model import student_from
+    corpus = prepare(str(workshop / "text"), load_tokenizer(workshop / "teacher"), workshop / "corpora")
+    ids = torch.from_numpy(batch_at(corpus.train, 0, 0, 2, 16)[0])
+    teacher = load(workshop / "teacher")
+    with torch.no_grad():
+        p, q = (network(ids).double().softmax(-1) for network in (teacher, student_from(teacher, [0, 3])))
+    expected = (q * (q / p).log()).sum(-1).mean().item()
+    assert float(log_rows(tmp_path / "out")[0]["loss"]) == pytest.approx(expected, rel=1e-4)
+
+
 # ------------------------------------------------------------------------------------ bad input
 BAD = {
     "9 of 4 layers": ({"student-layers": 9}, "choose 1 to 4"),
     "0 layers": ({"student-layers": 0}, "choose 1 to 4"),
     "a layer out of range": ({"student-layers": "0,7"}, "layers are 0 to 3"),
     "layers that are no numbers": ({"student-layers": "first"}, "expected a number, or a list"),
-    "temperature 0": ({"temperature": 0}, "--temperature 0.0: must be above 0"),
-    "negative steps": ({"steps": -1}, "--steps -1: must be above 0"),
+    "temperature 0": ({"temperature": 0}, "--temperature 0: must be from 0.001 to 1000"),
+    "negative steps": ({"steps": -1}, "--steps -1: must be a whole number from 1"),
     "learning rate nan": ({"lr": "nan"}, "--lr nan: must be above 0"),
-    "negative seed": ({"seed": -1}, "--seed -1: must be 0 or more"),
-    "dropout 1": ({"dropout": 1}, "--dropout 1.0: must be at least 0 and below 1"),
+    "negative seed": ({"seed": -1}, "--seed -1: must be a whole number from 0"),
+    "dropout 1": ({"dropout": 1}, "--dropout 1: must be at least 0 and below 1"),
     "no weights": ({"kd-weight": 0, "clm-weight": 0}, "all weights of the loss are 0"),
     "no student": ({"student-layers": None}, "name one student"),
     "unknown data": ({"data": "nothing-like-it"}, "openwebtext"),
@@ -402,34 +463,36 @@ def test_another_run_is_not_overwritten_unasked(workshop, tmp_path, monkeypatch,
 
 
 def test_two_processes_do_not_share_out(workshop, tmp_path, monkeypatch, capsys):
-    args = distill.parse_args(flags(workshop, tmp_path / "out"))
-    lock = run.claim(args)
+    folder = state.RunFolder(distill.parse_args(flags(workshop, tmp_path / "out")), runtime.Ranks("cpu"))
+    folder.claim()
     code, _, error = call(monkeypatch, capsys, flags(workshop, tmp_path / "out"))
     assert code == 2 and "in use by another process" in error
-    lock.release()
+    folder.release()
+    assert not (tmp_path / "out").exists(), "a start that failed leaves nothing behind"
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(workshop, tmp_path, monkeypatch, capsys):
-    out, steps = tmp_path / "out", []
+    out = tmp_path / "out"
     honest = distill.micro_batch
+    optimizers = []
+
+    def watched(student, args):
+        optimizers.append(student)
+        return honest_optimizer(student, args)
 
     def poisoned(corpus, index, args, device):
         if index == 9:  # of step 3
-            for parameter in poisoned.student.parameters():
+            for parameter in optimizers[0].parameters():
                 parameter.data[0] = math.nan
         return honest(corpus, index, args, device)
 
-    class Spy(distill.Objective):
-        def __init__(self, student, *rest):
-            super().__init__(student, *rest)
-            poisoned.student = student
-
+    honest_optimizer = distill.make_optimizer
+    monkeypatch.setattr(distill, "make_optimizer", watched)
     monkeypatch.setattr(distill, "micro_batch", poisoned)
-    monkeypatch.setattr(distill, "Objective", Spy)
     code, _, error = call(monkeypatch, capsys, flags(workshop, out, **{"save-interval": 1}))
     assert code == 2 and "step 3: loss nan" in error and "--lr" in error
-    state = torch.load(out / "train_state.pt", weights_only=True)
-    assert state["step"] == 2 and all(t.isfinite().all() for t in state["student"].values()), steps
+    saved = torch.load(out / "train_state.pt", weights_only=True)
+    assert saved["step"] == 2 and all(t.isfinite().all() for t in saved["student"].values())
 
 
 # -------------------------------------------------------------------------------- surviving, and many ranks
@@ -513,7 +576,7 @@ def test_micro_batches_that_cannot_be_shared_are_refused(workshop, tmp_path):
 # ------------------------------------------------------------------------------------ the README's command
 def test_the_demo_in_a_few_steps(tmp_path, monkeypatch, capsys):
     """`python distill.py`, offline, with the shipped teacher, in 3 steps; it may replace its own output."""
-    monkeypatch.setattr(run, "bf16_is_fast", lambda device: False)
+    monkeypatch.setattr(runtime, "bf16_is_fast", lambda device: False)
     argv = ["--steps", "3", "--batch-size", "2", "--eval-tokens", "2000", "--out", tmp_path / "out",
             "--data-folder", tmp_path / "corpora", "--workers", "2"]
     for _ in range(2):
@@ -523,34 +586,33 @@ def test_the_demo_in_a_few_steps(tmp_path, monkeypatch, capsys):
     assert names == ["model", "teacher", "student", "control"]
 
 
-def test_a_resumed_run_keeps_its_precision(tmp_path, monkeypatch):
+def test_a_resumed_run_keeps_its_precision(monkeypatch):
     """What is fast is measured, so the answer can change between two starts."""
-    monkeypatch.setattr(run, "bf16_is_fast", lambda device: True)
-    (tmp_path / "args.json").write_text('{"precision": "fp32"}')
-    settings = SimpleNamespace(precision="auto", resume=True, out=tmp_path)
-    assert run.precision(settings, run.Ranks("cpu")) == "fp32"
-    settings.resume = False
-    assert run.precision(settings, run.Ranks("cpu")) == "bf16"
+    ranks = runtime.Ranks("cpu")
+    monkeypatch.setattr(runtime, "bf16_is_fast", lambda device: True)
+    assert runtime.pick_precision("auto", "fp32", ranks) == "fp32"
+    assert runtime.pick_precision("auto", None, ranks) == "bf16"
+    assert runtime.pick_precision("bf16-pure", "fp32", ranks) == "bf16-pure"
 
 
-def test_an_unfinished_demo_is_not_overwritten(tmp_path, monkeypatch):
+def test_an_unfinished_demo_is_not_overwritten(tmp_path):
     """A finished one is, as everyone tries the first command twice."""
-    (tmp_path / "args.json").write_text('{"recipe": "demo"}')
-    settings = SimpleNamespace(recipe="demo", resume=False, overwrite=False, out=tmp_path)
-    with pytest.raises(run.InputError, match="holds another run"):
-        run.claim(settings)
+    (tmp_path / "args.json").write_text('{"recipe": "demo", "teacher": "t", "kd_weight": 1}')
+    folder = state.RunFolder(distill.parse_args(["--out", str(tmp_path)]), runtime.Ranks("cpu"))
+    with pytest.raises(InputError, match="holds another run"):
+        folder.claim()
     (tmp_path / "README.md").write_text("the card, written last")
-    run.claim(settings).release()
+    folder.claim()
+    folder.release()
 
 
 def test_a_larger_corpus_changes_nothing(workshop, tmp_path, monkeypatch, capsys):
     """Another run may have left more tokens behind than this one uses."""
     monkeypatch.setattr(distill, "LEAST_TOKENS", 1)
-    small = flags(workshop, tmp_path / "small", steps=2, data_folder=tmp_path)
-    small[small.index("--data_folder")] = "--data-folder"
-    large = [{"2": "9", str(tmp_path / "small"): str(tmp_path / "large")}.get(part, part) for part in small]
-    for argv in (small, large, [*small, "--overwrite"]):
-        before = log_rows(tmp_path / "small") if argv[-1] == "--overwrite" else None
+    losses = {}
+    for name, steps in (("before", 2), ("larger", 9), ("after", 2)):
+        argv = flags(workshop, tmp_path / name, steps=steps, **{"data-folder": tmp_path / "corpora"})
         code, _, error = call(monkeypatch, capsys, argv)
         assert code == 0, error
-    assert [row["loss"] for row in log_rows(tmp_path / "small")] == [row["loss"] for row in before]
+        losses[name] = [row["loss"] for row in log_rows(tmp_path / name)]
+    assert losses["before"] == losses["after"]
