@@ -43,7 +43,7 @@ class Source(NamedTuple):
     """What a name of data stands for."""
     identity: dict  # changes when the data does; "files", which stands for their content, may be in it
     documents: Iterable  # pairs ("train" or "val", text) in a fixed order, read as they are taken
-    size: int | None  # bytes of text, where that is known before all is read
+    size: int | None  # bytes of text, where that is known before all is read; of .jsonl, of the whole file
     name: str  # for people, and for the name of a folder
 
 
@@ -55,8 +55,7 @@ def open_data(data, text_column="text"):
         return Source(identity, stdlib_split(), size, data)
     if data not in HUB_DATA and os.path.exists(data):
         return open_local(Path(data), text_column)
-
-    if os.path.lexists(data):
+    if data not in HUB_DATA and os.path.lexists(data):
         raise InputError(f"{data} is a link to what is not there")
 
     # What is close to a file here, or called like one, is not looked for on the Hub for half a minute.
@@ -66,7 +65,6 @@ def open_data(data, text_column="text"):
     if misspelt or not name:
         hint = f" (did you mean {guess}?)" if guess else ""
         raise InputError(f"no data {data}{hint}: there is {DATA_CHOICES}")
-
     identity = {"data": data, "text_column": text_column}
     return Source(identity, read_hub(name[1], name[2], text_column), None, plain_name(data))
 
@@ -119,7 +117,7 @@ def hold_out(texts, one_in=200, longest=2**16):
             seen += len(piece)
 
         if len(remembered) < REMEMBERED:
-            remembered[stable_hash(text)] = tuple(splits)
+            remembered.setdefault(stable_hash(text), tuple(splits))
         for split, neighbours in itertools.groupby(zip(splits, parts, strict=True), operator.itemgetter(0)):
             yield split, "".join(piece for _, piece in neighbours)
 

@@ -1,26 +1,25 @@
-"""data.py: ids against Hugging Face's own tokenizers, corpora on disk, batches, every kind of bad input."""
+"""support/corpus.py: corpora that no kill, full disk or second process harms, each under its own name."""
 import errno
 import itertools
 import json
 import os
-import random
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-import unicodedata
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import REPO
-from fakehub import FakeHub
+from texts import make_texts, write
 
-import data
-from data import InputError, batch_at, fetch, hold_out, load_tokenizer, prepare
-
-FORMS = pytest.mark.parametrize("form", ["gpt2", "neox"])
+from data import load_tokenizer, prepare
+from support import corpus
+from support.cli import InputError
+from support.documents import open_data
+from support.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -28,75 +27,16 @@ def tok(tokenizers_dir):
     return load_tokenizer(tokenizers_dir / "gpt2")
 
 
-def pair(tokenizers_dir, form):
-    """Our tokenizer and the reference, from the same file."""
-    from tokenizers import Tokenizer
-    reference = Tokenizer.from_file(str(tokenizers_dir / form / "tokenizer.json"))
-    return load_tokenizer(tokenizers_dir / form), lambda text: reference.encode(text).ids
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """A file of documents, about 1 MB, and batches small enough for some 15 of them."""
+    monkeypatch.setattr(corpus, "BATCH_CHARS", 2**16)
+    write(tmp_path / "x.jsonl", make_texts(4000))
+    return str(tmp_path / "x.jsonl")
 
 
-# --- Documents --------------------------------------------------------------------------------------------
-
-def test_stdlib():
-    documents = dict(data.stdlib_documents())
-    assert list(documents) == sorted(documents) and len(documents) > 300
-    assert 5e6 < sum(map(len, documents.values())) < 3e7
-    assert "argparse.py" in documents and "json/decoder.py" in documents
-    assert not [n for n in documents if "test" in n.split("/") or "site-packages" in n or "idlelib" in n]
-    assert [name for name in documents if data.stdlib_held_out(name)][:3] == [
-        "asyncio/sslproto.py", "asyncio/subprocess.py", "collections/abc.py"]  # the same on every machine
-    pairs = list(data.stdlib_split())
-    held_out = {text for name, text in documents.items() if data.stdlib_held_out(name)}
-    assert {text for split, text in pairs if split == "val"} == held_out
-    splits = [split for split, _ in pairs]
-    assert len(pairs) == len(documents) and splits == sorted(splits, reverse=True)  # "val" first
-
-
-def test_hold_out_by_hash():
-    texts = [f"text {i % 9000}" for i in range(10_000)]  # the last thousand are copies of the first
-    pairs = list(hold_out(texts))
-    assert [text for _, text in pairs] == texts
-    splits = {split: {text for s, text in pairs if s == split} for split in ("train", "val")}
-    assert not splits["train"] & splits["val"] and pairs[0][0] == "val"
-    assert 0.003 < len(splits["val"]) / 9000 < 0.007
-    assert [split for split, _ in hold_out(["", "a", "", "b"], 10**9)] == ["val", "train"]
-
-
-def test_hold_out_of_a_lone_text():
-    text = "".join(f"line {i}\n" for i in range(1000))
-    (a, val), (b, train) = hold_out([text])
-    assert (a, b) == ("val", "train") and train + val == text
-    assert train.endswith("\n") and 0.1 <= len(val) / len(text) < 0.102
-
-
-def write(path, texts, column="text"):
-    """The same documents in each of the forms that can be read."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps({"id": i, column: text}) + "\n" for i, text in enumerate(texts)))
-    elif path.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-        pq.write_table(pa.table({"id": list(range(len(texts))), column: texts}), path, row_group_size=50)
-    else:
-        for i, text in enumerate(texts):
-            (path.parent / f"{i:04}.txt").write_bytes(text.encode())
-
-
-def make_texts(n, seed=0):
-    """Documents of about 300 characters, no two alike, some with what tends to go wrong."""
-    draw = random.Random(seed)
-    words = ["def", "return", "self", "\n    ", "\r\n", "<|endoftext|>", "\u00e9", "\u65e5\u672c", "  "]
-    return [f"{i} " + " ".join(draw.choice(words) for _ in range(draw.randint(1, 120))) for i in range(n)]
-
-
-def write_config(folder, config, splits, column="text"):
-    """A data set as the Hub has it: a configuration with several splits, declared at the top of README.md."""
-    for split, texts in splits.items():
-        write(folder / config / f"{split}-00000-of-00001.parquet", texts, column)
-    lines = [f"  - split: {split}\n    path: {config}/{split}-*\n" for split in splits]
-    head = f"---\nconfigs:\n- config_name: {config}\n  data_files:\n"
-    (folder / "README.md").write_text(head + "".join(lines) + "---\n")
+def files_of(made):
+    return [(made.path / f"{split}.bin").read_bytes() for split in ("train", "val")]
 
 
 def split_ids(tok, pairs):
@@ -106,108 +46,25 @@ def split_ids(tok, pairs):
             for split in ("train", "val")}
 
 
-def test_all_forms_hold_the_same_corpus(tok, hub, tmp_path):
+# --- What is in a corpus ----------------------------------------------------------------------------------
+
+def test_all_forms_hold_the_same_corpus(tok, tmp_path):
     texts = make_texts(300)
-    expected = split_ids(tok, hold_out(texts, one_in=20))
-    assert len(expected["val"]) > 1000
     write(tmp_path / "a" / "x.jsonl", texts)
     write(tmp_path / "b" / "x.parquet", texts)
     write(tmp_path / "c" / "x.txt", texts)
     write(tmp_path / "d" / "1.jsonl", texts[:100])
     write(tmp_path / "d" / "sub" / "2.parquet", texts[100:])
-    (tmp_path / "d" / "README.md").write_text("not data")
-    for source in ("a/x.jsonl", "a", "b/x.parquet", "c", "d"):
-        corpus = prepare(str(tmp_path / source), tok, tmp_path / "corpora")
-        assert corpus.train.tolist() == expected["train"] and corpus.val.tolist() == expected["val"], source
-        assert corpus.meta["complete"] and corpus.meta["train"]["tokens"] == len(corpus.train)
-        sizes = [corpus.meta[split]["bytes"] for split in ("train", "val")]
+    (tmp_path / "d" / "README.rst").write_text("not data")
+    expected = split_ids(tok, open_data(str(tmp_path / "a" / "x.jsonl")).documents)
+    assert len(expected["val"]) > 1000
+    for name in ("a/x.jsonl", "a", "b/x.parquet", "c", "d"):
+        made = prepare(str(tmp_path / name), tok, tmp_path / "corpora")
+        assert made.train.tolist() == expected["train"] and made.val.tolist() == expected["val"], name
+        assert made.meta["complete"] and made.meta["train"]["tokens"] == len(made.train)
+        sizes = [made.meta[split]["bytes"] for split in ("train", "val")]
         assert sum(sizes) == sum(len(text.encode()) for text in texts)
-        assert corpus.meta["train"]["documents"] + corpus.meta["val"]["documents"] == 300
-
-
-def test_text_column(tok, tmp_path):
-    write(tmp_path / "x.jsonl", make_texts(50), column="content")
-    with pytest.raises(InputError, match="line 1 has no column 'text', only .*content.*--text-column"):
-        prepare(str(tmp_path / "x.jsonl"), tok, tmp_path)
-    assert len(prepare(str(tmp_path / "x.jsonl"), tok, tmp_path, text_column="content").train) > 1000
-    with pytest.raises(InputError, match="'id' is int, not text"):
-        prepare(str(tmp_path / "x.jsonl"), tok, tmp_path, text_column="id")
-
-
-def test_a_large_text_file_is_read_in_pieces(tmp_path):
-    text = "".join(f"{i} \u00e9\n" for i in range(1_000_000))
-    (tmp_path / "x.txt").write_bytes(text.encode())
-    pieces = list(data.read_txt(tmp_path / "x.txt", None))
-    assert len(pieces) > 2 and "".join(pieces) == text and all(piece.endswith("\n") for piece in pieces)
-    (tmp_path / "y.txt").write_bytes(text.encode()[:9_000_000] + b"\xff")
-    with pytest.raises(InputError, match="y.txt is not UTF-8 text: see its byte 9000000"):
-        list(data.read_txt(tmp_path / "y.txt", None))
-
-
-def test_hub_data_is_streamed(tok, hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(data.batched, "__defaults__", (2**14,))  # small batches for small shards
-    texts = make_texts(600)
-    folder = hub.root / "datasets" / "someone" / "texts" / "data"
-    for shard in range(3):
-        write(folder / f"train-{shard:05}-of-00003.parquet", texts[shard * 200:][:200])
-    small = prepare("someone/texts", tok, tmp_path / "small", max_tokens=2000)
-    assert len(small.train) == 2000 and not small.meta["complete"] and len(small.val) > 0
-    assert "someone/texts/data/train-00000-of-00003.parquet" in hub.requests
-    assert "someone/texts/data/train-00002-of-00003.parquet" not in hub.requests  # was not needed
-    whole = prepare("someone/texts", tok, tmp_path / "whole")
-    expected = split_ids(tok, hold_out(texts))
-    assert whole.train.tolist() == expected["train"] and whole.val.tolist() == expected["val"]
-    assert small.train.tolist() == expected["train"][:2000]
-
-
-def test_hub_data_with_its_own_validation(tok, hub, tmp_path):
-    texts = make_texts(60, seed=1)
-    splits = {"train": texts[:40] + [""], "validation": texts[40:50], "test": texts[50:]}
-    write_config(hub.root / "datasets" / "someone" / "splits", "main", splits, column="content")
-    corpus = prepare("someone/splits:main", tok, tmp_path, text_column="content")
-    expected = split_ids(tok, [("train", t) for t in texts[:40]] + [("val", t) for t in texts[40:50]])
-    assert corpus.train.tolist() == expected["train"] and corpus.val.tolist() == expected["val"]
-    with pytest.raises(InputError, match="main"):
-        prepare("someone/splits:other", tok, tmp_path, text_column="content")
-    with pytest.raises(InputError, match="no column 'text', only .*content"):
-        prepare("someone/splits:main", tok, tmp_path)
-
-
-def test_hub_data_that_is_not_there(tok, hub, tmp_path):
-    with pytest.raises(InputError, match="someone/nothing is neither a file here nor a data set on the Hub"):
-        prepare("someone/nothing", tok, tmp_path)
-    write(hub.root / "datasets/someone/test-only/data/test-00000-of-00001.parquet", make_texts(5))
-    with pytest.raises(InputError, match="no train split, only test"):
-        prepare("someone/test-only", tok, tmp_path)
-
-
-def test_wikitext_is_read_by_article(tok, hub, tmp_path):
-    lines = [" \n", " = One = \n", " \n", " First . \n", " = = Part = = \n", " = = = Sub = = = \n", " \n",
-             " more \n", " = Two words = \n", " \n", " Second = 2 . \n"]
-    rows = ["" if not line.strip() else line for line in lines]  # as the Hub has them
-    pages = list(data.wikitext_articles(rows))
-    assert "\n".join(["", *pages]).split() == "".join(lines).split() and len(pages) == 2
-    assert pages[0] == "".join(lines[1:8])[:-1] and pages[1] == "".join(lines[8:])
-    splits = {"train": rows, "validation": rows}
-    write_config(hub.root / "datasets" / "Salesforce" / "wikitext", "wikitext-2-raw-v1", splits)
-    corpus = prepare("wikitext-2", tok, tmp_path)
-    assert corpus.meta["train"]["documents"] == corpus.meta["val"]["documents"] == 2
-    expected = [i for page in pages for i in [tok.eot, *tok.encode(page)]]
-    assert corpus.train.tolist() == corpus.val.tolist() == expected
-
-
-# --- prepare ----------------------------------------------------------------------------------------------
-
-@pytest.fixture
-def source(tmp_path, monkeypatch):
-    """A file of documents, about 1 MB, and batches small enough for some 15 of them."""
-    monkeypatch.setattr(data.batched, "__defaults__", (2**16,))
-    write(tmp_path / "x.jsonl", make_texts(4000))
-    return str(tmp_path / "x.jsonl")
-
-
-def files_of(corpus):
-    return [(corpus.path / f"{split}.bin").read_bytes() for split in ("train", "val")]
+        assert made.meta["train"]["documents"] + made.meta["val"]["documents"] == 300
 
 
 def test_workers_change_nothing(source, tok, tmp_path):
@@ -218,20 +75,20 @@ def test_workers_change_nothing(source, tok, tmp_path):
 def test_documents_are_not_read_far_ahead(tok):
     taken = itertools.count()
     batches = ([("train", "word " * 100)] for _ in iter(lambda: next(taken), None))  # endless
-    for _ in itertools.islice(data.tokenized(batches, tok, workers=2), 10):
+    for _ in itertools.islice(corpus.tokenized(batches, tok, workers=2), 10):
         pass
     assert next(taken) < 20
 
 
 def test_no_held_out_document_is_trained_on(source, tok, tmp_path):
-    corpus = prepare(source, tok, tmp_path)
-    documents = {}
+    made = prepare(source, tok, tmp_path)
+    parts = {}
     for split in ("train", "val"):
-        text = tok.decode(getattr(corpus, split)).split("<|endoftext|>")  # cuts within some documents too
-        documents[split] = {part for part in text if len(part) > 40}
-    assert documents["val"] and not documents["train"] & documents["val"]
-    assert corpus.train[0] == corpus.val[0] == tok.eot
-    assert (corpus.train == tok.eot).sum() == corpus.meta["train"]["documents"]
+        text = tok.decode(getattr(made, split)).split("<|endoftext|>")  # cuts within some documents too
+        parts[split] = {part for part in text if len(part) > 40}
+    assert parts["val"] and not parts["train"] & parts["val"]
+    assert made.train[0] == made.val[0] == tok.eot
+    assert (made.train == tok.eot).sum() == made.meta["train"]["documents"]
 
 
 def test_a_budget_is_kept_exactly(source, tok, tmp_path):
@@ -248,16 +105,95 @@ def test_a_budget_is_kept_exactly(source, tok, tmp_path):
     assert prepare(source, tok, tmp_path, max_tokens=10**9).meta["complete"]  # there is no more to be had
 
 
+@pytest.mark.parametrize("text, split", [("", "train"), ("only one line", "train")])
+def test_too_little_text(tok, tmp_path, text, split):
+    (tmp_path / "x.txt").write_text(text)
+    with pytest.raises(InputError, match=f"x.txt: no text for {split}; take two documents, or a longer one"):
+        prepare(tmp_path / "x.txt", tok, tmp_path / "corpora")
+    assert not (tmp_path / "corpora").exists()
+
+
+def test_large_vocabulary(tok, tmp_path):
+    tok.vocab_size = 2**16 + 1
+    with pytest.raises(InputError, match="65537"):
+        prepare("stdlib", tok, tmp_path)
+
+
+# --- Names ------------------------------------------------------------------------------------------------
+
+def test_corpora_of_different_data_do_not_meet(tok, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["\u6587\u7ae0", "\u5c0f\u8bf4", "a/b", "a-b", "a/a-b", "a b", "a+b"]
+    made = {}
+    for i, name in enumerate(names):
+        write(tmp_path / name / "x.txt", make_texts(30, seed=i))
+        made[name] = prepare(name, tok)
+    assert len({str(corpus_.path) for corpus_ in made.values()}) == len(names)
+    assert made["\u6587\u7ae0"].path.name.startswith("\u6587\u7ae0-")
+    assert re.fullmatch(r"a-b-[0-9a-f]{8}", made["a+b"].path.name)
+    stamps = {name: (corpus_.path / "meta.json").stat().st_mtime_ns for name, corpus_ in made.items()}
+    for name in names:
+        again = prepare(name, tok)
+        assert (again.path / "meta.json").stat().st_mtime_ns == stamps[name]
+        assert again.train.tolist() == made[name].train.tolist()
+
+
+def test_names_stay_when_the_content_changes(source, tok, tokenizers_dir, tmp_path, monkeypatch):
+    first = prepare(source, tok, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert prepare("x.jsonl", tok, tmp_path).path == prepare("./x.jsonl", tok, tmp_path).path == first.path
+    with open(source, "a") as file:
+        file.write(json.dumps({"text": "one more document"}) + "\n")
+    assert prepare(source, tok, tmp_path).path == first.path
+    assert prepare(source, load_tokenizer(tokenizers_dir / "neox"), tmp_path).path != first.path
+
+
+@pytest.mark.parametrize("name", ["\u0939\u093f\u0928\u094d\u0926\u0940", "cafe\u0301", "x" * 200, "...",
+                                  "\u6587" * 80])
+def test_names_that_files_can_have(tok, tmp_path, name):
+    write(tmp_path / name / "x.txt", make_texts(20))
+    made = prepare(tmp_path / name, tok, tmp_path / "corpora")
+    assert made.meta["complete"] and len(made.path.name.encode()) < 200
+    if name.startswith("\u0939"):
+        assert made.path.name.startswith(name + "-")  # vowel signs are part of a word
+
+
+def test_another_tokenizer_or_changed_data_is_noticed(source, tok, tokenizers_dir, tmp_path):
+    first = prepare(source, tok, tmp_path)
+    other = prepare(source, load_tokenizer(tokenizers_dir / "neox"), tmp_path)
+    assert other.meta["tokenizer"] != first.meta["tokenizer"] and len(other.train) != len(first.train)
+    for key, value in {"tokenizer": "0" * 16, "source": {"data": "stdlib"}}.items():
+        meta = {**first.meta, key: value}
+        (first.path / "meta.json").write_text(json.dumps(meta))
+        assert prepare(source, tok, tmp_path).meta == first.meta
+    with open(source, "a") as file:
+        file.write(json.dumps({"text": "one more document"}) + "\n")
+    again = prepare(source, tok, tmp_path)
+    assert len(again.train) + len(again.val) > len(first.train) + len(first.val)
+
+
+def test_a_corpus_in_use_can_be_read_on_when_a_new_one_takes_its_place(source, tok, tmp_path):
+    old = prepare(source, tok, tmp_path)
+    train = old.train[:].tolist()
+    write(Path(source), make_texts(3000, seed=1))
+    new = prepare(source, tok, tmp_path)
+    assert new.path == old.path and old.train.tolist() == train != new.train.tolist()
+
+
+# --- Kills, full disks, others at work --------------------------------------------------------------------
+
 KILLED = """
-import sys, time, data
-data.SAVE_SECONDS, data.batched.__defaults__ = 0, (2**18,)
-save, wait = data.save, float(sys.argv[4])
-def slow(*args):
-    save(*args)
-    print(args[0].name, flush=True)
+import sys, time
+from support import corpus
+from data import load_tokenizer, prepare
+corpus.SAVE_SECONDS, corpus.BATCH_CHARS = 0, 2**18
+save, wait = corpus.Build.save, float(sys.argv[4])
+def slow(build, path):
+    save(build, path)
+    print(path.name, flush=True)
     time.sleep(wait)
-data.save = slow
-data.prepare(sys.argv[1], data.load_tokenizer(sys.argv[2]), sys.argv[3], workers=int(sys.argv[5]))
+corpus.Build.save = slow
+prepare(sys.argv[1], load_tokenizer(sys.argv[2]), sys.argv[3], workers=int(sys.argv[5]))
 """
 
 
@@ -274,11 +210,13 @@ def test_killed_and_started_again(source, tok, tokenizers_dir, tmp_path, monkeyp
     with open(part / "train.bin", "ab") as file:
         file.write(b"half a document that was written but not yet noted")
     assert not (tmp_path / whole.path.name).exists()  # nothing to use yet
-    encoded, encode = [], data.Tokenizer.encode_array
-    monkeypatch.setattr(data.Tokenizer, "encode_array", lambda *args: encoded.append(args) or encode(*args))
+
+    encoded, encode = [], Tokenizer.encode_array
+    monkeypatch.setattr(Tokenizer, "encode_array", lambda *args: encoded.append(args) or encode(*args))
     again = prepare(source, tok, tmp_path)
-    assert files_of(again) == files_of(whole) and again.meta == whole.meta and not part.exists()
+    assert files_of(again) == files_of(whole) and again.meta == whole.meta
     assert 0 < len(encoded) < 3400  # what had been done was not done twice
+    assert not part.exists() and not list(tmp_path.glob("*.lock"))
 
 
 def test_killed_at_any_other_moment(source, tok, tmp_path, monkeypatch):
@@ -286,8 +224,8 @@ def test_killed_at_any_other_moment(source, tok, tmp_path, monkeypatch):
     whole = prepare(source, tok, tmp_path / "whole")
     old = prepare(source, tok, tmp_path, max_tokens=5000)
     stamp = (old.path / "meta.json").stat().st_mtime_ns
-    places = [(data.os, "fsync"), (data.os, "replace"), (data.shutil, "rmtree"), (Path, "rename")]
-    monkeypatch.setattr(data, "SAVE_SECONDS", 0)
+    places = [(corpus.os, "fsync"), (corpus.os, "replace"), (corpus.shutil, "rmtree"), (Path, "rename")]
+    monkeypatch.setattr(corpus, "SAVE_SECONDS", 0)
 
     class Killed(BaseException):
         pass
@@ -313,8 +251,8 @@ def fill_disk(monkeypatch, after):
         if next(calls) >= after:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(data, "SAVE_SECONDS", 0)
-    monkeypatch.setattr(data.os, "fsync", fsync)
+    monkeypatch.setattr(corpus, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(corpus.os, "fsync", fsync)
 
 
 def test_full_disk(source, tok, tmp_path, monkeypatch):
@@ -328,19 +266,6 @@ def test_full_disk(source, tok, tmp_path, monkeypatch):
     assert files_of(prepare(source, tok, tmp_path)) == files_of(whole)
 
 
-def test_another_tokenizer_or_changed_data_is_noticed(source, tok, tokenizers_dir, tmp_path):
-    first = prepare(source, tok, tmp_path)
-    other = prepare(source, load_tokenizer(tokenizers_dir / "neox"), tmp_path)
-    assert other.meta["tokenizer"] != first.meta["tokenizer"] and len(other.train) != len(first.train)
-    for key, value in {"tokenizer": "0" * 16, "source": {"data": "stdlib"}}.items():
-        meta = {**first.meta, key: value}
-        (first.path / "meta.json").write_text(json.dumps(meta))
-        assert prepare(source, tok, tmp_path).meta == first.meta
-    with open(source, "a") as file:
-        file.write(json.dumps({"text": "one more document"}) + "\n")
-    assert prepare(source, tok, tmp_path).meta["documents"] == first.meta["documents"] + 1
-
-
 def test_half_a_corpus_of_other_data_is_not_gone_on_with(source, tok, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(InputError):
         fill_disk(patch, after=7)
@@ -349,11 +274,33 @@ def test_half_a_corpus_of_other_data_is_not_gone_on_with(source, tok, tmp_path, 
     assert files_of(prepare(source, tok, tmp_path)) == files_of(prepare(source, tok, tmp_path / "new"))
 
 
+PROGRESS = {
+    "a list": lambda numbers: [numbers],
+    "text for a count": lambda numbers: {**numbers, "documents": "10"},
+    "negative": lambda numbers: {**numbers, "documents": -1},
+    "a float": lambda numbers: {**numbers, "train": {**numbers["train"], "tokens": 1e3}},
+    "no split": lambda numbers: {**numbers, "val": None},
+    "more than there is": lambda numbers: {**numbers, "train": {**numbers["train"], "tokens": 10**9}},
+}
+
+
+@pytest.mark.parametrize("harm", [*PROGRESS, "deep JSON"])
+def test_a_damaged_progress_is_started_anew(source, tok, tmp_path, monkeypatch, harm):
+    whole = prepare(source, tok, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(InputError):
+        fill_disk(patch, after=7)
+        prepare(source, tok, tmp_path)
+    path = tmp_path / (whole.path.name + ".part") / "progress.json"
+    numbers = json.loads(path.read_text())
+    path.write_text("[" * 10**5 if harm == "deep JSON" else json.dumps(PROGRESS[harm](numbers)))
+    assert files_of(prepare(source, tok, tmp_path)) == files_of(whole)
+
+
 @pytest.mark.parametrize("harm", ["no meta.json", "half a meta.json", "half a train.bin", "no val.bin"])
 def test_half_a_corpus_is_never_used(source, tok, tmp_path, harm):
-    corpus = prepare(source, tok, tmp_path)
-    before = files_of(corpus)
-    path = corpus.path / harm.split()[-1]
+    made = prepare(source, tok, tmp_path)
+    before = files_of(made)
+    path = made.path / harm.split()[-1]
     content = path.read_bytes()
     path.unlink()
     if harm.startswith("half"):
@@ -361,70 +308,82 @@ def test_half_a_corpus_is_never_used(source, tok, tmp_path, harm):
     assert files_of(prepare(source, tok, tmp_path)) == before
 
 
-def test_two_at_once_build_once(source, tok, tmp_path, monkeypatch):
-    builds, build = [], data.build
-    monkeypatch.setattr(data, "build", lambda *args: (builds.append(1), time.sleep(0.2), build(*args)))
-    threads = [threading.Thread(target=prepare, args=(source, tok, tmp_path)) for _ in range(2)]
+def test_many_at_once_build_once(source, tok, tmp_path, monkeypatch):
+    builds, build = [], corpus.build
+    monkeypatch.setattr(corpus, "build", lambda *args: (builds.append(1), time.sleep(0.2), build(*args)))
+    threads = [threading.Thread(target=prepare, args=(source, tok, tmp_path / "c")) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(builds) == 1 and prepare(source, tok, tmp_path).meta["complete"]
+    assert len(builds) == 1
+    made = prepare(source, tok, tmp_path / "c")
+    assert made.meta["complete"] and list((tmp_path / "c").iterdir()) == [made.path]
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("x.txt", b"", "no text"),
-    ("x.txt", b"only one line", "no text for train"),
-    ("x.txt", b"abc\n\xff\xfe", "see its byte 4"),
-    ("x.jsonl", b"", "no text"),
-    ("x.jsonl", b'{"text": "one document, of one line"}', "no text for train"),
-    ("x.jsonl", b'{"text": "a"}\n{"text": ', "x.jsonl, line 2 is not JSON"),
-    ("x.jsonl", b'{"text": "a"}\n["b"]', "line 2 has no column"),
-    ("x.jsonl", b'{"text": "a"}\n{"text": "b\xff"}', "line 2 is not JSON"),
-    ("x.parquet", b"PAR1 and then nothing of the kind", "cannot be read as parquet"),
-    ("x.csv", b"text\n1\n", "no .txt, .jsonl, .parquet file"),
-])
-def test_bad_files(tok, tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError) as error:
-        prepare(str(tmp_path / name), tok, tmp_path / "corpora")
-    assert message in str(error.value) and "\n" not in str(error.value)
+def test_a_lock_that_was_removed_is_no_lock(tmp_path, monkeypatch):
+    """Of two that wait for a lock, one must not get the file that was removed, and the other a new one."""
+    path = tmp_path / "x.lock"
+    held = corpus.lock(path)
+    waiting = []
+    thread = threading.Thread(target=lambda: waiting.append(corpus.lock(path)))
+    thread.start()
+    time.sleep(0.1)
+    path.unlink()
+    held.close()
+    thread.join()
+    assert os.path.samestat(os.fstat(waiting[0].fileno()), os.stat(path))
 
 
-def test_unknown_data_and_large_vocabulary(tok, tmp_path):
-    with pytest.raises(InputError, match="no data wikitext-104: there is stdlib, openwebtext, "):
-        prepare("wikitext-104", tok, tmp_path)
-    tok.vocab_size = 2**16 + 1
-    with pytest.raises(InputError, match="65537"):
-        prepare("stdlib", tok, tmp_path)
+# --- What a start that failed leaves behind ---------------------------------------------------------------
 
-
-def test_a_name_of_ours_is_not_a_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("pile", "owner/name"):
-        write(tmp_path / name / "x.txt", ["a", "b"])
-    assert "files" not in data.open_data("pile")[0] and "files" in data.open_data("owner/name")[0]
+def test_a_start_that_failed_leaves_nothing_behind(tok, tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\nnot JSON\n')
+    with pytest.raises(InputError, match="line 2"):
+        prepare(tmp_path / "x.jsonl", tok, tmp_path / "new" / "corpora")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(InputError, match="line 2"):
+        prepare(tmp_path / "x.jsonl", tok, tmp_path / "mine")
+    assert list((tmp_path / "mine").iterdir()) == []  # and a folder of the user's stays
 
 
 def test_unwritable_folder(tok, source, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file"):
         prepare(source, tok, tmp_path / "file")
+    with pytest.raises(InputError, match="file/a/b: Not a directory"):
+        prepare(source, tok, tmp_path / "file" / "a" / "b")
 
 
-def test_command(run, tokenizers_dir, source, tmp_path):
-    result = run("data.py", "--data", source, "--tokenizer", tokenizers_dir / "gpt2", "--max-tokens", "1e4")
-    assert result.returncode == 0, result.stderr
-    assert "10,000 tokens" in result.stdout and (tmp_path / "corpora").is_dir()
-    for args, message in ((["--data", "nothing"], "no data nothing"), (["--workers", "0"], "at least 1")):
-        result = run("data.py", "--tokenizer", tokenizers_dir / "gpt2", *args)
-        assert result.returncode == 2 and result.stderr.startswith("error: ") and message in result.stderr
+# --- The bar ----------------------------------------------------------------------------------------------
+
+class Bar:
+    """Stands in for tqdm's, and notes where it was and where it said that it would end."""
+
+    def __init__(self):
+        self.n, self.total, self.seen = 0, None, []
+
+    def update(self, n):
+        self.n += n
+        self.seen.append((self.n, self.total))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
 
 
-def test_ctrl_c_is_exit_code_130(capsys):
-    def main():
-        raise KeyboardInterrupt
-    with pytest.raises(SystemExit) as stop:
-        data.run_cli(main)
-    assert stop.value.code == 130
-
+@pytest.mark.parametrize("max_tokens", [None, 20_000, 10**9])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
+def test_the_bar_ends_where_the_work_does(tok, tmp_path, monkeypatch, max_tokens, suffix):
+    monkeypatch.setattr(corpus, "BATCH_CHARS", 2**14)
+    monkeypatch.setattr(corpus, "progress_bar", lambda name: bar)
+    bar = Bar()
+    write(tmp_path / "texts" / f"x{suffix}", make_texts(2000))
+    made = prepare(tmp_path / "texts", tok, tmp_path / "corpora", max_tokens)
+    n = len(made.train) + len(made.val)
+    assert bar.n == bar.total == n
+    if suffix == ".txt" or max_tokens == 20_000:  # elsewhere it is known roughly, or not at all
+        assert all(n / 1.05 < total < n * 1.05 for _, total in bar.seen[1:])
