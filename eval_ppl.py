@@ -170,7 +170,7 @@ def read_texts(data, protocol, column):
         return [Corpus(path)]
 
     if data == "stdlib":
-        texts = [text for split, text in open_data(data)[1] if split == "val"]
+        texts = [text for split, text in open_data(data).documents if split == "val"]
     elif path.is_file():
         texts = list(read_file(path, column))
         if ending(path) not in (".jsonl", ".json", ".parquet"):
@@ -197,6 +197,9 @@ def read_test_set(data, column):
     try:
         values = list(load_dataset(*data.split(":", 1), split="test")[column])
     except Exception as error:
+        if Path(data).is_dir():
+            raise InputError(f"{data} could not be read as a data set with a test split: name a file in it, "
+                             "or the corpus in corpora/ that a run has made of it") from error
         raise hub_error(data, error) from error
     return [text_of({column: value}, column, data) for value in values]
 
@@ -316,38 +319,36 @@ def report(results, args):
 # ------------------------------------------------------------------------------------ the command
 def parse_args(argv=None):
     parser = new_parser(__doc__, "%(prog)s MODEL [MODEL ...] [options]")
-    positive = checked(int, "1 or more", lambda n: 1 <= n < 2**63)
-    add = parser.add_argument_group("models").add_argument
+    positive = checked(int, "1 or more, below 2^63", lambda n: 1 <= n < 2**63)
+    add = parser.add_argument_group("models and text").add_argument
     add("models", nargs="+", type=user_path, metavar="MODEL",
         help="folders, or names on the Hub such as gpt2; the KL is to the first one with the same tokenizer")
-    add("--precision", choices=DTYPES, default="fp32",
-        help="of the weights; published figures are of fp32, bf16 takes half of the memory")
-    add("--device", default="auto", help="cuda, mps or cpu; auto takes the first of them that is there")
-
-    add = parser.add_argument_group("text").add_argument
     add("--data", type=user_path, metavar="DATA",
-        help="wikitext-2, wikitext-103 (the same test set), lambada, stdlib, a file, a corpus that "
-             "data.py or a run has prepared, or id[:config] of a data set on the Hub; without it wikitext-2, "
-             "but stdlib where all models are folders")
+        help="wikitext-2, wikitext-103 (the same test set), lambada, stdlib, a file, a corpus that data.py "
+             "or a run has prepared, or id[:config] of a data set on the Hub; without it wikitext-2, but "
+             "stdlib where all models are folders")
     add("--text-column", default="text", metavar="NAME", help="the column or field that holds a text")
-    add("--limit", type=positive, metavar="N",
-        help="stop after N windows, for a quick look; without it, take all")
 
     add = parser.add_argument_group(
-        "protocol", "sliding: Hugging Face's guide. blocks: fine-tuning scripts. pages: lm-evaluation-harness's "
-        "wikitext. lambada: its lambada_openai.").add_argument
+        "protocol", "sliding: Hugging Face's guide. blocks: fine-tuning scripts. pages: "
+        "lm-evaluation-harness's wikitext. lambada: its lambada_openai.").add_argument
     add("--protocol", choices=PROTOCOLS,
         help="take that of the number you want to compare with; without it lambada for --data lambada, "
              "otherwise sliding")
-    add("--context", type=positive, metavar="N",
-        help="tokens of a window; without it, all that the models can see (the least of them)")
     add("--stride", type=positive, metavar="N",
         help="sliding: tokens from one window to the next; a small one gives each token more to go by, a "
              "better perplexity, and takes longer; without it, the context")
+    add("--context", type=positive, metavar="N",
+        help="tokens of a window; without it, all that the models can see (the least of them)")
 
     add = parser.add_argument_group("running").add_argument
     add("--batch-size", type=positive, default=8, metavar="N",
         help="windows that are scored at a time; fewer take less memory and change no figure")
+    add("--limit", type=positive, metavar="N",
+        help="stop after N windows, for a quick look; without it, take all")
+    add("--precision", choices=DTYPES, default="fp32",
+        help="of the weights; published figures are of fp32, bf16 takes half of the memory")
+    add("--device", default="auto", help="cuda, mps or cpu; auto takes the first of them that is there")
     add("--json", action="store_true", help="print JSON; a pair is a value and its standard error")
     return parser.parse_args(argv)
 

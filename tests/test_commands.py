@@ -200,8 +200,8 @@ def test_sample_says_what_it_does_with_a_long_prompt(world, run):
 @pytest.mark.parametrize("argv, message", [
     ([], "run `python distill.py` first"),
     (["--model", "nobody/nothing"], "nobody/nothing"),
-    (["--model", "gpt2", "--top-p", "0"], "--top-p 0.0 is out of range"),
-    (["--model", "gpt2", "--tokens", "0"], "--tokens 0 is out of range"),
+    (["--model", "gpt2", "--top-p", "0"], "--top-p 0: must be above 0 and at most 1"),
+    (["--model", "gpt2", "--tokens", "0"], "--tokens 0: must be 1 to 1000000"),
 ])
 def test_sample_with_bad_input(world, run, argv, message):
     done = run("sample.py", *argv)

@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-import data
 import eval_ppl
-from data import load_tokenizer, prepare, run_cli, train_tokenizer
-from model import GPT2, GPT2Config, GPTNeoX, GPTNeoXConfig, load, student_from
+from data import prepare
+from model import GPT2, GPTNeoX, load, student_from
+from support import scoring
+from support.cli import run_cli
+from support.tokenizer import load_tokenizer, train_tokenizer
+from support.wikitext import detokenize_wikitext
 
 ROOT = Path(__file__).parent.parent
 CONTEXT = 64
@@ -40,10 +43,12 @@ def widen(model, seed):
 def zoo(tmp_path_factory, tokenizers_dir):
     """Exported models: gpt2, its student, neox with a padded vocabulary, neox-wide with more padding."""
     folder = tmp_path_factory.mktemp("zoo")
-    gpt2 = widen(GPT2(GPT2Config(600, CONTEXT, 32, 3, 2, eos_token_id=599)), 0)
+    shape = {"context": CONTEXT, "width": 32, "n_head": 2}
+    gpt2 = widen(GPT2(GPT2.config(**shape, vocab_size=600, n_layer=3, eos=599)), 0)
     models = {"gpt2": gpt2, "student": widen(student_from(gpt2, [0, 2]), 1),
-              "neox": widen(GPTNeoX(GPTNeoXConfig(640, CONTEXT, 32, 2, 2, 128)), 2),
-              "neox-wide": widen(GPTNeoX(GPTNeoXConfig(656, CONTEXT, 48, 2, 2, 96)), 3)}
+              "neox": widen(GPTNeoX(GPTNeoX.config(**shape, vocab_size=640, n_layer=2)), 2),
+              "neox-wide": widen(GPTNeoX(GPTNeoX.config(
+                  **shape | {"width": 48}, vocab_size=656, n_layer=2, mlp_width=96)), 3)}
     for name, model in models.items():
         model.save(folder / name)
         load_tokenizer(tokenizers_dir / ("neox" if "neox" in name else "gpt2")).save(folder / name)
@@ -190,7 +195,7 @@ def test_what_else_is_data(tmp_path, monkeypatch):
     text.write_bytes(b"long line\r\n" * 500_000)
     assert eval_ppl.read_texts(str(text), "pages", "text") == ["long line\r\n" * 500_000]
     pairs = [("val", "a"), ("train", "b"), ("val", "c")]
-    monkeypatch.setattr(data, "open_data", lambda data: ({}, iter(pairs)))
+    monkeypatch.setattr(eval_ppl, "open_data", lambda data: Namespace(documents=iter(pairs)))
     assert eval_ppl.read_texts("stdlib", "blocks", "text") == ["a\n\nc"]
 
 
@@ -228,8 +233,9 @@ def test_long_texts_are_encoded_in_pieces_that_change_nothing(tokenizers_dir, tm
     for folder in (tmp_path, tokenizers_dir / "gpt2", tokenizers_dir / "neox"):
         tokenizer = load_tokenizer(folder)
         for text in texts:
-            ids = eval_ppl.tokenize(text, Namespace(protocol="sliding"), tokenizer)[0]
+            ids, words, size = eval_ppl.whole_text(text, tokenizer)
             assert ids.tolist() == tokenizer.encode(text)
+            assert (words, size) == (len(text.split()), len(text.encode()))
 
 
 def test_scores_of_several_models(zoo):
@@ -240,11 +246,11 @@ def test_scores_of_several_models(zoo):
     ids = torch.randint(vocab, (3, 20), generator=torch.Generator().manual_seed(0))
     targets = ids.roll(-1, 1)
     targets[:, -1] = targets[1, :9] = -100
-    found = eval_ppl.compare(models, [(ids[:2], targets[:2]), (ids[2:], targets[2:])], vocab)
+    found = scoring.compare(models, [(ids[:2], targets[:2]), (ids[2:], targets[2:])], vocab)
     with torch.no_grad():
         logits = [model.double()(ids)[targets != -100] for model in models]
     p, q = (z[:, :vocab].softmax(-1) for z in logits)
-    twice = eval_ppl.compare(models[:1] * 2, [(ids, targets)], vocab)
+    twice = scoring.compare(models[:1] * 2, [(ids, targets)], vocab)
     assert twice[1] == twice[0] == pytest.approx(found[0])  # KL(model || itself) is 0
     assert found[0]["kl"] == 0 and found[0]["agree"] == found[0]["tokens"] == found[1]["tokens"] == 48
     assert found[1]["kl"] == pytest.approx((p * (p.log() - q.log())).sum().item(), rel=1e-5)
@@ -254,7 +260,7 @@ def test_scores_of_several_models(zoo):
         assert sums["nll"] == pytest.approx(nll, rel=1e-6)
         assert sums["agree"] == (z.argmax(-1) == logits[0].argmax(-1)).sum()
         assert sums["right"] == (z.argmax(-1) == target).sum()
-    alone = eval_ppl.compare([models[1].float()], [(ids, targets)], vocab)[0]
+    alone = scoring.compare([models[1].float()], [(ids, targets)], vocab)[0]
     assert alone["agree"] == 48 and alone["nll"] == pytest.approx(found[1]["nll"])
 
 
@@ -266,11 +272,11 @@ def test_logits_exist_for_a_chunk_at_a_time(zoo, monkeypatch):
         shapes.append((out := linear(*args)).shape)
         return out
 
-    monkeypatch.setattr(eval_ppl.F, "linear", watched)
+    monkeypatch.setattr(scoring.F, "linear", watched)
     ids = torch.randint(600, (4, CONTEXT), generator=torch.Generator().manual_seed(0))
-    chunked = eval_ppl.score([model, model], ids, ids, 600, chunk_size=50)
+    chunked = scoring.score([model, model], ids, ids, 600, chunk_size=50)
     assert max(shape[0] for shape in shapes if shape[-1] == 600) == 50
-    assert torch.allclose(chunked, eval_ppl.score([model, model], ids, ids, 600))
+    assert torch.allclose(chunked, scoring.score([model, model], ids, ids, 600))
 
 
 def test_models_side_by_side(measure, book):
@@ -292,8 +298,8 @@ def test_standard_error_is_the_jackknifes():
     tokens = rng.integers(5, 20, 400)
     nll, size = tokens * (3 + rng.normal(size=400)), tokens * 4 + rng.integers(9, size=400)
     scores = torch.stack([torch.tensor(row) for row in (nll, nll, nll, nll, tokens)])
-    found = [(None, n, n / 2, b) for n, b in zip(tokens, size, strict=True)]
-    figures = eval_ppl.figures(scores, found, Namespace(protocol="pages"), False)
+    windows = [eval_ppl.Window(None, n, n / 2, b) for n, b in zip(tokens, size, strict=True)]
+    figures = eval_ppl.figures(scores, windows, "pages", several=False)
     without = (nll.sum() - nll) / (size.sum() - size)
     for name, values in (("bits_per_byte", without / math.log(2)), ("perplexity_per_byte", np.exp(without))):
         assert figures[name][1] == pytest.approx(math.sqrt(399 * values.var()), rel=0.01), name
@@ -313,7 +319,7 @@ def test_prepared_corpus(measure, zoo, tmp_path):
     assert found["tokens"] == 3 * (CONTEXT - 1)
     assert "words" not in found and "perplexity_per_word" not in found
     blocks = torch.from_numpy(corpus.val[:3 * CONTEXT].astype("int64")).view(3, CONTEXT)
-    nll = eval_ppl.compare([load(zoo / "gpt2")], [(blocks[:, :-1], blocks[:, 1:])], 600)[0]["nll"]
+    nll = scoring.compare([load(zoo / "gpt2")], [(blocks[:, :-1], blocks[:, 1:])], 600)[0]["nll"]
     bits = nll / found["tokens"] * len(corpus.val) / corpus.meta["val"]["bytes"] / math.log(2)
     assert value(found, "bits_per_byte") == pytest.approx(bits, rel=1e-6)
 
@@ -372,9 +378,9 @@ def test_detokeniser_is_the_harnesss():
     bits = ["s '", "/' 5/", "@-@ ", "@,@ ", "@.@ ", *"()[]{}\"'=\n", "° ", "N ", "'s", "= = = =", "ab", "  "]
     bits += [" "] * 8 + [f"{c} " for c in ":;.!?,"] * 3
     for text in PAGES + ["".join(rng.choices(bits, k=rng.randrange(60))) for _ in range(3000)]:
-        assert eval_ppl.detokenize_wikitext(text) == wikitext_detokenizer({"page": text}), repr(text)
+        assert detokenize_wikitext(text) == wikitext_detokenizer({"page": text}), repr(text)
     page = ' = Oz = \n It is " 1 @.@ 5 " km . \n'
-    assert eval_ppl.detokenize_wikitext(page) == ' = Oz =\nIt is "1.5" km.\n'
+    assert detokenize_wikitext(page) == ' = Oz =\nIt is "1.5" km.\n'
 
 
 @torch.no_grad()
@@ -424,15 +430,20 @@ for data in {str(short)!r}, {str(long)!r}:
     (["gpt2", "--data", "EMPTY", "--protocol", "pages"], "too short"),
     (["gpt2", "--data", "WORDS", "--protocol", "blocks"], "too short: no window for blocks, --context 64"),
     (["gpt2", "--data", "LATIN1"], "latin1.txt is not UTF-8 text: see its byte 9"),
-    (["gpt2", "--data", "WORDS", "--stride", "0"], "--stride 0: must be 1 to 64"),
+    (["gpt2", "--data", "WORDS", "--stride", "0"], "--stride 0: must be 1 or more"),
     (["gpt2", "--data", "WORDS", "--stride", "65"], "--stride 65"),
     (["gpt2", "--data", "WORDS", "--context", "32", "--stride", "33"], "--stride 33"),
     (["gpt2", "--data", "WORDS", "--stride", "5", "--protocol", "blocks"], "--stride 5: must be 64 to 64"),
     (["gpt2", "--data", "WORDS", "--context", "65"], "--context 65: must be 2 to 64"),
-    (["gpt2", "--data", "WORDS", "--context", "1"], "--context 1"),
+    (["gpt2", "--data", "WORDS", "--context", "1"], "--context 1: must be 2 to 64"),
+    (["neox", "--data", "WORDS", "--context", "9" * 30], f"--context {'9' * 30}: must be 1 or more"),
+    (["gpt2", "--data", "WORDS", "--limit", "9" * 30], "--limit 9999"),
+    (["gpt2", "--data", "WORDS", "--batch-siez", "1"], "did you mean --batch-size?"),
+    (["gpt2", "--data", "WORDS", "--device", "cuda:99"], "--device cuda:99: there is no such device here"),
     (["gpt2", "--data", "WORDS", "--batch-size", "0"], "--batch-size 0"),
     (["BARE", "--data", "WORDS"], "no tokenizer.json"),
-    (["gpt2", "--data", "wikitext-9"], "wikitext-9 is neither a file here nor a data set on the Hub"),
+    (["gpt2", "--data", "wikitext-9"], "wikitext-9 is neither a file here nor a data set on the Hub: did you "
+                                       "mean wikitext-2?"),
     (["gpt2", "--data", "missing/text.txt"], "missing/text.txt is neither a file here nor a data set"),
     (["gpt2", "--data", "gpt2"], "gpt2 could not be read"),
     (["gpt2", "--data", "Salesforce/wikitext:wikitext-9-raw-v1"], "'wikitext-9-raw-v1' not found"),
