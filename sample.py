@@ -22,7 +22,6 @@ from support.cli import InputError, checked, new_parser, pick_device, run_cli, u
 from support.tokenizer import load_tokenizer
 
 DEFAULT_PROMPT = "def read_config(path):"
-COLDEST = 1e-30  # far below this, logits / temperature is no float32; the likeliest token has won long before
 
 
 def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
@@ -31,25 +30,28 @@ def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     At temperature 0 it is the likeliest. Otherwise it is drawn: from the `top_k` likeliest (0: from all), and
     of these from the fewest that together have probability `top_p` (Holtzman et al. 2019, arXiv 1904.09751).
     """
-    if not logits.isfinite().all():
+    if not logits.amax(-1).isfinite().all():  # -inf for some tokens is fine: they are never drawn
         raise InputError("its logits are NaN or infinite, so there is nothing to draw from: the weights are "
                          "broken, or too large for this --precision")
-    if temperature < COLDEST:
+    if temperature == 0:
         return likeliest(logits)
-    logits = logits.float() / temperature
+
+    scaled = logits.float() / temperature
+    if not scaled.amax(-1).isfinite().all():  # so cold that float32 ends, where the likeliest has won long before
+        return likeliest(logits)
 
     if top_k:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+        kth = scaled.topk(min(top_k, scaled.size(-1))).values[:, -1:]  # (B, 1)
+        scaled = scaled.masked_fill(scaled < kth, -torch.inf)
 
     if top_p < 1:
-        descending, order = logits.sort(descending=True)
+        descending, order = scaled.sort(descending=True)
         p = descending.softmax(-1)
         enough = p.cumsum(-1) - p >= top_p  # what stands before a token already suffices
         descending = descending.masked_fill(enough, -torch.inf)
-        logits = torch.empty_like(logits).scatter(-1, order, descending)
+        scaled = torch.empty_like(scaled).scatter(-1, order, descending)
 
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+    return torch.multinomial(scaled.softmax(-1), 1, generator=generator)
 
 
 def check_fit(name, model, tokenizer):
