@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import eval_ppl
 from data import prepare
 from model import GPT2, GPTNeoX, load, student_from
 from support import scoring
-from support.cli import run_cli
+from support.cli import InputError, run_cli
 from support.tokenizer import load_tokenizer, train_tokenizer
 from support.wikitext import detokenize_wikitext
 
@@ -180,6 +181,43 @@ def test_blocks_are_disjoint_and_whole(measure, zoo, book):
     assert value(found, "perplexity_per_token") == pytest.approx(math.exp(loss), rel=1e-5)
 
 
+class Letters:
+    """A tokenizer whose tokens are letters, so that windows can be written down; eot is `.`."""
+    eot = ord(".")
+
+    def encode_array(self, text):
+        return np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
+
+
+@pytest.mark.parametrize("protocol, text, context, stride, expected", [
+    ("sliding", "abcdefg", 4, 2, ["a|bcd", "cd|ef", "ef|g"]),
+    ("sliding", "abcdefg", 4, 4, ["a|bcd", "e|fg"]),
+    ("sliding", "abcdefg", 9, 9, ["a|bcdefg"]),
+    ("sliding", "abcde", 4, 4, ["a|bcd"]),  # e would have nothing before it
+    ("sliding", "a", 4, 4, []),
+    ("blocks", "abcdefghij", 4, 4, ["a|bcd", "e|fgh"]),
+    ("blocks", "abcd", 4, 4, ["a|bcd"]),
+    ("blocks", "abc", 4, 4, []),
+    ("pages", "abcdefg", 3, 3, [".|abc", "c|def", "def|g"]),
+    ("pages", "abcdef", 3, 3, [".|abc", "c|def"]),
+    ("pages", "ab", 3, 3, [".|ab"]),
+    ("pages", "", 3, 3, []),
+    ("lambada", "a bc def", 9, 9, ["a bc| def"]),
+    ("lambada", "a bc def", 5, 5, ["bc| def"]),
+    ("lambada", "abc", 9, 9, ["a|bc"]),
+    ("lambada", "", 9, 9, []),
+])
+def test_windows_by_hand(protocol, text, context, stride, expected):
+    """What is read | what is scored, as in the docstrings; a window holds its share of the bytes."""
+    generator, _ = eval_ppl.PROTOCOLS[protocol]
+    windows = list(generator(text, Letters(), Namespace(context=context, stride=stride, data="x")))
+    shown = ["".join(map(chr, window.ids)) for window in windows]
+    cut = [len(window.ids) - window.n_scored for window in windows]
+    assert [f"{ids[:n]}|{ids[n:]}" for ids, n in zip(shown, cut, strict=True)] == expected
+    scored = sum(window.n_scored for window in windows)
+    assert sum(window.bytes for window in windows) == pytest.approx(scored)  # a letter is a byte
+
+
 def test_what_each_protocol_makes_of_wikitext(datasets):
     expected = {"pages": PAGES, "blocks": [WIKITEXT], "sliding": ["\n\n".join(ROWS)]}
     for protocol, texts in expected.items():
@@ -194,6 +232,11 @@ def test_what_else_is_data(tmp_path, monkeypatch):
     assert eval_ppl.read_texts(str(lines), "sliding", "body") == ["one\n\ntwo"]
     text.write_bytes(b"long line\r\n" * 500_000)
     assert eval_ppl.read_texts(str(text), "pages", "text") == ["long line\r\n" * 500_000]
+    marked, rows = tmp_path / "marked.txt", tmp_path / "ROWS.JSON"
+    marked.write_text("text", encoding="utf-8-sig")
+    assert eval_ppl.read_texts(str(marked), "pages", "text") == ["text"]
+    rows.write_text('[{"text": "one"}, {"text": "two"}]')
+    assert eval_ppl.read_texts(str(rows), "pages", "text") == ["one", "two"]  # not the JSON's markup
     pairs = [("val", "a"), ("train", "b"), ("val", "c")]
     monkeypatch.setattr(eval_ppl, "open_data", lambda data: Namespace(documents=iter(pairs)))
     assert eval_ppl.read_texts("stdlib", "blocks", "text") == ["a\n\nc"]
@@ -303,6 +346,32 @@ def test_standard_error_is_the_jackknifes():
     without = (nll.sum() - nll) / (size.sum() - size)
     for name, values in (("bits_per_byte", without / math.log(2)), ("perplexity_per_byte", np.exp(without))):
         assert figures[name][1] == pytest.approx(math.sqrt(399 * values.var()), rel=0.01), name
+
+
+def test_validate(zoo, tmp_path):
+    """The rows of a run's table: over the first --eval-tokens, in blocks; modes stay; no overflow."""
+    models = [load(zoo / "gpt2"), load(zoo / "student").train()]
+    corpus = corpus_of(tmp_path, load_tokenizer(zoo / "gpt2"))
+    args = Namespace(eval_tokens=100, seq_len=32, batch_size=2)
+    teacher, student = scoring.validate(models, corpus, 600, args, nullcontext())
+    assert [model.training for model in models] == [False, True]
+
+    ids = torch.from_numpy(corpus.val[:97].astype("int64"))
+    blocks = torch.stack([ids[start:start + 33] for start in (0, 32, 64)])
+    sums = scoring.compare([models[0], models[1].eval()], [(blocks[:, :-1], blocks[:, 1:])], 600)
+    for row, total in zip((teacher, student), sums, strict=True):
+        assert row["loss"] == pytest.approx(total["nll"] / 96)
+        assert row["perplexity"] == pytest.approx(math.exp(row["loss"]))
+        assert row["KL to teacher"] == pytest.approx(total["kl"] / 96)
+    counts = corpus.meta["val"]
+    per_byte = teacher["loss"] * counts["tokens"] / counts["bytes"]
+    assert teacher["bits per byte"] == pytest.approx(per_byte / math.log(2))
+
+    models[0].norm.weight.data *= 1e4
+    row, = scoring.validate(models[:1], corpus, 600, args, nullcontext())
+    assert row["loss"] > 1000 and row["perplexity"] == math.inf and "KL to teacher" not in row
+    with pytest.raises(InputError, match="1 held-out tokens are too few"):
+        scoring.validate(models, corpus, 600, Namespace(**vars(args) | {"eval_tokens": 0}), nullcontext())
 
 
 def corpus_of(folder, tokenizer):
@@ -424,6 +493,17 @@ for data in {str(short)!r}, {str(long)!r}:
     assert peaks[1] - peaks[0] < 40, peaks  # about 20: the text, its ids, a few hundred bytes a window
 
 
+def broken_models(source, narrow, broken):
+    """A model with fewer embeddings than tokens; one whose finite weights lead beyond what a float holds."""
+    model = load(source)
+    model.norm.weight.data *= 1e38
+    model.save(broken)
+    shape = {"context": CONTEXT, "width": 8, "n_head": 2, "n_layer": 1}
+    GPT2(GPT2.config(**shape, vocab_size=500, eos=499)).save(narrow)
+    for folder in (narrow, broken):
+        load_tokenizer(source).save(folder)
+
+
 @pytest.mark.parametrize("argv, message", [
     (["gpt2", "--data", "EMPTY"], "too short"),
     (["gpt2", "--data", "LETTER"], "too short"),
@@ -442,6 +522,11 @@ for data in {str(short)!r}, {str(long)!r}:
     (["gpt2", "--data", "WORDS", "--device", "cuda:99"], "--device cuda:99: there is no such device here"),
     (["gpt2", "--data", "WORDS", "--batch-size", "0"], "--batch-size 0"),
     (["BARE", "--data", "WORDS"], "no tokenizer.json"),
+    (["NARROW", "--data", "WORDS"], "narrow: its tokenizer has 600 tokens and its model only 500"),
+    (["BROKEN", "--data", "WORDS"], "broken: its logits are NaN or infinite"),
+    (["gpt2", "--data", "OBJECT"], "is not a list of JSON objects"),
+    (["gpt2", "--data", "FOLDER"], "could not be read as a data set with a test split: name a file in it"),
+    (["gpt2", "--data", "SLIP"], "did you mean"),
     (["gpt2", "--data", "wikitext-9"], "wikitext-9 is neither a file here nor a data set on the Hub: did you "
                                        "mean wikitext-2?"),
     (["gpt2", "--data", "missing/text.txt"], "missing/text.txt is neither a file here nor a data set"),
@@ -455,14 +540,21 @@ def test_bad_input(monkeypatch, capsys, tmp_path, zoo, datasets, argv, message):
     """One line on stderr that names the thing, and exit code 2."""
     files = {"EMPTY": b"", "LETTER": b"a", "WORDS": b"few words, not 64", "LATIN1": b"na\xc3\xafve na\xefve"}
     paths = {name: tmp_path / f"{name.lower()}.txt" for name in files}
+    paths["OBJECT"] = tmp_path / "object.json"
+    files["OBJECT"] = b'{"text": "one"}'
     for name, content in files.items():
         paths[name].write_bytes(content)
-    paths |= {"gpt2": zoo / "gpt2", "neox": zoo / "neox", "BARE": tmp_path / "bare"}
-    load(zoo / "gpt2").save(paths["BARE"])
+    paths |= {"gpt2": zoo / "gpt2", "neox": zoo / "neox", "SLIP": tmp_path / "wrods.txt"}
+    paths |= {name: tmp_path / name.lower() for name in ("BARE", "NARROW", "BROKEN", "FOLDER")}
+    if "BARE" in argv:
+        load(zoo / "gpt2").save(paths["BARE"])
+    if "NARROW" in argv or "BROKEN" in argv:
+        broken_models(zoo / "gpt2", paths["NARROW"], paths["BROKEN"])
+    paths["FOLDER"].mkdir()
     if "CORPUS" in argv:
         paths["CORPUS"] = corpus_of(tmp_path, load_tokenizer(zoo / "gpt2")).path
     argv = [str(paths.get(arg, arg)) for arg in argv]
-    monkeypatch.setattr(sys, "argv", ["eval_ppl.py", *argv, "--device", "cpu"])
+    monkeypatch.setattr(sys, "argv", ["eval_ppl.py", "--device", "cpu", *argv])
     with pytest.raises(SystemExit) as exit:
         run_cli(eval_ppl.main)
     assert exit.value.code == 2
