@@ -336,7 +336,8 @@ def check_ids(spec, name):
     for text, i in stated[len(vocab):]:
         expected = ids.setdefault(text, max(len(vocab), highest + 1))
         if i != expected:
-            raise InputError(f"{name}: id {i} of the added token {text!r:.60} is {expected} for the library")
+            raise InputError(f"{name}: added token {text!r:.60} has id {i}, but the tokenizers library reads "
+                             f"{expected}")
         highest = max(highest, i)
 
     owners = {}

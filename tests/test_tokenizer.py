@@ -1,24 +1,15 @@
-"""data.py: ids against Hugging Face's own tokenizers, corpora on disk, batches, every kind of bad input."""
-import errno
-import itertools
+"""support/tokenizer.py: ids against Hugging Face's own library, and every tokenizer that is refused."""
+import copy
 import json
-import os
 import random
-import signal
-import subprocess
 import sys
-import threading
-import time
 import unicodedata
-from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import REPO
-from fakehub import FakeHub
 
-import data
-from data import InputError, batch_at, fetch, hold_out, load_tokenizer, prepare
+from support.cli import InputError
+from support.tokenizer import Tokenizer, apply_merges, load_tokenizer, shared_vocabulary
 
 FORMS = pytest.mark.parametrize("form", ["gpt2", "neox"])
 
@@ -118,14 +109,48 @@ def test_half_a_surrogate_pair_is_replaced(tok):
 def test_saved_tokenizer_opens_in_transformers(tokenizers_dir, form, tmp_path):
     from transformers import AutoTokenizer
     ours = load_tokenizer(tokenizers_dir / form)
-    ours.save(tmp_path)
+    ours.save(tmp_path, max_length=64)
     architecture = {"gpt2": "gpt2", "neox": "gpt_neox"}[form]
     (tmp_path / "config.json").write_text(json.dumps({"model_type": architecture}))
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for text in TEXTS.values():
         assert theirs(text)["input_ids"] == ours.encode(text, allow_special=True)
     assert theirs.eos_token_id == ours.eot and theirs.decode(ours.encode(TEXTS["code"])) == TEXTS["code"]
+    assert theirs.model_max_length == 64 and list(theirs("a")) == ["input_ids", "attention_mask"]
     assert load_tokenizer(tmp_path).fingerprint == ours.fingerprint
+
+    # transformers 4 reads this setting only from the file; without it, it adds token_type_ids
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]
+
+
+@FORMS
+def test_a_tokenizer_that_transformers_saved(tokenizers_dir, form, tmp_path):
+    from transformers import AutoTokenizer
+    ours = load_tokenizer(tokenizers_dir / form)
+    ours.save(tmp_path)
+    AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").fingerprint == ours.fingerprint
+
+
+# --- Fingerprints -----------------------------------------------------------------------------------------
+
+@pytest.fixture
+def spec(tokenizers_dir):
+    """The content of a tokenizer.json of GPT-2's form, with <|endoftext|> in the vocabulary, as GPT-2's."""
+    content = json.loads((tokenizers_dir / "gpt2" / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab = content["model"]["vocab"]
+    vocab["<|endoftext|>"] = len(vocab)
+    return content
+
+
+def made(spec):
+    return Tokenizer(json.dumps(spec).encode())
+
+
+def test_fingerprints_of_tokenizers_that_exist_never_change():
+    """Corpora on disk are named by them."""
+    assert load_tokenizer(REPO / "demo" / "teacher").fingerprint == "19ccf904467f974d"
 
 
 @FORMS
@@ -133,34 +158,205 @@ def test_fingerprint_is_of_the_ids_not_of_the_file(tokenizers_dir, form):
     spec = json.loads((tokenizers_dir / form / "tokenizer.json").read_text(encoding="utf-8"))
 
     def fingerprint(indent=None, **changes):
-        return data.Tokenizer(json.dumps({**spec, **changes}, indent=indent).encode()).fingerprint
+        return Tokenizer(json.dumps({**spec, **changes}, indent=indent).encode()).fingerprint
 
-    vocab = spec["model"]["vocab"]
-    a, b = list(vocab)[-3:-1]
-    swapped = {**spec["model"], "merges": [], "vocab": {**vocab, a: vocab[b], b: vocab[a]}}
+    fewer = {**spec["model"], "merges": spec["model"]["merges"][:-1]}
     other = {"type": "NFC"} if spec["normalizer"] is None else None
     assert fingerprint(indent=7) == load_tokenizer(tokenizers_dir / form).fingerprint
-    assert len({fingerprint(), fingerprint(normalizer=other), fingerprint(model=swapped)}) == 3
+    assert len({fingerprint(), fingerprint(normalizer=other), fingerprint(model=fewer)}) == 3
+
+
+def with_special(spec, *texts):
+    """A copy with more special tokens, behind all others."""
+    spec = copy.deepcopy(spec)
+    for text in texts:
+        first, n = spec["added_tokens"][0], len(spec["added_tokens"])
+        spec["added_tokens"].append({**first, "content": text, "id": first["id"] + n})
+    return spec
+
+
+def test_shared_vocabulary(spec, tokenizers_dir):
+    plain, padded = made(spec), made(with_special(spec, "[PAD]"))
+    chat = made(with_special(spec, "<|im_start|>", "<|im_end|>"))
+    assert [t.vocab_size for t in (plain, padded, chat)] == [600, 601, 602]
+    assert shared_vocabulary(plain, plain) == shared_vocabulary(plain, chat) == 600
+    assert shared_vocabulary(padded, plain) == shared_vocabulary(padded, chat) == 600
+    assert shared_vocabulary(chat, made(with_special(spec, "<|im_start|>"))) == 601
+    assert padded.text_fingerprint == plain.text_fingerprint and padded.fingerprint != plain.fingerprint
+    assert padded.encode("a [PAD]") == plain.encode("a [PAD]")
+
+
+def test_tokenizers_that_share_nothing(spec, tokenizers_dir):
+    plain, neox = made(spec), load_tokenizer(tokenizers_dir / "neox")
+    renamed = copy.deepcopy(neox_spec := json.loads(neox.source))
+    renamed["added_tokens"][1]["content"] = "<pad>"  # before the ids of texts
+    renamed["model"]["vocab"]["<pad>"] = renamed["model"]["vocab"].pop("<|padding|>")
+    normalized = {**spec, "normalizer": {"type": "NFC"}}
+    fewer = copy.deepcopy(spec)
+    fewer["model"]["merges"].pop()
+    assert shared_vocabulary(neox, made(neox_spec)) == neox.vocab_size
+    assert shared_vocabulary(neox, made(renamed)) == 0
+    for other in (neox, made(normalized), made(fewer)):
+        assert shared_vocabulary(plain, other) == 0
+
+
+# --- Merges -----------------------------------------------------------------------------------------------
+
+def test_apply_merges():
+    ranks = {("l", "l"): 0, ("h", "e"): 1, ("he", "ll"): 2}
+    assert apply_merges("hello", ranks) == (["hell", "o"], 2)
+    assert apply_merges("lllll", ranks) == (["ll", "ll", "l"], 0)
+    assert apply_merges("x", ranks) == (["x"], -1) and apply_merges("", ranks) == ([], -1)
+
+
+def test_entries_that_no_merge_makes(spec):
+    """They have an id, and texts have others; as in the library."""
+    from tokenizers import Tokenizer as Reference
+    for text in ("\u0120covidfoo", "covid", "\u00e9", "\u4e2d", "two words", "[PAD]"):
+        spec["model"]["vocab"].setdefault(text, len(spec["model"]["vocab"]))
+    ours, reference = made(spec), Reference.from_str(json.dumps(spec))
+    for text in ("the covidfoo x", "covid", "\u4e2d", "two words [PAD]"):
+        assert ours.encode(text) == reference.encode(text).ids and ours.decode(ours.encode(text)) == text
+    for i in range(ours.vocab_size):
+        assert ours.decode([i]) == reference.decode([i], skip_special_tokens=False)
+
+
+def random_merges(spec, draw):
+    """Few letters, so that everything meets: merges in any order, twice, of unmade tokens; unmade entries."""
+    letters = [text for text in spec["model"]["vocab"] if len(text) == 1]
+    vocab = {text: i for i, text in enumerate(letters)}
+    pool, merges = list("abc\u0120"), []
+    for _ in range(draw.randint(1, 12)):
+        pair = draw.choice(merges) if merges and draw.random() < 0.15 else draw.choices(pool, k=2)
+        merges.append(pair)
+        vocab.setdefault("".join(pair), len(vocab))
+        pool.append("".join(pair))
+    if draw.random() < 0.2:
+        draw.shuffle(merges)
+    if draw.random() < 0.3:
+        del merges[draw.randrange(len(merges))]
+    for _ in range(draw.randint(0, 2)):
+        vocab.setdefault("".join(draw.choices(pool[:4], k=3)), len(vocab))
+
+    vocab["<|endoftext|>"] = len(vocab)
+    added = [{**spec["added_tokens"][0], "id": vocab["<|endoftext|>"]}]
+    return {**spec, "added_tokens": added, "model": {**spec["model"], "vocab": vocab, "merges": merges}}
+
+
+def test_random_merges_give_the_ids_of_the_reference_or_are_refused(spec):
+    from tokenizers import Tokenizer as Reference
+    accepted = 0
+    for seed in range(400):
+        draw = random.Random(seed)
+        changed = random_merges(spec, draw)
+        try:
+            ours = made(changed)
+        except InputError as error:
+            assert "order" in str(error)
+            continue
+        accepted += 1
+        reference = Reference.from_str(json.dumps(changed))
+        for _ in range(20):
+            text = "".join(draw.choices("abc ", k=draw.randint(1, 20)))
+            assert ours.encode(text) == reference.encode(text).ids, (seed, text)
+    assert accepted > 200
+
+
+# --- What is read, and what is not ------------------------------------------------------------------------
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+TEXT_A, TEXT_B = ({"Sequence": {"id": letter, "type_id": 0}} for letter in "AB")
+BOS = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+SPECIAL = {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [599], "tokens": ["<|endoftext|>"]}}
+
+
+def template(*single, special=()):
+    return {"type": "TemplateProcessing", "single": [*single], "pair": [TEXT_A, TEXT_B],
+            "special_tokens": dict(special)}
+
+
+def sequence(key, *steps):
+    return {"type": "Sequence", key: [*steps]}
+
+
+@pytest.mark.parametrize("section, value", [
+    ("post_processor", template(TEXT_A)),
+    ("post_processor", template(BOS, TEXT_A, special=SPECIAL)),
+    ("post_processor", template(BOS, TEXT_A, BOS, special=SPECIAL)),
+    ("post_processor", sequence("processors", BYTE_LEVEL, template(TEXT_A))),
+    ("post_processor", sequence("processors")),
+    ("pre_tokenizer", sequence("pretokenizers", BYTE_LEVEL)),
+    ("pre_tokenizer", sequence("pretokenizers", sequence("pretokenizers", BYTE_LEVEL))),
+    ("normalizer", sequence("normalizers")),
+])
+def test_what_changes_no_id_of_a_text_is_read(spec, tok, section, value):
+    from tokenizers import Tokenizer as Reference
+    ours = made({**spec, section: value})
+    reference = Reference.from_str(json.dumps({**spec, section: value}))
+    assert ours.fingerprint == tok.fingerprint
+    for text in TEXTS.values():
+        expected = reference.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text, allow_special=True) == expected
+
+
+def test_a_sequence_of_nfc_is_nfc(spec):
+    wrapped = made({**spec, "normalizer": sequence("normalizers", {"type": "NFC"})})
+    assert wrapped.nfc and wrapped.fingerprint == made({**spec, "normalizer": {"type": "NFC"}}).fingerprint
+
+
+def test_longer_special_tokens_come_first(spec):
+    from tokenizers import Tokenizer as Reference
+    changed = with_special(spec, "<|im", "<|im_start|>")
+    ours, reference = made(changed), Reference.from_str(json.dumps(changed))
+    for text in ("a<|im_start|>b<|im", "<|im<|im_start|><|endoftext|>"):
+        assert ours.encode(text, allow_special=True) == reference.encode(text).ids
 
 
 @pytest.mark.parametrize("path, value, named", [
     ("normalizer", {"type": "NFKC"}, "normalizer.type 'NFKC'"),
-    ("normalizer", {"type": "Sequence", "normalizers": []}, "Sequence"),
+    ("normalizer", sequence("normalizers", {"type": "NFC"}, {"type": "Lowercase"}), "Lowercase"),
     ("pre_tokenizer", {"type": "Metaspace"}, "Metaspace"),
-    ("pre_tokenizer", None, "pre_tokenizer.type None"),
+    ("pre_tokenizer", None, "pre_tokenizer of 0 steps"),
+    ("pre_tokenizer", sequence("pretokenizers", BYTE_LEVEL, BYTE_LEVEL), "pre_tokenizer of 2 steps"),
     ("pre_tokenizer/add_prefix_space", True, "add_prefix_space"),
     ("pre_tokenizer/use_regex", False, "use_regex"),
     ("model/type", "WordPiece", "WordPiece"),
     ("model/dropout", 0.1, "dropout"),
     ("model/byte_fallback", True, "byte_fallback"),
+    ("model/ignore_merges", True, "ignore_merges"),
     ("model/continuing_subword_prefix", "##", "##"),
     ("model/merges", "reversed", "another order than the merges'"),
-    ("model/vocab/!", "remove", "no token for the byte 33"),
-    ("post_processor", {"type": "TemplateProcessing"}, "TemplateProcessing"),
+    ("model/merges/7", ["zz", "qq"], "['zz', 'qq'] is no pair of tokens"),
+    ("model/merges/7", "t h e", "'t h e' is no pair of tokens"),
+    ("model/merges/7", 7, "no tokenizer.json"),
+    ("model/merges/7", [["t"], ["h"]], "no tokenizer.json"),
+    ("model/merges", {}, "model.merges is no list"),
+    ("model/vocab", [], "model.vocab is no dict"),
+    ("model/vocab/!", "rename", "no token for the byte 33"),
+    ("model/vocab/!", 2, "'!' and '#' have the same id 2"),
+    ("model/vocab/zzzz", 10**12, "id 1000000000000 of 'zzzz'"),
+    ("model/vocab/zzzz", -1, "id -1 of 'zzzz'"),
+    ("model/vocab/zzzz", True, "id True of 'zzzz'"),
+    ("model/vocab/zzzz", 600.0, "id 600.0 of 'zzzz'"),
+    ("model/vocab/zzzz", None, "id None of 'zzzz'"),
+    ("model/vocab/zzzz", 599, "<|endoftext|>' has id 599, but the tokenizers library reads 600"),
+    ("post_processor", template(TEXT_A, TEXT_A), "TemplateProcessing"),
+    ("post_processor", template(BOS, special=SPECIAL), "TemplateProcessing"),
+    ("post_processor", {"type": "BertProcessing"}, "BertProcessing"),
+    ("post_processor", {"type": "TemplateProcessing"}, "no tokenizer.json"),
     ("added_tokens/0/lstrip", True, "lstrip"),
     ("added_tokens/0/content", "<eos>", "<|endoftext|>"),
+    ("added_tokens/0/content", "", "has no text"),
+    ("added_tokens/0/content", 7, "has no text"),
     ("added_tokens/0/special", False, "<|endoftext|>"),
-    ("model", None, "no tokenizer.json"),
+    ("added_tokens/0/special", None, "neither special nor not"),
+    ("added_tokens/0/id", 7, "has id 7, but the tokenizers library reads 599"),
+    ("added_tokens/0/id", "599", "id '599' of '<|endoftext|>'"),
+    ("added_tokens/0", "<|endoftext|>", "has no text"),
+    ("added_tokens/1", {"content": "\\", "id": 59, "special": True}, "'\\\\' is an ordinary one"),
+    ("added_tokens/1", {"content": "self", "id": "vocab", "special": True}, "'self' is an ordinary one"),
+    ("added_tokens", None, "added_tokens is no list"),
+    ("model", None, "model is no dict"),
 ])
 def test_a_tokenizer_that_is_not_implemented(tokenizers_dir, tmp_path, path, value, named):
     spec = json.loads((tokenizers_dir / "gpt2" / "tokenizer.json").read_text(encoding="utf-8"))
@@ -168,13 +364,90 @@ def test_a_tokenizer_that_is_not_implemented(tokenizers_dir, tmp_path, path, val
     place = spec
     for key in parents:
         place = place[key]
-    place[last] = place[last][::-1] if value == "reversed" else value
-    if value == "remove":
-        del place[last]
+    if value == "rename":
+        place["zzzz"] = place.pop(last)
+    elif path == "added_tokens/1":
+        ids = spec["model"]["vocab"]
+        place.append({**value, "id": ids[value["content"]]})
+    else:
+        place[last] = place[last][::-1] if value == "reversed" else value
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(InputError) as error:
         load_tokenizer(tmp_path)
     assert named in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"{", b"[]", b"7", b"null", b"{}", b'{"model": {}}', b"[" * 100_000, b'{"a":' * 100_000,
+    b"\xff\xfe{\x00}\x00", b"\xef\xbb\xbf{}", b'{"model": {"vocab": {"\\ud800": 0}, "merges": []}, "pre_tokenizer": {}}',
+], ids=lambda content: str(content[:20]))
+def test_a_damaged_tokenizer_json(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(InputError) as error:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+# --- vocab.json and merges.txt ----------------------------------------------------------------------------
+
+@pytest.fixture
+def old_files(spec, tmp_path):
+    """A folder as GPT-2's first fine-tunes have it."""
+    merges = [" ".join(pair) for pair in spec["model"]["merges"]]
+    (tmp_path / "vocab.json").write_text(json.dumps(spec["model"]["vocab"]))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    return tmp_path
+
+
+def test_vocab_json_and_merges_txt(old_files, tok, tmp_path):
+    from transformers import AutoTokenizer
+    ours = load_tokenizer(old_files)
+    assert ours.fingerprint == tok.fingerprint
+    ours.save(tmp_path / "saved")
+    (tmp_path / "saved" / "config.json").write_text('{"model_type": "gpt2"}')
+    assert load_tokenizer(tmp_path / "saved").fingerprint == tok.fingerprint
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    for text in TEXTS.values():
+        assert theirs(text)["input_ids"] == tok.encode(text, allow_special=True)
+
+
+def test_vocab_json_and_merges_txt_with_more_tokens(old_files, tok):
+    (old_files / "added_tokens.json").write_text('{"<|user|>": 601, "[PAD]": 600}')
+    named = {"pad_token": "[PAD]", "additional_special_tokens": [{"content": "<|user|>", "lstrip": False}]}
+    (old_files / "special_tokens_map.json").write_text(json.dumps(named))
+    ours = load_tokenizer(old_files)
+    assert ours.special == {"<|endoftext|>": 599, "[PAD]": 600, "<|user|>": 601}
+    assert shared_vocabulary(ours, tok) == 600
+    (old_files / "special_tokens_map.json").unlink()
+    with pytest.raises(InputError, match="added token '.*' is not implemented"):
+        load_tokenizer(old_files)
+
+
+@pytest.mark.parametrize("file, content, named", [
+    ("vocab.json", b"[1]", "vocab.json is damaged"),
+    ("merges.txt", b"#version: 0.2\n\xff\xff a\n", "UnicodeDecodeError"),
+    ("merges.txt", b"a b c\n", "'a b c' is no pair"),
+    ("added_tokens.json", b'{"[PAD]": "600"}', "TypeError"),
+    ("added_tokens.json", b"{", "added_tokens.json is damaged"),
+    ("tokenizer_config.json", b'{"add_prefix_space": true}', "add_prefix_space True"),
+], ids=str)
+def test_damaged_old_files(old_files, file, content, named):
+    (old_files / file).write_bytes(content)
+    with pytest.raises(InputError) as error:
+        load_tokenizer(old_files)
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
+def test_half_of_the_old_files(old_files):
+    (old_files / "merges.txt").unlink()
+    with pytest.raises(InputError, match="has no tokenizer.json"):
+        load_tokenizer(old_files)
+
+
+def test_vocab_json_and_merges_txt_of_the_hub(hub, old_files, tok):
+    (hub.root / "models" / "someone").mkdir(parents=True, exist_ok=True)
+    old_files.rename(hub.root / "models" / "someone" / "old")
+    assert load_tokenizer("someone/old").fingerprint == tok.fingerprint
 
 
 def test_trained_tokenizer(tok):
@@ -188,11 +461,13 @@ def test_trained_tokenizer(tok):
 @pytest.mark.parametrize("name", ["gpt2", "EleutherAI/pythia-70m"])
 def test_real_tokenizers(name, real_hub, run, tmp_path):
     script = f"""
-import data
 from tokenizers import Tokenizer
-path = data.fetch({name!r}, "tokenizer.json")
-ours, reference = data.load_tokenizer({name!r}), Tokenizer.from_file(str(path))
-texts = [text for _, text in data.stdlib_documents()][:100]
+from support.documents import stdlib_documents
+from support.hub import fetch
+from support.tokenizer import load_tokenizer
+path = fetch({name!r}, "tokenizer.json")
+ours, reference = load_tokenizer({name!r}), Tokenizer.from_file(str(path))
+texts = [text for _, text in stdlib_documents()][:100]
 assert all(ours.encode(text, allow_special=True) == reference.encode(text).ids for text in texts)
 """
     (tmp_path / "script.py").write_text(script)
