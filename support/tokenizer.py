@@ -406,7 +406,7 @@ def shared_vocabulary(a, b):
     Comparable are two that give equal ids for every text and for <|endoftext|>. What else is special may
     differ, behind these: GPT-2 and GPT-2 with [PAD] share 50257 ids.
     """
-    if a.text_fingerprint != b.text_fingerprint or a.eot != b.eot:
+    if a.text_fingerprint != b.text_fingerprint:
         return 0
     differing = [i for i in a.bytes.keys() | b.bytes.keys() if a.bytes.get(i) != b.bytes.get(i)]
     shared = min([a.vocab_size, b.vocab_size, *differing])

@@ -378,8 +378,10 @@ def test_a_tokenizer_that_is_not_implemented(tokenizers_dir, tmp_path, path, val
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"{", b"[]", b"7", b"null", b"{}", b'{"model": {}}', b"[" * 100_000, b'{"a":' * 100_000,
-    b"\xff\xfe{\x00}\x00", b"\xef\xbb\xbf{}", b'{"model": {"vocab": {"\\ud800": 0}, "merges": []}, "pre_tokenizer": {}}',
+    b"", b"{", b"[]", b"7", b"null", b"{}", b'{"model": {}}', b"[" * 100_000,
+    b'{"a":' * 100_000,
+    b"\xff\xfe{\x00}\x00", b"\xef\xbb\xbf{}",
+    b'{"model": {"vocab": {"\\ud800": 0}, "merges": []}, "pre_tokenizer": {}}',
 ], ids=lambda content: str(content[:20]))
 def test_a_damaged_tokenizer_json(tmp_path, content):
     (tmp_path / "tokenizer.json").write_bytes(content)
