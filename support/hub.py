@@ -179,11 +179,11 @@ def check_tensors(path, tensors):
     """
     import torch
     if not isinstance(tensors, dict):
-        raise InputError(f"{path} holds a {type(tensors).__name__}, not tensors by name")
+        raise InputError(f"{path} is damaged or no weights: {type(tensors).__name__}, not tensors by name")
 
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise InputError(f"{path} holds {name!r:.60}: {type(tensor).__name__}, not only tensors by name")
+            raise InputError(f"{path} is damaged or no weights: it has {name!r:.60}: {type(tensor).__name__}")
         plain = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
         if not plain or tensor.device.type != "cpu":
             raise InputError(f"{path}: {name} is a sparse, nested, quantised or meta tensor, not a plain one")
