@@ -49,7 +49,8 @@ def world(tmp_path_factory, tokenizers_dir):
                                eos=599))
 
     def pythia(n_layer, width, vocab_size):
-        return GPTNeoX(GPTNeoX.config(vocab_size=vocab_size, context=64, width=width, n_layer=n_layer, n_head=2))
+        return GPTNeoX(GPTNeoX.config(vocab_size=vocab_size, context=64, width=width, n_layer=n_layer,
+                                      n_head=2))
 
     publish(hub, "gpt2", gpt2(12), tokenizers_dir / "gpt2")
     publish(hub, "gpt2-xl", gpt2(48), tokenizers_dir / "gpt2")
