@@ -1,8 +1,8 @@
 """Distil a GPT: a small student learns from a teacher's whole next-token distribution, not from text alone.
 
-    python distill.py                                           the demo: offline, minutes
-    python distill.py --teacher gpt2 --student-layers 6         the same with GPT-2
-    torchrun --nproc_per_node=8 distill.py --recipe distilgpt2  the published run, 8 GPUs
+    python distill.py                                           the demo, offline
+    python distill.py --teacher gpt2 --student-layers 6         with GPT-2
+    torchrun --nproc_per_node=8 distill.py --recipe distilgpt2  on 8 GPUs
 
 Read in this order:
   plain_loss   T² * KL(teacher || student) + CLM: the whole idea in five lines
@@ -19,21 +19,25 @@ T is the temperature, and nothing else.
 import argparse
 import copy
 import math
-from pathlib import Path
+import re
+from functools import partial
 
 import torch
 from torch.nn import functional as F
 
 from data import batch_at, load_tokenizer, prepare
 from model import build, load, spread_layers, student_from
-from support import options
+from sample import draw
+from support import closing, options
 from support.card import print_plan, write_card
 from support.chunked_loss import Losses, LossSettings, chunked_losses, cosine_distance, distillation_loss
 from support.cli import InputError, format_table, pick_device, run_cli
 from support.options import RECIPES
+from support.outlook import check_memory, work_to_follow
+from support.progress import watched
 from support.run import Run, mean_over_tokens
-from support.runtime import Ranks, autocast, keep_memory, pick_precision
-from support.scoring import validate
+from support.runtime import Ranks, autocast, keep_memory, pick_precision, stop_at_once
+from support.scoring import held_out_batches, validate
 from support.state import RunFolder, read_settings
 
 __all__ = ["RECIPES", "distillation_loss", "lr_at", "main", "parse_args", "plain_loss", "train"]
@@ -44,7 +48,7 @@ def plain_loss(student_logits, teacher_logits, targets, settings):
     """T² * KL(teacher || student) and the causal-language-model loss (CLM), by definition.
 
     student_logits, teacher_logits (N, V): a score for each possible next token; targets (N,): the token that
-    did come next, or -100 where there is none to predict. `settings`: temperature, kd_weight, clm_weight.
+    did come next, or -100 where there is none to predict. `settings`: a LossSettings.
     Returns (loss, kl, clm): sums over the counted tokens, in nats.
     """
     counted = targets != -100  # padding has nothing to teach
@@ -58,7 +62,24 @@ def plain_loss(student_logits, teacher_logits, targets, settings):
 
     # The gradient of the KL shrinks like 1 / T²: once by the chain rule through s / T, once because softer
     # distributions differ less. T² makes up for it, so that the two weights mean the same at every T.
-    return settings.kd_weight * T**2 * kl + settings.clm_weight * clm, kl, clm
+    divergence = kl if settings.divergence == "forward" else other_divergence(log_p, log_q, settings)
+    return settings.kd_weight * T**2 * divergence + settings.clm_weight * clm, kl, clm
+
+
+def other_divergence(log_p, log_q, settings):
+    """Instead of the forward KL (Agarwal et al. 2023, arXiv 2306.13649). log_p, log_q (N, V) -> a sum.
+
+    The forward KL makes the student cover all that its teacher finds likely, the reverse KL makes it avoid
+    what its teacher finds unlikely; jsd compares both with a mixture and lies in between.
+    """
+    if settings.divergence == "reverse":
+        return (log_q.exp() * (log_q - log_p)).sum()
+
+    w = settings.jsd_weight
+    log_m = torch.logaddexp(log_p + math.log(w), log_q + math.log(1 - w))  # the mixture w * p + (1 - w) * q
+    from_teacher = (log_p.exp() * (log_p - log_m)).sum()
+    from_student = (log_q.exp() * (log_q - log_m)).sum()
+    return w * from_teacher + (1 - w) * from_student
 
 
 def plain_losses(student_hidden, student_head, teacher_hidden, teacher_head, targets, settings):
@@ -88,11 +109,12 @@ LOSSES = {"chunked": chunked_losses, "plain": plain_losses}  # what --loss names
 
 
 # ------------------------------------------------------------------------------------ the loop
-def train(args, student, teacher, corpus, vocab_size, ranks):
+def train(args, student, teacher, corpus, vocab_size, ranks, later=0.0):
     """Train the student for args.steps. All that is needed to go on after a crash lies in args.out.
 
     teacher: None to learn from the text alone. vocab_size: V, the entries that both models have. ranks: the
-    processes among which the micro-batches of a step are shared.
+    processes among which the micro-batches of a step are shared. later: work that follows, in micro-batches,
+    so that the time left is that of all.
     """
     losses_of = LOSSES[args.loss]
     settings = LossSettings.of(args)
@@ -100,12 +122,15 @@ def train(args, student, teacher, corpus, vocab_size, ranks):
     optimizer = make_optimizer(student, args)
     student.train()
 
-    with Run(args, student, optimizer, corpus, vocab_size, ranks) as run:
+    with Run(args, student, optimizer, corpus, vocab_size, ranks, later) as run:
         for step in run.steps():
             totals = torch.zeros(len(Losses._fields), device=ranks.device)
             for micro in ranks.share(args.grad_accum):
                 # Batch: a function of (seed, step, micro-batch) alone, so a run can stop and go on.
-                ids, targets = micro_batch(corpus, step * args.grad_accum + micro, args, ranks.device)
+                index = step * args.grad_accum + micro
+                ids, targets = micro_batch(corpus, index, args, ranks.device)  # (B, L), (N,)
+                if is_on_policy(index, args):
+                    ids, targets = students_text(student, ids, index, args)
 
                 # Teacher: it only answers, so nothing is kept for a backward pass.
                 with torch.no_grad(), autocast(args, ranks.device):
@@ -121,7 +146,7 @@ def train(args, student, teacher, corpus, vocab_size, ranks):
                 # Backward: the loss is a sum over tokens, and its gradients add up in .grad.
                 losses.loss.backward()
                 totals += torch.stack(losses).detach()
-                run.stop_if_asked(step)
+                run.after_micro_batch(step)
 
             # Divide once, by the tokens that counted in all micro-batches of all ranks.
             mean_losses, tokens = mean_over_tokens(totals, ranks)
@@ -143,8 +168,37 @@ def micro_batch(corpus, index, args, device):
         corpus.train, args.seed, index, args.batch_size, args.seq_len, args.packing, corpus.meta["eot"])
 
     # Dropout, like the data, is a function of (seed, index): resumed or on more ranks, a run draws the same.
-    torch.manual_seed((args.seed * 1_000_003 + index) % 2**63)
+    torch.manual_seed(run_seed(args, index))
     return torch.from_numpy(ids).to(device), torch.from_numpy(targets).to(device).flatten()
+
+
+def run_seed(args, index):
+    """The seed of all that is random in micro-batch `index` of the run."""
+    return (args.seed * 1_000_003 + index) % 2**63
+
+
+def is_on_policy(index, args):
+    """Whether the student writes half of micro-batch `index` itself: args.on_policy of them, spread evenly.
+    0.25 -> every fourth."""
+    return math.floor((index + 1) * args.on_policy) > math.floor(index * args.on_policy)
+
+
+def students_text(student, ids, index, args):
+    """The second half of each example anew, as the student itself goes on from the first: on-policy data
+    (Agarwal et al. 2023). ids (B, L) -> ids (B, L), targets (N,), where what the student wrote is counted.
+
+    On its own text a student meets the mistakes that it makes, and its teacher says how to go on from there.
+    """
+    B, L = ids.shape
+    half = L // 2
+    student.eval()  # without dropout, as it will write when it is used
+    choose = partial(draw, generator=torch.Generator(ids.device).manual_seed(run_seed(args, index)))
+    text = student.generate(ids[:, :half], L + 1 - half, choose)  # (B, L + 1)
+    student.train()
+
+    targets = text[:, 1:].clone()
+    targets[:, :half - 1] = -100
+    return text[:, :-1], targets.flatten()
 
 
 def make_optimizer(student, args):
@@ -202,17 +256,19 @@ def main():
     if args.device == "cpu":
         keep_memory()
     ranks = Ranks(args.device)
-    if args.grad_accum % ranks.world:
-        raise InputError(f"--grad-accum {args.grad_accum} cannot be shared evenly by {ranks.world} processes")
+    with stop_at_once(ranks.is_first):
+        if args.grad_accum % ranks.world:
+            raise InputError(
+                f"--grad-accum {args.grad_accum} cannot be shared evenly by {ranks.world} processes")
 
-    # --out is held for this process, and refused if it holds something else.
-    folder = RunFolder(args, ranks)
-    folder.claim()
-    try:
-        distil(args, ranks)
-    finally:
-        folder.release()
-        ranks.close()
+        # --out is held for this process, and refused if it holds something else.
+        folder = RunFolder(args, ranks)
+        try:
+            folder.claim()
+            distil(args, ranks)
+        finally:
+            folder.release()
+            ranks.close()
 
 
 def distil(args, ranks):
@@ -221,28 +277,61 @@ def distil(args, ranks):
     args.precision = pick_precision(args.precision, before.get("precision"), ranks)
     with ranks.first_goes_first():
         tokenizer, teacher, student = load_models(args, ranks.device)
+        memory = check_memory(args, teacher, student, tokenizer.vocab_size, ranks)
         corpus = load_corpus(args, tokenizer)
     if ranks.is_first:
-        print_plan(args, teacher, student, corpus, ranks)
+        print_plan(args, teacher, student, corpus, memory, ranks)
+        warn_of_unknown_text(args, teacher, corpus, tokenizer)
 
     networks = {"teacher": teacher} if teacher else {}
     control = copy.deepcopy(student) if args.control and teacher else None
-    networks["student"] = train(args, student, teacher, corpus, tokenizer.vocab_size, ranks)
+    training, scoring = work_to_follow(args, teacher, student, control, ranks)
+    networks["student"] = train(
+        args, student, teacher, corpus, tokenizer.vocab_size, ranks, training + scoring)
     export(student, tokenizer, args.out, ranks)
 
     # The control answers what the teacher was worth: the same student and tokens, but the text alone.
     if control:
-        alone = argparse.Namespace(**vars(args) | {
-            "out": str(Path(args.out, "control")), "kd_weight": 0.0, "cos_weight": 0.0, "clm_weight": 1.0})
-        networks["control"] = train(alone, control, None, corpus, tokenizer.vocab_size, ranks)
+        alone = options.control_of(args)
+        if ranks.is_first:
+            print("\nThe control now learns from the same tokens, but without the teacher, at rate "
+                  f"{alone.lr:g}:\nwhat the student does better is what the teacher was worth.", flush=True)
+        networks["control"] = train(alone, control, None, corpus, tokenizer.vocab_size, ranks, scoring)
         export(control, tokenizer, alone.out, ranks)
 
     if ranks.is_first:
-        scores = validate(
-            [*networks.values()], corpus, tokenizer.vocab_size, args, autocast(args, ranks.device))
-        table = format_table([{"model": name, **row} for name, row in zip(networks, scores, strict=True)])
-        write_card(args, ranks, table)
-        print(f"\n{table}\n\nNext:  python sample.py --model {args.out}")
+        close(args, networks, corpus, tokenizer, ranks)
+
+
+def warn_of_unknown_text(args, teacher, corpus, tokenizer):
+    """Before days are spent: does this teacher know the text? The first 2,048 held-out tokens tell."""
+    if not teacher or not args.kd_weight:
+        return
+    few = argparse.Namespace(eval_tokens=2048, batch_size=1, seq_len=args.seq_len)
+    device = teacher.head_weight.device
+    row, = validate([teacher], corpus, tokenizer.vocab_size, few, autocast(args, device))
+    if warning := closing.unknown_text(args, {"teacher": row}, corpus, tokenizer.decode):
+        print(f"\n{warning}\n", flush=True)
+
+
+def close(args, networks, corpus, tokenizer, ranks):
+    """Score all on the same held-out text; the table, what it means, what they write, what to do next."""
+    batches = len([*held_out_batches(corpus, args, "cpu")])
+    scores = validate(
+        [*networks.values()], corpus, tokenizer.vocab_size, args, autocast(args, ranks.device),
+        lambda found: watched(found, "scoring   ", batches))
+    rows = dict(zip(networks, scores, strict=True))
+    table = format_table([{"model": name, **row} for name, row in rows.items()])
+    write_card(args, ranks, table)
+
+    paragraphs = [
+        table,
+        closing.verdict(rows, args),
+        closing.unknown_text(args, rows, corpus, tokenizer.decode),
+        "" if args.compile else closing.show_texts(networks, corpus, tokenizer),
+        closing.next_steps(args, networks, corpus),
+    ]
+    print("\n" + "\n\n".join(filter(None, paragraphs)))
 
 
 def load_models(args, device):
@@ -259,6 +348,9 @@ def load_models(args, device):
     if args.teacher != "none":
         teacher = load(args.teacher, dtype=held if args.student else torch.float32)
     student = first_student(args, teacher)
+    if args.seq_len is None:
+        contexts = [network.context for network in (teacher, student) if network]
+        args.seq_len = min(1024, *contexts)
     check_models(args, tokenizer, teacher, student)
 
     on_attention = args.dropout if args.attention_dropout is None else args.attention_dropout
@@ -288,10 +380,11 @@ def first_student(args, teacher):
 
 def parse_layers(text, depth):
     """`6` -> that many of the teacher's layers, evenly spread; `0,2,4` -> those; `4,` -> that one."""
-    try:
-        numbers = [int(part) for part in text.removesuffix(",").split(",")]
-    except ValueError as error:
-        raise InputError(f"--student-layers {text}: expected a number, or a list such as 0,2,4") from error
+    if not re.fullmatch(r"-?[0-9]{1,9}(, ?[0-9]{1,9})*,?", text):
+        raise InputError(f"--student-layers {text:.99}: expected a number, or a list such as 0,2,4")
+    numbers = [int(part) for part in text.removesuffix(",").split(",")]
+    if len(numbers) > 1000:
+        raise InputError(f"--student-layers names {len(numbers)} layers: take at most 1000")
     return numbers if "," in text else spread_layers(depth, numbers[0])
 
 
@@ -330,7 +423,7 @@ def export(student, tokenizer, folder, ranks):
     """A folder that transformers opens, too."""
     if ranks.is_first:
         student.save(folder)
-        tokenizer.save(folder)
+        tokenizer.save(folder, student.context)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,18 @@ import torch
 from support.files import replaced
 from support.log import read_log
 
+DIVERGENCES = {
+    "forward": "KL(teacher || student",
+    "reverse": "KL(student || teacher",
+    "jsd": "JSD(teacher, student",
+}
+
 
 def formula(args):
     """The loss with its numbers: "loss = 0.5 * 2² * KL(teacher || student, T = 2) + 0.5 * CLM"."""
     T = f"{args.temperature:g}"
     terms = {
-        f"{T}² * KL(teacher || student, T = {T})": args.kd_weight,
+        f"{T}² * {DIVERGENCES[args.divergence]}, T = {T})": args.kd_weight,
         "CLM": args.clm_weight,
         "(1 - cos)": args.cos_weight,
     }
@@ -30,8 +36,8 @@ def origin(args):
     return f"{source}, the shape alone with random weights" if args.student_init == "random" else source
 
 
-def print_plan(args, teacher, student, corpus, ranks):
-    """What is about to happen, before it does."""
+def print_plan(args, teacher, student, corpus, memory, ranks):
+    """What is about to happen, before it does. `memory`: the line of support/outlook.py."""
     for role, name, network in (("teacher", args.teacher, teacher), ("student", origin(args), student)):
         if network:
             millions = network.num_parameters() / 1e6
@@ -42,13 +48,11 @@ def print_plan(args, teacher, student, corpus, ranks):
     print(f"data       {args.data}: {len(corpus.train):,} tokens to train on, {len(corpus.val):,} held out")
     print(f"steps      {args.steps:,} of {args.grad_accum} x {args.batch_size} x {args.seq_len} = {tokens:,} "
           f"tokens; rate {args.lr:g}, {args.schedule} after {args.warmup:.0%} warm-up")
+    print(f"memory     {memory}")
     print(f"on         {ranks.world} x {ranks.device}, {args.precision}; all goes to {args.out}/", flush=True)
 
     if args.precision == "bf16-pure":
         print("warning    bf16-pure: weights and sums of gradients lose small updates (see the README)")
-    if ranks.device.type == "cpu" and tokens * args.steps > 30_000_000:
-        print("note       this is work for a GPU; on a CPU try --steps 10 --grad-accum 2 --batch-size 2 "
-              "--seq-len 128")
 
 
 CARD = """---
@@ -95,4 +99,5 @@ def write_card(args, ranks, table):
 
     about |= {"origin": origin(args), "formula": formula(args), "table": table}
     with replaced(Path(args.out, "README.md")) as file:
-        file.write_text(CARD.format(**vars(args) | about), encoding="utf-8")
+        # A name can hold bytes that are no letters; the card is not worth failing for them.
+        file.write_text(CARD.format(**vars(args) | about), encoding="utf-8", errors="replace")

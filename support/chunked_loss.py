@@ -5,7 +5,7 @@ Read distill.plain_loss first: it is the definition, and the tests hold this fil
   distillation_loss    the loss from hidden states, for use on its own
   chunked_losses       the same with all that the log shows, as the training loop calls it
   ChunkedLoss          chunk by chunk: logits, their gradient, and the two gradients that are kept
-  loss_and_gradient_   the derivation, and the few rows at a time that fit into a CPU's cache
+  loss_and_gradient_   the derivations, and the few rows at a time that fit into a CPU's cache
 
 Why. Logits are a language model's largest tensors: 2 x 2048 tokens x 50,304 entries are 0.8 GB in float32,
 and autograd would keep six to eight tensors of that size. Here the logits of one chunk exist at a time, in
@@ -16,7 +16,8 @@ This is the one file where tensors are changed in place. Each place says what th
 Shapes: N tokens, n tokens of a chunk, C width, V vocabulary.
 References: Hinton et al. 2015 (arXiv 1503.02531), section 2.
 """
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -25,23 +26,25 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class LossSettings:
-    """loss = kd_weight * T² * KL(teacher || student) + clm_weight * CLM + cos_weight * (1 - cos)."""
+    """loss = kd_weight * T² * divergence + clm_weight * CLM + cos_weight * (1 - cos)."""
     temperature: float = 2.0  # T
     kd_weight: float = 0.5
     clm_weight: float = 0.5
     cos_weight: float = 0.0
+    divergence: str = "forward"  # or "reverse", "jsd": see distill.plain_loss
+    jsd_weight: float = 0.5  # of the teacher in the mixture that jsd compares both with
     chunk_size: int = 512  # tokens whose logits exist at a time; changes memory and time, not the loss
 
     @classmethod
     def of(cls, args):
         """From the command line's flags of the same names."""
-        return cls(args.temperature, args.kd_weight, args.clm_weight, args.cos_weight, args.chunk_size)
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
 
 class Losses(NamedTuple):
     """Sums over the counted tokens of a micro-batch, in nats; divide them once, by all tokens of a step."""
     loss: torch.Tensor  # what is minimised; the others carry no gradient
-    kl: torch.Tensor  # at temperature T, before its factor T²
+    kl: torch.Tensor  # forward, at temperature T, before the factor T², whatever divergence is trained
     clm: torch.Tensor
     cos: torch.Tensor
     teacher_clm: torch.Tensor  # the teacher's CLM on the same tokens: the bar to reach
@@ -49,16 +52,19 @@ class Losses(NamedTuple):
 
 
 def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head, targets, *,
-                      temperature=2.0, kd_weight=0.5, clm_weight=0.5, cos_weight=0.0, chunk_size=256):
+                      temperature=2.0, kd_weight=0.5, clm_weight=0.5, cos_weight=0.0,
+                      divergence="forward", jsd_weight=0.5, chunk_size=256):
     """kd_weight * T² * KL(softmax(t / T) || softmax(s / T)) + clm_weight * CLM + cos_weight * (1 - cos).
 
     student_hidden (N, C_s), teacher_hidden (N, C_t): final hidden states; student_head (V, C_s), teacher_head
     (V, C_t); targets (N,), where -100 is counted in no term. Returns (loss, kl, clm), *sums* over the counted
     tokens, in nats: divide once, by the tokens of the whole step. The KL is the forward one, the teacher's
-    entropy included, so a perfect student scores 0. The gradient flows to the student alone. ValueError if
-    the heads differ in V. Source: Hinton et al. 2015, section 2; the cosine term: Sanh et al. 2019.
+    entropy included, so a perfect student scores 0; `divergence` can train "reverse" or "jsd" in its place.
+    The gradient flows to the student alone. ValueError if the heads differ in V. Source: Hinton et al. 2015,
+    section 2; the cosine term: Sanh et al. 2019; the other divergences: Agarwal et al. 2023 (2306.13649).
     """
-    settings = LossSettings(temperature, kd_weight, clm_weight, cos_weight, chunk_size)
+    settings = LossSettings(
+        temperature, kd_weight, clm_weight, cos_weight, divergence, jsd_weight, chunk_size)
     return chunked_losses(student_hidden, student_head, teacher_hidden, teacher_head, targets, settings)[:3]
 
 
@@ -98,7 +104,7 @@ class ChunkedLoss(torch.autograd.Function):
         teacher_weight = None if teacher_head is None else teacher_head.to(dtype)  # (V, C_t)
         grad_hidden = torch.zeros_like(student_hidden)
         grad_head = torch.zeros_like(student_head, dtype=torch.float32)
-        sums = torch.zeros(3, device=device)  # kl, clm, teacher's clm
+        sums = torch.zeros(4, device=device)  # divergence, kl, clm, teacher's clm
 
         # One piece of memory for the logits of all chunks: fresh memory would have to be cleared each time.
         logits = torch.empty(2, min(chunk_size, len(targets)), V, dtype=dtype, device=device)
@@ -127,10 +133,10 @@ class ChunkedLoss(torch.autograd.Function):
             for total, columns in zip(grad_head.split(4096), s.split(4096, dim=1), strict=True):
                 total += columns.T @ x
 
-        kl, clm, teacher_clm = sums
+        divergence, kl, clm, teacher_clm = sums
         ctx.gradients = grad_hidden, grad_head.to(student_head.dtype)
         ctx.mark_non_differentiable(kl, clm, teacher_clm)
-        loss = settings.kd_weight * settings.temperature**2 * kl + settings.clm_weight * clm
+        loss = settings.kd_weight * settings.temperature**2 * divergence + settings.clm_weight * clm
         return loss, kl, clm, teacher_clm
 
     @staticmethod
@@ -143,15 +149,12 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 def loss_and_gradient_(s, t, y, settings):
-    """Logits s, t (n, V), targets y (n, 1) -> sums (kl, clm, teacher's clm), (3,). s becomes d loss / d s.
+    """Logits s, t (n, V), targets y (n, 1) -> sums (divergence, kl, clm, teacher's clm), (4,).
 
-    Gradients are differences of distributions. With p = softmax(t / T) and q = softmax(s / T):
+    s becomes d loss / d s. With q = softmax(s / T), p = softmax(t / T) and D a divergence of the two:
 
-        d/ds  T² * KL(p || q) = T * (q - p)
-        d/ds  CLM             = softmax(s) - onehot(y)
-
-    The first: KL(p || q) = sum p * (log p - log q), where log q = s / T - log sum exp(s / T). As p sums to 1,
-    the derivative of -sum p * log q is (q - p) / T, and T² makes that T * (q - p).
+        d/ds CLM    = softmax(s) - onehot(y)
+        d/ds T² * D = T * d/dz D, where z = s / T; see `divergence_and_gradient_`
     """
     T = settings.temperature
     z_s, e_s, grad = exponentials(s, T)  # each (n, V); `grad` is softmax(s) but for a factor
@@ -164,7 +167,7 @@ def loss_and_gradient_(s, t, y, settings):
     grad.mul_(settings.clm_weight / total)
     grad.scatter_add_(1, y, torch.full_like(total, -settings.clm_weight))
 
-    kl = teacher_clm = torch.zeros_like(clm)
+    divergence = kl = teacher_clm = torch.zeros_like(clm)
     if t is not None:
         z_t, e_t, unsoftened = exponentials(t, T)
         sum_t = e_t.sum(-1, keepdim=True)
@@ -172,12 +175,48 @@ def loss_and_gradient_(s, t, y, settings):
 
         p = e_t.div_(sum_t)  # over the exponentials, as above
         q = e_s.div_(sum_s)
-        # log p - log q = z_t - z_s + log(sum_s / sum_t), and p sums to 1. (z_t and q are overwritten.)
-        kl = z_t.sub_(z_s).mul_(p).sum() + (sum_s / sum_t).log().sum()
-        grad.add_(q.sub_(p), alpha=settings.kd_weight * T)
+        # log p - log q = z_t - z_s + log(sum_s / sum_t); the last is a number for each row.
+        divergence, kl, grad_z = divergence_and_gradient_(p, q, z_t, z_s, (sum_s / sum_t).log(), settings)
+        grad.add_(grad_z, alpha=settings.kd_weight * T)
 
     s.copy_(grad)  # the logits have served; their memory, in the dtype of the products, holds the gradient
-    return torch.stack((kl, clm, teacher_clm))
+    return torch.stack((divergence, kl, clm, teacher_clm))
+
+
+def divergence_and_gradient_(p, q, z_t, z_s, log_ratio, settings):
+    """Distributions p, q (n, V) -> sums of the divergence and of the forward KL, d divergence / d z_s (n, V).
+
+    log p - log q = z_t - z_s + log_ratio (n, 1). Everything but p may be overwritten.
+
+    Softmax turns a derivative g = dD/dq into dD/dz = q * (g - sum(q * g)). For each divergence:
+
+        forward  D = sum p * log(p / q)       g = -p / q, so dD/dz = q - p
+        reverse  D = sum q * log(q / p)       g = log(q / p) + 1, so dD/dz = q * (log(q / p) - D)
+        jsd      D = w * KL(p || m) + (1 - w) * KL(q || m), where m = w * p + (1 - w) * q
+                 g = (1 - w) * log(q / m), as the derivatives through m sum to a constant,
+                 so dD/dz = (1 - w) * q * (log(q / m) - KL(q || m))
+    """
+    if settings.divergence == "forward":
+        # p sums to 1, so the number for each row may be added at the end. Over z_t: a copy saved.
+        kl = z_t.sub_(z_s).mul_(p).sum() + log_ratio.sum()
+        return kl, kl, q.sub_(p)
+
+    log_p_q = z_t.sub_(z_s).add_(log_ratio)  # log p - log q
+    kl = (p * log_p_q).sum()
+    if settings.divergence == "reverse":
+        reverse = -(q * log_p_q).sum(-1, keepdim=True)  # (n, 1)
+        return reverse.sum(), kl, q.mul_(-log_p_q - reverse)
+
+    # log(m / q) = log(w * p / q + 1 - w), and log(m / p) likewise: finite, even where p or q is 0.
+    w = settings.jsd_weight
+    log_w = torch.tensor(math.log(w), device=p.device)
+    log_rest = torch.tensor(math.log(1 - w), device=p.device)
+    log_m_q = torch.logaddexp(log_p_q + log_w, log_rest)  # (n, V)
+    log_m_p = torch.logaddexp(log_rest - log_p_q, log_w)  # (n, V)
+    from_teacher = -(p * log_m_p).sum()  # KL(p || m)
+    from_student = -(q * log_m_q).sum(-1, keepdim=True)  # KL(q || m), (n, 1)
+    jsd = w * from_teacher + (1 - w) * from_student.sum()
+    return jsd, kl, q.mul_(-log_m_q - from_student).mul_(1 - w)
 
 
 def exponentials(logits, T):

@@ -3,15 +3,18 @@
   RECIPES      each shipped or published run, as data
   parse_args   flags win over the recipe, the recipe over the defaults
   check        settings that each are fine but do not go together
+  control_of   the settings of the control: those of the run, but with the text alone
 """
 import argparse
 import math
 import os
+import re
 from pathlib import Path
 
 from support.cli import InputError, checked, new_parser, user_path
 
-DEMO_TEACHER = os.path.relpath(Path(__file__).parent.parent / "demo" / "teacher")
+ROOT = Path(__file__).parent.parent
+DEMO_TEACHER = os.path.relpath(ROOT / "demo" / "teacher")
 
 RECIPES = {
     # `--teacher gpt2 --student-layers 6` and nothing else: the defaults of the flags, 131M tokens.
@@ -56,10 +59,14 @@ RECIPES = {
 # The types of flags: what they accept, and what they say otherwise.
 count = checked(int, "a whole number from 1 to 1,000,000,000", lambda n: 1 <= n <= 10**9)
 count_or_0 = checked(int, "a whole number from 0 to 1,000,000,000", lambda n: 0 <= n <= 10**9)
+LARGEST_MICRO_BATCH = 2**28  # tokens; no machine has memory for as many
 seed = checked(int, "a whole number from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63)
 positive = checked(float, "above 0", lambda x: 0 < x < math.inf)
+passes = checked(float, "above 0 and at most 1,000,000", lambda x: 0 < x <= 10**6)
 weight = checked(float, "0 or more", lambda x: 0 <= x < math.inf)
 share = checked(float, "at least 0 and below 1", lambda x: 0 <= x < 1)
+inner_share = checked(float, "above 0 and below 1", lambda x: 0 < x < 1)
+share_or_all = checked(float, "from 0 to 1", lambda x: 0 <= x <= 1)
 temperature = checked(float, "from 0.001 to 1000", lambda x: 0.001 <= x <= 1000)
 
 
@@ -67,6 +74,7 @@ def make_parser(doc):
     """All flags, with their defaults, which stand here and nowhere else."""
     parser = new_parser(doc)
     add = parser.add_argument
+    add("--version", action="version", version=version())
     add("--recipe", choices=RECIPES, help="a named set of defaults; without it `demo` if no model is named, "
         "otherwise `plain`. A flag wins over the recipe")
     add_model_flags(parser.add_argument_group("model"))
@@ -104,8 +112,9 @@ def add_data_flags(group):
     add("--packing", choices=["constant", "padded"], default="constant",
         help="constant: documents joined and cut into blocks, no token wasted; padded: one document "
              "an example")
-    add("--seq-len", type=count, default=1024, metavar="N",
-        help="tokens of an example, at most the context of the models")
+    add("--seq-len", type=count, metavar="N",
+        help="tokens of an example, at most the context of the models (default: the smaller one's context, "
+             "but not above 1024)")
     add("--eval-tokens", type=count, default=100_000, metavar="N", help="held-out tokens to score, at most")
 
 
@@ -119,6 +128,14 @@ def add_loss_flags(group):
     add("--cos-weight", type=weight, default=0.0, metavar="W",
         help="weight of 1 - cos(final hidden states), which needs a student as wide as its teacher "
              "(Sanh et al. 2019)")
+    add("--divergence", choices=["forward", "reverse", "jsd"], default="forward",
+        help="what of the teacher to imitate. forward: all that it finds likely, KL(teacher || student); "
+             "reverse: nothing that it finds unlikely; jsd: in between (arXiv 2306.13649)")
+    add("--jsd-weight", type=inner_share, default=0.5, metavar="W",
+        help="weight of the teacher in jsd's mixture: near 0 it acts like forward, near 1 like reverse")
+    add("--on-policy", type=share_or_all, default=0.0, metavar="P",
+        help="share of the micro-batches in which the student learns from what it writes itself, in the "
+             "second half of each example; takes several times as long")
     add("--loss", choices=["chunked", "plain"], default="chunked",
         help="plain: train with plain_loss as it stands in distill.py, by autograd; slower and larger, "
              "for a loss of your own")
@@ -129,7 +146,7 @@ def add_loss_flags(group):
 def add_optimisation_flags(group):
     add = group.add_argument
     add("--steps", type=count, default=1000, metavar="N", help="optimizer steps")
-    add("--epochs", type=positive, metavar="X", help="passes over the corpus, instead of --steps")
+    add("--epochs", type=passes, metavar="X", help="passes over the corpus, instead of --steps")
     add("--batch-size", type=count, default=8, metavar="N",
         help="examples of a micro-batch: what fits in memory")
     add("--grad-accum", type=count, default=16, metavar="N",
@@ -172,6 +189,8 @@ def add_running_flags(group):
         help="replace the run in --out, once the new one has made a step")
     add("--control", action=argparse.BooleanOptionalAction, default=False,
         help="then train the same student on the text alone, to see what the teacher was worth")
+    add("--control-lr", type=positive, metavar="RATE",
+        help="the control's own learning rate, as text alone often wants a smaller one (default: --lr)")
     add("--seed", type=seed, default=0, metavar="N", help="of data order, dropout and random weights")
     add("--eval-interval", type=count_or_0, default=0, metavar="N",
         help="steps between validations; 0: only at the end")
@@ -192,7 +211,18 @@ def parse_args(doc, argv=None):
 
     args = parser.parse_args(argv)
     args.recipe = recipe
+    args.role = "student"  # or "control": see control_of
     return args
+
+
+def version():
+    """From pyproject.toml, the one place that has it."""
+    try:
+        text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    except OSError:
+        return "unknown"
+    found = re.search(r'^version = "(.*)"$', text, re.MULTILINE)
+    return found.group(1) if found else "unknown"
 
 
 def check(args):
@@ -206,5 +236,37 @@ def check(args):
             raise InputError("--student-layers are a teacher's; with --teacher none name a --student")
         args.kd_weight = 0.0
         args.cos_weight = 0.0
+        if args.on_policy:
+            raise InputError("--on-policy asks the teacher about the student's text; --teacher none has none")
+    if args.on_policy and args.clm_weight:
+        raise InputError("--on-policy: what the student writes has no right next token, so the CLM cannot "
+                         "count it: add --kd-weight 1 --clm-weight 0")
+    if args.on_policy and args.seq_len < 2:
+        raise InputError("--on-policy cuts examples in half: take a --seq-len of 2 or more")
+    if args.on_policy and args.packing == "padded":
+        raise InputError("--on-policy cuts examples in half, and padded ones are of any length: "
+                         "use --packing constant")
     if args.kd_weight + args.clm_weight + args.cos_weight == 0:
         raise InputError("all weights of the loss are 0: nothing would be learned; raise one of them")
+
+    # A name that os.path cuts to nothing is the current folder, or the root of the disk.
+    if not args.out or Path(args.out).resolve() in (Path.cwd(), Path(Path.cwd().anchor)):
+        raise InputError(f"--out {args.out!r}: a run needs a folder of its own, such as out")
+    tokens = args.batch_size * (args.seq_len or 1)
+    if tokens > LARGEST_MICRO_BATCH:
+        raise InputError(f"--batch-size {args.batch_size} and --seq-len {args.seq_len}: a micro-batch of "
+                         f"{tokens:,} tokens; take at most {LARGEST_MICRO_BATCH:,}, and more --grad-accum")
+
+
+def control_of(args):
+    """The control: the same student and tokens, but the text alone, at a learning rate of its own."""
+    changes = {
+        "role": "control",
+        "out": str(Path(args.out, "control")),
+        "kd_weight": 0.0,
+        "cos_weight": 0.0,
+        "clm_weight": 1.0,
+        "lr": args.control_lr or args.lr,
+        "on_policy": 0.0,
+    }
+    return argparse.Namespace(**vars(args) | changes)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,6 +148,74 @@ def test_no_tensor_of_all_tokens_by_the_vocabulary_exists():
     with LargestTensor() as largest:
         distill.distillation_loss(*inputs, chunk_size=32, cos_weight=1.0)[0].backward()
     assert largest.numel == max(2 * 32 * 1000, 1000 * 24)  # the teacher's and the student's logits
+
+
+# ------------------------------------------------------------------------------------ other divergences
+DIVERGENCES = [("forward", 0.5), ("reverse", 0.5), ("jsd", 0.1), ("jsd", 0.5), ("jsd", 0.9)]
+
+
+@pytest.mark.parametrize("divergence, w", DIVERGENCES)
+def test_divergences_worked_out_by_hand(divergence, w):
+    """Two tokens: p = (3/4, 1/4), q = (1/2, 1/2)."""
+    p, q = (0.75, 0.25), (0.5, 0.5)
+    m = [w * a + (1 - w) * b for a, b in zip(p, q, strict=True)]
+
+    def kl(a, b):
+        return sum(x * math.log(x / y) for x, y in zip(a, b, strict=True))
+
+    jsd = w * kl(p, m) + (1 - w) * kl(q, m)
+    expected = {"forward": kl(p, q), "reverse": kl(q, p), "jsd": jsd}[divergence]
+    t, s = (torch.tensor([x]).double().log() for x in (p, q))
+    settings = LossSettings(1.0, 1.0, 0.0, 0.0, divergence, w)
+    loss, logged, _ = distill.plain_loss(s, t, torch.tensor([0]), settings)
+    assert loss.item() == pytest.approx(expected) and logged.item() == pytest.approx(kl(p, q))
+
+
+@pytest.mark.parametrize("divergence, w", DIVERGENCES)
+@pytest.mark.parametrize("T", [0.5, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_divergences_in_chunks_equal_float64_autograd(divergence, w, T, scale):
+    """At the larger scale logits reach 1e4, and probabilities are exactly 0 in float32."""
+    inputs = loss_inputs()
+    inputs[0] = (inputs[0].detach() * scale).requires_grad_()
+    inputs[2] = inputs[2] * scale
+    settings = LossSettings(T, 1.0, 0.5, 0.0, divergence, w, chunk_size=16)
+    found = distill.chunked_losses(*inputs, settings)
+    s, t = (hidden.double() @ head.double().T for hidden, head in (inputs[:2], inputs[2:4]))
+    loss, kl, clm = distill.plain_loss(s, t, inputs[4], settings)
+    for ours, theirs in ((found.loss, loss), (found.kl, kl), (found.clm, clm)):
+        assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    ours, theirs = (torch.autograd.grad(x, inputs[:2]) for x in (found.loss, loss))
+    assert all(close(a, b, relative=1e-5 if scale == 1 else 1e-3) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("divergence, w", DIVERGENCES)
+@pytest.mark.parametrize("T", [0.5, 2.0])
+def test_a_perfect_student_scores_zero_by_each_divergence(divergence, w, T):
+    hidden, head = torch.randn(50, 24, requires_grad=True), torch.randn(97, 24)
+    targets = torch.zeros(50, dtype=torch.long)
+    settings = LossSettings(T, 1.0, 0.0, 0.0, divergence, w)
+    for losses_of in distill.LOSSES.values():
+        losses = losses_of(hidden, head, hidden.detach(), head, targets, settings)
+        assert abs(losses.loss) < 1e-4 > abs(losses.kl)
+        assert torch.autograd.grad(losses.loss, hidden)[0].abs().max() < 1e-5
+
+
+def test_jsd_lies_between_the_two_directions():
+    """With a small weight its gradient points where the forward KL's does, with a large one the reverse's."""
+    gradients = {}
+    for divergence, w in (("forward", 0.5), ("reverse", 0.5), ("jsd", 0.001), ("jsd", 0.999)):
+        inputs = loss_inputs(scale=0.1)
+        inputs[0] = (inputs[0].detach() * 0.1).requires_grad_()
+        settings = LossSettings(1.0, 1.0, 0.0, 0.0, divergence, w)
+        loss = distill.chunked_losses(*inputs, settings).loss
+        gradients[divergence, w] = torch.autograd.grad(loss, inputs[0])[0].flatten()
+
+    def alike(a, b):
+        return F.cosine_similarity(gradients[a], gradients[b], dim=0).item()
+
+    assert alike(("jsd", 0.001), ("forward", 0.5)) > 0.99 > alike(("jsd", 0.001), ("reverse", 0.5))
+    assert alike(("jsd", 0.999), ("reverse", 0.5)) > 0.99 > alike(("jsd", 0.999), ("forward", 0.5))
 
 
 # ------------------------------------------------------------------------------------ runs in miniature
@@ -391,6 +460,41 @@ def test_what_stands_in_plain_loss_is_what_trains(workshop, tmp_path, monkeypatc
     assert float(log_rows(tmp_path / "out")[0]["loss"]) == pytest.approx(expected, rel=1e-4)
 
 
+# ------------------------------------------------------------------------------------ on-policy
+@pytest.mark.parametrize("share, expected", [
+    (0.0, []), (0.25, [3, 7]), (0.5, [1, 3, 5, 7]), (1.0, [*range(8)])])
+def test_which_micro_batches_the_student_writes(share, expected):
+    args = SimpleNamespace(on_policy=share)
+    assert [index for index in range(8) if distill.is_on_policy(index, args)] == expected
+
+
+def test_what_the_student_writes(workshop):
+    """Drawn from its own distribution after the first half; only that is counted; the same each time."""
+    student, args = load(workshop / "teacher").train(), SimpleNamespace(seed=3)
+    ids = torch.randint(4096, (2, 16), generator=torch.Generator().manual_seed(0))
+    written, targets = distill.students_text(student, ids, 5, args)
+    again, _ = distill.students_text(student, ids, 5, args)
+    other, _ = distill.students_text(student, ids, 6, args)
+    assert torch.equal(written, again) and not torch.equal(written, other) and student.training
+    assert torch.equal(written[:, :8], ids[:, :8]) and not torch.equal(written[:, 8:], ids[:, 8:])
+    targets = targets.view(2, 16)
+    assert (targets[:, :7] == -100).all() and torch.equal(targets[:, 7:15], written[:, 8:])
+    assert (targets[:, 15] >= 0).all()
+
+
+ON_POLICY = {"on-policy": 0.5, "kd-weight": 1, "clm-weight": 0, "divergence": "reverse"}
+
+
+def test_on_policy_run(workshop, tmp_path, monkeypatch, capsys):
+    """Half of the micro-batches count half of their tokens; the control reads text only."""
+    argv = flags(workshop, tmp_path / "out", control=True, **ON_POLICY)
+    code, printed, error = call(monkeypatch, capsys, argv)
+    assert code == 0, error
+    assert "KL(student || teacher, T = 2)" in printed
+    assert {row["tokens"] for row in log_rows(tmp_path / "out")} == {str(2 * 2 * 16 + 2 * 2 * 9)}
+    assert {row["tokens"] for row in log_rows(tmp_path / "out" / "control")} == {str(4 * 2 * 16)}
+
+
 # ------------------------------------------------------------------------------------ bad input
 BAD = {
     "9 of 4 layers": ({"student-layers": 9}, "choose 1 to 4"),
@@ -403,6 +507,9 @@ BAD = {
     "negative seed": ({"seed": -1}, "--seed -1: must be a whole number from 0"),
     "dropout 1": ({"dropout": 1}, "--dropout 1: must be at least 0 and below 1"),
     "no weights": ({"kd-weight": 0, "clm-weight": 0}, "all weights of the loss are 0"),
+    "the student's text as its own target": ({"on-policy": 1}, "add --kd-weight 1 --clm-weight 0"),
+    "the student's text, padded": ({**ON_POLICY, "packing": "padded"}, "use --packing constant"),
+    "all of a mixture": ({"jsd-weight": 1}, "--jsd-weight 1: must be above 0 and below 1"),
     "no student": ({"student-layers": None}, "name one student"),
     "unknown data": ({"data": "nothing-like-it"}, "openwebtext"),
     "sequence longer than the context": ({"seq-len": 65}, "64 positions"),
@@ -530,7 +637,7 @@ def kill_family(pid):
         os.kill(member, signal.SIGKILL)
 
 
-LONG = {"steps": 40, "grad-accum": 4, "dropout": 0.1, "save-interval": 5}
+LONG = {"steps": 40, "grad-accum": 4, "dropout": 0.1, "save-interval": 5, **ON_POLICY}
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
