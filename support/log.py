@@ -1,14 +1,15 @@
-"""out/log.csv: a row for each step, and the progress bar with the same figures.
+"""out/log.csv: a row for each step, and the progress line with the same figures.
 
   Log        writes the rows of a run as they come
   read_log   the rows that are whole, of a file that may be damaged
 """
 import csv
-import time
-from datetime import timedelta
+import math
 from pathlib import Path
 
+from support.cli import InputError
 from support.files import replaced
+from support.progress import Progress
 
 COLUMNS = ("step", "loss", "kl", "clm", "cos", "teacher_clm", "lr", "grad_norm", "tokens",
            "tokens_per_second")
@@ -25,67 +26,84 @@ def read_log(path):
         return []
 
     rows = []
-    for values in csv.reader(line for line in lines if "\0" not in line):
+    for line in lines:
         try:
-            row = {name: float(value) for name, value in zip(COLUMNS, values, strict=True)}
+            row = {name: float(value) for name, value in zip(COLUMNS, line.split(","), strict=True)}
         except ValueError:  # the header, half a row, or none of ours
             continue
+        counts = (row["step"], row["tokens"], row["tokens_per_second"])
         previous = rows[-1]["step"] if rows else 0
-        if row["step"] > previous and row["step"].is_integer() and row["tokens_per_second"] > 0:
+        if all(map(math.isfinite, counts)) and previous < counts[0] == int(counts[0]) and min(counts) > 0:
             rows.append(row)
     return rows
 
 
 def shown(value):
     """A number as it stands in log.csv: 3.0 -> "3", 0.00012345678 -> "0.0001234568"."""
-    return str(int(value)) if value == int(value) else f"{value:.7g}"
+    whole = math.isfinite(value) and value == int(value)
+    return str(int(value)) if whole else f"{value:.7g}"
+
+
+TITLES = {"student": "distilling", "control": "control   "}  # of the line, by args.role
 
 
 class Log:
-    """Rows of log.csv and a progress bar; silent on ranks above 0. Opened by the first step that it writes,
-    so that a run which never makes one changes nothing."""
+    """Rows of log.csv and the progress line; silent on ranks above 0. The file is opened for the first step
+    that is written, so a run which never makes one changes nothing."""
 
-    def __init__(self, args, first_step, ranks):
-        from tqdm import tqdm
+    def __init__(self, args, first_step, ranks, later):
         self.path = Path(args.out, "log.csv")
+        self.args = args
         self.first_step = first_step
-        self.steps = args.steps
+        self.step = first_step  # steps that are done
+        self.micro = 0  # micro-batches of the next one that are done
         self.silent = not ranks.is_first
         self.file = None
-        self.started = time.time()
-        self.bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=self.silent,
-                        desc="distilling" if args.kd_weight else "training")
+        self.figures = []  # of the last step, as text
+
+        self.share = len(ranks.share(args.grad_accum))  # micro-batches of a step on this rank
+        title = TITLES[args.role] if args.kd_weight or args.role == "control" else "training  "
+        self.line = Progress(title, args.steps * self.share, first_step * self.share, later, self.silent)
+        self.line.place = f"{first_step}/{args.steps}"
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.bar.close()
+        self.line.close()
         if self.file:
             self.file.close()
 
     def say(self, text):
-        """A line above the progress bar."""
-        if not self.silent:
-            self.bar.write(text)
+        """A line above the progress line."""
+        self.line.say(text)
+
+    def tick(self):
+        """One more micro-batch is done. Where a step takes seconds the line counts them, too."""
+        self.micro += 1
+        seconds = self.line.time.seconds_per_unit() or 0
+        place = f"{self.step}/{self.args.steps}"
+        if seconds * self.share > 5 and self.micro < self.share:
+            place += f" and {self.micro}/{self.share}"
+        self.line.advance(place, self.figures)
 
     def write(self, step, losses, **rest):
         """Add the row of a step; `losses`: its mean Losses, `rest`: the other columns, in their order."""
+        self.step = step
+        self.micro = 0
+        self.figures = figures(losses, rest["tokens_per_second"])
+        self.line.place = f"{step}/{self.args.steps}"
+        self.line.shown = self.figures
         if self.silent:
             return
-        if not self.file:
-            self.open()
         values = (step, *losses[:5], *rest.values())
-        csv.writer(self.file).writerow(map(shown, values))
-
-        figures = {"loss": losses.loss, "KL": losses.kl, "CLM": losses.clm, "teacher": losses.teacher_clm}
-        figures = {name: f"{value:.3f}" for name, value in figures.items() if value}
-        self.bar.set_postfix(figures | {"tok/s": rest["tokens_per_second"]}, refresh=False)
-        self.bar.update()
-        if step == self.first_step + 3 < self.steps:
-            seconds = (time.time() - self.started) / 3 * (self.steps - step)
-            left = timedelta(seconds=round(seconds))
-            self.say(f"at this speed the {self.steps - step:,} steps to come take {left} (h:mm:ss)")
+        try:
+            if not self.file:
+                self.open()
+            csv.writer(self.file).writerow(map(shown, values))
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be written ({error.strerror}); the same command with "
+                             "--resume goes on from the last saved state") from error
 
     def open(self):
         """Keep the rows of the steps that are done: those after the last saved state are made again."""
@@ -97,4 +115,16 @@ class Log:
                 writer.writerow(map(shown, row.values()))
         self.file = open(self.path, "a", newline="", buffering=1, encoding="utf-8")
         if len(kept) < self.first_step:
-            self.say(f"note: {self.path} has lost {self.first_step - len(kept)} of the steps before this one")
+            lost = self.first_step - len(kept)
+            self.say(f"note       {self.path} has lost {lost} of the steps before this one")
+
+
+def figures(losses, speed):
+    """What the progress line shows of a step, the most important first."""
+    found = [f"loss {losses.loss:.3f}", f"CLM {losses.clm:.3f}"]
+    if losses.teacher_clm:
+        found.append(f"teacher's {losses.teacher_clm:.3f}")
+    found.append(f"{speed:,} tok/s")
+    if losses.kl:
+        found.append(f"KL {losses.kl:.3f}")
+    return found

@@ -4,6 +4,7 @@
   keep_memory     a CPU's memory allocator, told not to clear the same pages again and again
   pick_precision  what --precision auto means on this device; autocast does what it says
   stop_signals    Ctrl-C and SIGTERM, noted so that the loop can stop where nothing is lost
+  stop_at_once    the same outside of the loop, where there is nothing to lose
 """
 import contextlib
 import ctypes
@@ -35,11 +36,16 @@ class Ranks:
         self.world = int_from_env("WORLD_SIZE")
         self.rank = int_from_env("RANK")
         int_from_env("MASTER_PORT")
-        if self.device.type == "cuda":
-            self.device = torch.device("cuda", int_from_env("LOCAL_RANK"))
-            torch.cuda.set_device(self.device)
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))  # rank 0 may tokenise for hours
+        try:
+            if self.device.type == "cuda":
+                self.device = torch.device("cuda", int_from_env("LOCAL_RANK"))
+                torch.cuda.set_device(self.device)
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(days=1))  # rank 0 may tokenise for hours
+        except (RuntimeError, ValueError) as error:  # more processes than GPUs, nobody at MASTER_ADDR, ...
+            reason = str(error).splitlines()[0]
+            raise InputError(f"these {self.world} processes cannot work together ({reason}): start with "
+                             "torchrun, and no more processes than GPUs, or unset WORLD_SIZE") from error
 
     @property
     def is_first(self):
@@ -132,7 +138,7 @@ def autocast(args, device):
 
 # ------------------------------------------------------------------------------------ stopping
 @contextlib.contextmanager
-def stop_signals():
+def stop_signals(aloud=True):
     """A list that fills when Ctrl-C or SIGTERM asks to stop; asked twice, the process ends at once."""
     asked = []
 
@@ -140,13 +146,40 @@ def stop_signals():
         if asked:
             sys.exit(128 + number)
         asked.append(number)
+        if aloud:
+            note("\nstopping as soon as this micro-batch is done; once more stops at once\n")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handled(ask):
         yield asked
+
+
+@contextlib.contextmanager
+def stop_at_once(aloud=True):
+    """Outside of the training loop Ctrl-C and SIGTERM end the process where it is, in one line."""
+    def end(number, frame):
+        if aloud:
+            note(f"\nstopped by {signal.Signals(number).name}\n")
+        sys.exit(128 + number)
+
+    with handled(end):
+        yield
+
+
+@contextlib.contextmanager
+def handled(handler):
+    """Ctrl-C and SIGTERM call handler(number, frame), until the end of the block."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
+
+
+def note(text):
+    """A message on stderr from within a signal handler, where print could interrupt itself."""
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())
 
 
 def exit_code(asked):

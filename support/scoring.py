@@ -62,13 +62,16 @@ def compare(models, batches, vocab_size, autocast=nullcontext):
     return [dict(zip(SCORES, total, strict=True)) for total in totals.tolist()]
 
 
-def validate(networks, corpus, vocab_size, args, autocast):
-    """A row of the table for each network, on the start of the held-out text; a teacher comes first."""
+def validate(networks, corpus, vocab_size, args, autocast, watch=iter):
+    """A row of the table for each network, on the start of the held-out text; a teacher comes first.
+
+    `watch`: what the batches go through on their way, such as a progress bar.
+    """
     device = networks[0].head_weight.device
     modes = [network.training for network in networks]
     for network in networks:
         network.eval()
-    sums = compare(networks, held_out_batches(corpus, args, device), vocab_size, lambda: autocast)
+    sums = compare(networks, watch(held_out_batches(corpus, args, device)), vocab_size, lambda: autocast)
     for network, mode in zip(networks, modes, strict=True):
         network.train(mode)
 

@@ -15,13 +15,14 @@ import torch
 
 from support.cli import InputError
 from support.files import replaced
+from support.options import control_of
 
 RUN_FILES = ("args.json", "log.csv", "train_state.pt", "config.json", "generation_config.json",
              "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
 
 # Flags that may differ between a run and its resumption: what is learned does not depend on them.
-CHANGES_NOTHING = ("recipe", "out", "resume", "overwrite", "device", "data_folder", "workers", "compile",
-                   "control", "eval_interval", "eval_tokens", "save_interval")
+CHANGES_NOTHING = ("recipe", "role", "out", "resume", "overwrite", "device", "data_folder", "workers",
+                   "compile", "control", "control_lr", "eval_interval", "eval_tokens", "save_interval")
 
 
 class RunFolder:
@@ -33,6 +34,7 @@ class RunFolder:
         self.path = Path(args.out)
         self.lock = None
         self.begun = False
+        self.new_folders = []  # which were made for it
 
     # ------------------------------------------------------------------------ whose folder it is
     def claim(self):
@@ -50,6 +52,7 @@ class RunFolder:
     def take_lock(self):
         from filelock import FileLock, Timeout  # torch and huggingface_hub bring it along
         try:
+            self.new_folders = [folder for folder in self.path.parents if not folder.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path / ".lock")
             lock.acquire(timeout=0)
@@ -57,13 +60,17 @@ class RunFolder:
             message = f"--out {self.path} is in use by another process; choose another --out"
             raise InputError(message) from error
         except OSError as error:
+            remove_empty(self.new_folders)
             raise InputError(f"--out {self.path} cannot be written ({error.strerror}); "
                              "choose another --out") from error
         self.lock = lock
 
     def refuse_others_files(self):
+        """InputError if something lies here that this run must not replace."""
         args = self.args
         here = [name for name in RUN_FILES if (self.path / name).exists()]
+        if folders := [name for name in here if (self.path / name).is_dir()]:
+            raise InputError(f"--out {self.path} has a folder called {folders[0]}: choose another --out")
         before = read_settings(self.path)
 
         if args.resume and before is None:
@@ -75,41 +82,56 @@ class RunFolder:
                              "choose another --out")
 
         finished_demo = before and args.recipe == before.get("recipe") == "demo" and "README.md" in here
+        if before == {} and not args.overwrite:
+            raise InputError(f"{self.path}/args.json is damaged; --overwrite starts the run again")
         if here and not (args.resume or args.overwrite or finished_demo):
             raise InputError(f"--out {self.path} holds another run: --resume goes on with it, "
                              "--overwrite replaces it")
+        if args.resume:
+            refuse_other_settings(self.path, before, args)
+        self.refuse_others_control()
 
-        control = self.path / "control"
-        foreign = [name for name in RUN_FILES if (control / name).exists()]
-        if args.control and foreign and not read_settings(control):
-            raise InputError(f"{control} holds files that are no run's, such as {foreign[0]}: "
+    def refuse_others_control(self):
+        """The same for the folder of the control, if there is to be one."""
+        args = control_of(self.args)
+        path = Path(args.out)
+        here = [name for name in RUN_FILES if (path / name).exists()]
+        if not args.control or not here:
+            return
+        if not is_control(path):
+            raise InputError(f"{path} holds files that are no control's, such as {here[0]}: "
                              "choose another --out, or --no-control")
+        if args.resume and (path / "train_state.pt").exists():
+            refuse_other_settings(path, read_settings(path), args)
 
     def release(self):
-        """Give the folder back; if nothing was written to it, it goes."""
-        if self.lock:
-            self.lock.release()
-            self.lock = None
+        """Give the folder back; if nothing was written to it, it goes, and so do those made for it."""
+        if not self.lock:
+            return
+        self.lock.release()
+        self.lock = None
         with contextlib.suppress(OSError):
             if [entry.name for entry in self.path.iterdir()] == [".lock"]:
                 (self.path / ".lock").unlink()
-                self.path.rmdir()
+                remove_empty([self.path, *self.new_folders])
 
     def begin(self):
-        """Once, before the first thing is written: the old run goes, args.json says whose folder it is now.
+        """Once, before the first thing is written: args.json says whose folder it is now, the old run goes.
 
-        The first step has been made by then, so a setting that breaks a run at its start costs nobody's files.
+        The first step has been made by then, so a setting that breaks a run at its start costs no files.
         """
         if self.begun or not self.ranks.is_first:
             return
         self.begun = True
-        if not self.args.resume:
-            if read_settings(self.path / "control"):  # the old run's own; somebody else's folder stays
-                remove_run(self.path / "control")
-            remove_run(self.path, keep="args.json")
-        self.path.mkdir(parents=True, exist_ok=True)
+
+        # First what can fail, as on a full disk. After a kill between the two --resume finds a state of
+        # other settings, and says so.
         with replaced(self.path / "args.json") as file:
             file.write_text(json.dumps(vars(self.args), indent=2) + "\n", encoding="utf-8")
+        if not self.args.resume:
+            remove_run(self.path, keep="args.json")
+            if is_control(self.path / "control"):  # the old run's own; somebody else's folder stays
+                remove_run(self.path / "control")
 
     # ------------------------------------------------------------------------ what a run is made of
     def save(self, corpus, student, optimizer, step):
@@ -141,20 +163,20 @@ class RunFolder:
             raise damaged(path, "it is no state of a run")
 
         then, now = state["settings"], identity(self.args, corpus)
-        if changed := [f"{name} was {then.get(name)!r}, now {now.get(name)!r}"
-                       for name in {**then, **now} if then.get(name) != now.get(name)]:
-            raise InputError(f"--resume of {self.path} with other settings: {'; '.join(changed)}")
+        refuse_changes(self.path, then, now, {**then, **now})
 
         check_step(path, state.get("step"), self.args.steps)
         check_tensors(path, "student", state.get("student"), student.state_dict())
-        check_optimizer(path, state.get("optimizer"), optimizer, state["step"])
+        averages = check_optimizer(path, state.get("optimizer"), optimizer, state["step"])
         student.load_state_dict(state["student"])
-        optimizer.load_state_dict(state["optimizer"])
+        # Groups follow from the flags, so they are ours: another PyTorch may have other fields in them.
+        optimizer.load_state_dict({"state": averages, "param_groups": optimizer.state_dict()["param_groups"]})
         return state["step"]
 
 
 def read_settings(folder):
-    """The args.json of the run in a folder: None if there is none, {} if it is damaged or not a run's."""
+    """The args.json of the run in a folder: {} if it is damaged, None if there is none, or if it is another
+    program's."""
     path = Path(folder, "args.json")
     if not path.exists():
         return None
@@ -162,8 +184,15 @@ def read_settings(folder):
         settings = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-    ours = isinstance(settings, dict) and {"recipe", "teacher", "kd_weight"} <= settings.keys()
-    return settings if ours else {}
+    if not isinstance(settings, dict) or not settings:
+        return {}
+    return settings if {"recipe", "teacher", "kd_weight"} <= settings.keys() else None
+
+
+def is_control(folder):
+    """Whether a folder holds a control. One whose args.json is damaged does not say so, and is left alone."""
+    settings = read_settings(folder)
+    return bool(settings) and settings.get("role", "control") == "control"
 
 
 def remove_run(folder, keep=""):
@@ -172,12 +201,42 @@ def remove_run(folder, keep=""):
         if name != keep:
             (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "train_state.pt.tmp", ignore_errors=True)
+    remove_empty([folder])
+
+
+def remove_empty(folders):
+    """Remove folders, each inside of the next one, as long as there is nothing in them."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def identity(args, corpus):
     """What makes a run the one that it is: its settings, and how much it has to read."""
     kept = {name: value for name, value in vars(args).items() if name not in CHANGES_NOTHING}
     return {**kept, "training tokens": len(corpus.train)}
+
+
+def refuse_other_settings(folder, before, args):
+    """InputError if flags of a run to resume differ from its args.json, before any time is spent. What models
+    and corpus have yet to decide is compared later, with the state."""
+    now = {name: value for name, value in vars(args).items() if name not in CHANGES_NOTHING}
+    undecided = {"seq_len"} if now["seq_len"] is None else set()
+    if now["precision"] == "auto":
+        undecided.add("precision")
+    if now["epochs"]:
+        undecided.add("steps")
+    if "," not in (now["student_layers"] or ","):  # how many, not yet which
+        undecided.add("student_layers")
+    refuse_changes(folder, before, now, now.keys() - undecided)
+
+
+def refuse_changes(folder, then, now, names):
+    """InputError if one of `names` has another value now."""
+    changed = [f"{name} was {then.get(name)!r:.99}, now {now.get(name)!r:.99}"
+               for name in names if then.get(name) != now.get(name)]
+    if changed:
+        raise InputError(f"--resume of {folder} with other settings: {'; '.join(sorted(changed))}")
 
 
 # ------------------------------------------------------------------------------------ what may be put back
@@ -197,31 +256,28 @@ def check_tensors(path, what, found, wanted):
         raise damaged(path, f"its {what} has other tensors than this run")
     for name, tensor in wanted.items():
         other = found[name]
-        if not isinstance(other, torch.Tensor) or other.shape != tensor.shape or other.dtype != tensor.dtype:
+        # What is sparse, or has no memory behind all of its elements, has another layout or other strides.
+        same = (isinstance(other, torch.Tensor) and other.device.type == "cpu"
+                and other.layout == tensor.layout and other.dtype == tensor.dtype
+                and other.shape == tensor.shape and other.stride() == tensor.stride())
+        if not same:
             raise damaged(path, f"{what} {name} has another shape or type")
         if other.numel() and not math.isfinite(sum(x.item() for x in torch.aminmax(other))):
             raise damaged(path, f"{what} {name} holds NaN or infinity")
 
 
 def check_optimizer(path, found, optimizer, step):
-    """InputError unless AdamW can go on from `found`. Its fused step would not notice a wrong shape: it would
-    read and write beyond the tensor."""
-    if not isinstance(found, dict) or {*found} != {"state", "param_groups"}:
-        raise damaged(path, "it has no optimizer")
-    ours = optimizer.state_dict()["param_groups"]
-    theirs = found["param_groups"]
-    if not isinstance(theirs, list) or len(theirs) != len(ours):
-        raise damaged(path, "its optimizer has other groups")
-    for mine, other in zip(ours, theirs, strict=True):
-        same = isinstance(other, dict) and mine.keys() == other.keys() and mine["params"] == other["params"]
-        if not same or any(type(other[name]) is not type(mine[name]) for name in mine):
-            raise damaged(path, "its optimizer has other groups")
-
+    """AdamW's averages in `found`, or InputError unless it can go on from them. Its fused step would not
+    notice a wrong shape: it would read and write beyond the tensor."""
+    states = found.get("state") if isinstance(found, dict) else None
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    states = found["state"]
     wanted = {*range(len(parameters))} if step else set()
     if not isinstance(states, dict) or {*states} != wanted:
         raise damaged(path, "its optimizer has averages of other parameters")
+
     for i, state in states.items():
         averages = {"step": torch.zeros(()), "exp_avg": parameters[i], "exp_avg_sq": parameters[i]}
         check_tensors(path, f"optimizer's {i}", state, averages)
+        if state["step"].item() != step:
+            raise damaged(path, f"its optimizer has made {state['step'].item():g} steps, not {step}")
+    return states

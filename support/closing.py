@@ -1,0 +1,137 @@
+"""What is said at the end of a run: what its numbers mean, what the models write, what to do next.
+
+  verdict        the table in words: what the teacher was worth
+  unknown_text   whether the teacher knows this text, and what to do if it does not
+  show_texts     how each model goes on from the same words
+  next_steps     commands to paste
+"""
+import lzma
+import shlex
+import shutil
+from pathlib import Path
+
+import torch
+
+
+# ------------------------------------------------------------------------------------ what the table means
+def verdict(rows, args):
+    """{"teacher": row, "student": row, perhaps "control": row} of the table -> a sentence or two."""
+    losses = {name: row["loss"] for name, row in rows.items()}
+    if "teacher" not in losses:
+        return ""
+    teacher, student = losses["teacher"], losses["student"]
+    if "control" not in losses:
+        return (f"The student is {student - teacher:+.3f} nats from its teacher. How much of what it knows\n"
+                "came from there, only a control tells: --control")
+
+    control = losses["control"]
+    rate = f"at rate {args.control_lr or args.lr:g}"
+    if student >= control:
+        return (f"The control ({rate}) did better than the student, by {student - control:.3f} nats:\n"
+                "text alone was worth more than this teacher.")
+    if control <= teacher:
+        return (f"The student beats the control ({rate}) by {control - student:.3f} nats;\n"
+                "but both beat the teacher, so there is no gap to close.")
+
+    share = (control - student) / (control - teacher)
+    sentence = f"The student closes {share:.0%} of the gap between the control ({rate}) and the teacher."
+    if args.control_lr is None:
+        sentence += "\nThat is the student's rate; --control-lr gives the control one of its own."
+    return sentence
+
+
+def unknown_text(args, rows, corpus, decode):
+    """A warning if the teacher does not know the held-out text, else "".
+
+    The rule: it does not if xz, which knows no language at all, packs the text into fewer bits than the
+    teacher needs, or if the student or the control, though smaller, has passed it. A student cannot learn
+    from a teacher what the teacher does not know.
+    """
+    if "teacher" not in rows:
+        return ""
+    why = ""
+    for name, row in rows.items():
+        if name != "teacher" and row["loss"] < rows["teacher"]["loss"]:
+            why = f"the {name} passes it on this text"
+    if (bits := rows["teacher"]["bits per byte"]) > (packed := bits_of_xz(corpus, args, decode)):
+        why = f"it needs {bits:.2f} bits for a byte of this text, and xz only {packed:.2f}"
+    return f"This teacher does not know this text: {why}.\n{tuning(args)}" if why else ""
+
+
+def bits_of_xz(corpus, args, decode):
+    """Bits per byte of the held-out text that is scored, as xz packs it."""
+    ids = corpus.val[:args.eval_tokens + 1]
+    text = decode(ids[ids != corpus.eot].tolist()).encode("utf-8", "replace")
+    return 8 * len(lzma.compress(text, preset=6)) / max(1, len(text))
+
+
+def tuning(args):
+    """What the field does then: train the teacher itself on the text first."""
+    flags = {
+        "--teacher": "none", "--student": args.teacher, "--data": args.data, "--seq-len": args.seq_len,
+        "--batch-size": args.batch_size, "--grad-accum": args.grad_accum, "--steps": args.steps,
+        "--out": "tuned-teacher"}
+    if args.data_folder != "corpora":
+        flags["--data-folder"] = args.data_folder
+    line = " ".join(f"{flag} {quote(value)}" for flag, value in flags.items())
+    return ("The field tunes the teacher on the text first, and distils from that:\n"
+            f"  python distill.py {line}\n"
+            "  and then this command again with --teacher tuned-teacher")
+
+
+# ------------------------------------------------------------------------------------ what the models write
+@torch.no_grad()
+def show_texts(networks, corpus, tokenizer):
+    """Lines: the start of a held-out document, how it goes on, and how each model does (greedily)."""
+    width = shutil.get_terminal_size().columns
+    opening, rest = document(corpus)
+    lines = [f"After the words   {tokenizer.decode(opening)}", f"the text has      {tokenizer.decode(rest)}"]
+    for name, network in networks.items():
+        ids = torch.tensor([[corpus.eot, *opening]], device=network.head_weight.device)
+        written = network.generate(ids, len(rest))[0, ids.size(1):].tolist()
+        if corpus.eot in written:
+            written = written[:written.index(corpus.eot)]
+        lines.append(f"the {name:13} {tokenizer.decode(written)}")
+    return "\n".join(one_line(line, width) for line in lines)
+
+
+def document(corpus, before=16, after=40):
+    """A held-out document's first ids and the next ones; the first document that is long enough, if any."""
+    ids = corpus.val[:100_000].tolist()
+    starts = [i + 1 for i in range(len(ids)) if ids[i] == corpus.eot] or [0]
+    ends = [*(start - 1 for start in starts[1:]), len(ids)]
+    long = [start for start, end in zip(starts, ends, strict=True) if end - start >= before + after]
+    start = long[0] if long else starts[0]
+    return ids[start:start + before], ids[start + before:start + before + after]
+
+
+def one_line(text, width):
+    """A text on one line of the terminal: runs of white space become a space (but for the first ones)."""
+    head, text = text[:18], " ".join(text[18:].split())
+    line = head + "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return line if len(line) < width else line[:width - 4] + "..."
+
+
+# ------------------------------------------------------------------------------------ what to do next
+def next_steps(args, networks, corpus):
+    """Commands to paste: compare, see, score, and the same on text of one's own."""
+    models = [args.out, *([str(Path(args.out, "control"))] if "control" in networks else [])]
+    compared = models[1:]
+    if "teacher" in networks:
+        compared = [args.teacher, *compared]
+        models = [args.teacher, *models]
+
+    steps = [("what they write", "python sample.py --model " + quote(args.out)
+              + (" --compare " + quote(*compared) if compared else "")),
+             ("perplexity", f"python eval_ppl.py {quote(*models)} --data {quote(corpus.path)}"),
+             ("a picture", f"python -m extras.plot {quote(args.out)}")]
+    if "teacher" in networks and Path(__file__).parent.parent.joinpath("extras", "play.py").exists():
+        steps.append(("token by token", f"python -m extras.play {quote(args.out)}"))
+    if args.recipe == "demo":
+        steps.append(("your own text", "python distill.py --data my_texts/ --out mine"))
+    return "Next\n" + "\n".join(f"  {title:15}  {line}" for title, line in steps)
+
+
+def quote(*values):
+    """Words that a shell takes as they are."""
+    return shlex.join(map(str, values))
