@@ -18,6 +18,7 @@ Shapes: L tokens, C width, V tokens in the vocabulary. Surprise and KL are in na
 import base64
 import codecs
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -26,7 +27,6 @@ import queue
 import socketserver
 import sys
 import threading
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -53,6 +53,15 @@ WRITING = {  # setting of sample.py: its type, lowest and highest value
 
 
 # ----------------------------------------------------------------------------------------- the models
+def one_at_a_time(method):
+    """PyTorch has all cores to itself, and memory for one text. No two requests share anything else."""
+    @functools.wraps(method)
+    def alone(self, *args):
+        with self.lock:
+            return method(self, *args)
+    return alone
+
+
 class Classroom:
     """Teacher, student and perhaps a control, all of one tokenizer."""
 
@@ -60,7 +69,7 @@ class Classroom:
         """`names`: {role: name of a model}, the teacher first."""
         self.names = names
         self.device = device
-        self.lock = threading.Lock()  # one computation at a time; each holds it for one token or one text
+        self.lock = threading.Lock()  # whoever computes holds it: for a text, or for a token that is written
 
         tokenizers = {role: load_tokenizer(name) for role, name in names.items()}
         self.tokenizer = tokenizers["teacher"]
@@ -100,11 +109,11 @@ class Classroom:
         except UnicodeDecodeError:
             return {"text": raw.decode("utf-8", "backslashreplace"), "half": True}
 
+    @one_at_a_time
     def score(self, text):
         """How each model did at each token of a text, and over all of them."""
         ids, n_cut = self.window(text)
-        with self.lock:
-            scores = token_scores(self.models, ids, self.tokenizer.vocab_size, self.device)
+        scores = token_scores(self.models, ids, self.tokenizer.vocab_size, self.device)
         for role, columns in scores.items():
             if not columns.isfinite().all():
                 raise InputError(f"{self.names[role]}: its logits are NaN or infinite: its weights are "
@@ -115,6 +124,7 @@ class Classroom:
                 "scores": {role: columns.tolist() for role, columns in scores.items()},
                 "totals": {role: totals(columns, n_bytes) for role, columns in scores.items()}}
 
+    @one_at_a_time
     @torch.no_grad()
     def position(self, text, index):
         """All logits with which the models predict token `index` of a text, as float32 in base64.
@@ -129,9 +139,8 @@ class Classroom:
 
         logits = {}
         for role, model in self.models.items():
-            with self.lock:
-                last = model.hidden(before)[0, -1]  # (C)
-                every = F.linear(last, model.head_weight)  # the rows that pad a vocabulary, too
+            last = model.hidden(before)[0, -1]  # (C)
+            every = F.linear(last, model.head_weight)  # the rows that pad a vocabulary, too
             logits[role] = every[:self.tokenizer.vocab_size].float().cpu()  # (V)
 
         shown = logits["teacher"].topk(min(N_SHOWN, self.tokenizer.vocab_size)).indices.tolist()
@@ -163,8 +172,8 @@ class Classroom:
     def continuation(self, role, ids, settings):
         """Yield the text that sample.py prints for these settings, in pieces that are whole characters."""
         generator = torch.Generator(self.device).manual_seed(settings["seed"])
-        choose = partial(sample.draw, temperature=settings["temperature"], top_k=settings["top_k"],
-                         top_p=settings["top_p"], generator=generator)
+        choose = functools.partial(sample.draw, temperature=settings["temperature"], top_k=settings["top_k"],
+                                   top_p=settings["top_p"], generator=generator)
         tokens = one_by_one(self.models[role], torch.tensor([ids], device=self.device),
                             settings["tokens"], choose)
 
@@ -476,6 +485,8 @@ def main():
             server.serve_forever()
         except KeyboardInterrupt:
             print("\nended")
+            # From now on nobody computes: where Python ends a thread inside PyTorch, the process aborts.
+            server.classroom.lock.acquire()
 
 
 if __name__ == "__main__":
