@@ -36,6 +36,9 @@ class Ranks:
         self.world = int_from_env("WORLD_SIZE")
         self.rank = int_from_env("RANK")
         int_from_env("MASTER_PORT")
+        if not 0 <= self.rank < self.world:
+            raise InputError(f"RANK is {self.rank} of WORLD_SIZE {self.world}: start with torchrun, or unset "
+                             "WORLD_SIZE")
         try:
             if self.device.type == "cuda":
                 self.device = torch.device("cuda", int_from_env("LOCAL_RANK"))
