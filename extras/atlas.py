@@ -146,7 +146,7 @@ def sample_figures(teacher, student, corpus, n=64, length=128):
     """What the teacher thinks of the student's own text, and how varied that is: {figure: value}.
 
     n texts from the start of a document, drawn at temperature 1. distinct_3: the share of different triples
-    of tokens among all of them.
+    of tokens among all.
     """
     generator = torch.Generator().manual_seed(0)
     start = torch.full((n, 1), corpus.meta["eot"])
@@ -177,7 +177,10 @@ def finished():
 def parse_args(argv=None):
     parser = new_parser(__doc__)
     parser.add_argument("--only", default="", metavar="TEXT", help="only runs with this in their name")
-    parser.add_argument("--list", action="store_true", help="show all runs, and what those that are done came to")
+    parser.add_argument("--list", action="store_true",
+                        help="show all runs, and what those that are done came to")
+    parser.add_argument("--backwards", action="store_true",
+                        help="from the last run to the first: for a second process beside another")
     return parser.parse_args(argv)
 
 
@@ -186,14 +189,16 @@ def main():
     runs = {name: flags for name, flags in plan().items() if args.only in name}
     if not runs:
         raise InputError(f"--only {args.only}: no run of the plan has this in its name; see --list")
-    done = finished()
-    for name, flags in runs.items():
-        if args.list:
+    if args.list:
+        done = finished()
+        for name, flags in runs.items():
             print(f"{done[name]['loss']:.4f}" if name in done else "      ", name, "|", flags)
+        return
+
+    keep_memory()
+    for name, flags in reversed(runs.items()) if args.backwards else runs.items():
+        if name in finished():  # read again each time: another process may be at work
             continue
-        if name in done:
-            continue
-        keep_memory()
         row = one_run(name, flags)
         RESULTS.parent.mkdir(exist_ok=True)
         with open(RESULTS, "a", encoding="utf-8") as file:  # a line each, so a kill costs one run

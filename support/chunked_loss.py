@@ -108,8 +108,8 @@ class ChunkedLoss(torch.autograd.Function):
 
         # One piece of memory for the logits of all chunks: fresh memory would have to be cleared each time.
         logits = torch.empty(2, min(chunk_size, len(targets)), V, dtype=dtype, device=device)
-        # On a CPU work goes over so few rows of logits (4 MB), and of the head, at a time that they stay in the
-        # cache. A GPU wants few and large pieces of work instead.
+        # On a CPU work goes over so few rows of logits (4 MB), and of the head, at a time that they stay in
+        # the cache. A GPU wants few and large pieces of work instead.
         on_cpu = device.type == "cpu"
         few = max(1, 2**20 // V) if on_cpu else chunk_size
         head_rows = 4096 if on_cpu else V
@@ -130,8 +130,8 @@ class ChunkedLoss(torch.autograd.Function):
                 t_part = None if t is None else t[part]
                 sums += loss_and_gradient_(s[part], t_part, y[part], settings)
 
-            # By now s is d loss / d logits. Logits are x @ head.T, so the chain rule is two products; that for
-            # the head is summed in float32.
+            # By now s is d loss / d logits. Logits are x @ head.T, so the chain rule is two products; that
+            # for the head is summed in float32.
             grad_hidden[rows] = (s @ student_weight).to(grad_hidden.dtype)  # (n, C_s)
             pieces = zip(grad_head.split(head_rows), s.split(head_rows, dim=1), strict=True)
             for total, columns in pieces:
