@@ -75,8 +75,9 @@ def make_parser(doc):
     parser = new_parser(doc)
     add = parser.add_argument
     add("--version", action="version", version=version())
-    add("--recipe", choices=RECIPES, help="a named set of defaults; without it `demo` if no model is named, "
-        "otherwise `plain`. A flag wins over the recipe")
+    add("--recipe", choices=RECIPES, metavar="NAME",
+        help=f"a named set of defaults: {', '.join(RECIPES)}; without it `demo` if no model is named, "
+             "otherwise `plain`. A flag wins over the recipe")
     add_model_flags(parser.add_argument_group("model"))
     add_data_flags(parser.add_argument_group("data"))
     add_loss_flags(parser.add_argument_group("loss"))
