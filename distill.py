@@ -1,6 +1,6 @@
 """Distil a GPT: a small student learns from a teacher's whole next-token distribution, not from text alone.
 
-    python distill.py                                           the demo, offline
+    python distill.py                                           the demo
     python distill.py --teacher gpt2 --student-layers 6         with GPT-2
     torchrun --nproc_per_node=8 distill.py --recipe distilgpt2  on 8 GPUs
 
