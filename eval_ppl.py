@@ -1,9 +1,9 @@
 """Perplexity that says which one it is: per token, per word, per byte, by the protocols of published numbers.
 
-    python eval_ppl.py demo/teacher out                   offline, held-out code
-    python eval_ppl.py gpt2 distilgpt2                    WikiText, as the guide
-    python eval_ppl.py gpt2 distilgpt2 --protocol pages   ... as the harness
-    python eval_ppl.py gpt2 distilgpt2 --data lambada     LAMBADA, as the harness
+    python eval_ppl.py demo/teacher out                  offline, held-out code
+    python eval_ppl.py gpt2 distilgpt2                   WikiText, as the guide
+    python eval_ppl.py gpt2 distilgpt2 --protocol pages  ... as the harness
+    python eval_ppl.py gpt2 distilgpt2 --data lambada    LAMBADA, likewise
 
 A protocol says how a text is cut into windows, which of their tokens are scored, and by how many words and
 bytes the loss is divided. Nothing else differs between them, and published figures differ by a factor of two.

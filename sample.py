@@ -2,7 +2,7 @@
 
     python sample.py                             the student in out/
     python sample.py --compare demo/teacher      ... and its teacher
-    python sample.py --model gpt2 --compare distilgpt2 --prompt "A horse" --num 3
+    python sample.py --model gpt2 --compare distilgpt2 --prompt "A fox" --num 3
 
 Read in this order:
   draw            logits -> the next token: temperature, top-k, top-p

@@ -1,6 +1,6 @@
 """Where a teacher pays: a plan of runs of the demo, one after the other, and what came of them.
 
-    python -m extras.atlas                  every run that is not finished yet; stop and start as you like
+    python -m extras.atlas                  what is not finished yet; stop when you like
     python -m extras.atlas --only control   those whose name contains "control"
     python -m extras.atlas --list           what there is, and what is done
 

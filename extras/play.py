@@ -1,8 +1,8 @@
 """A page to play with: what the teacher knows and the student does not, token by token.
 
-    python -m extras.play                     the student in out/, its teacher, its control
-    python -m extras.play out-2               another student; its args.json names the teacher
-    python -m extras.play gpt2 distilgpt2     teacher, student, perhaps a control, by name
+    python -m extras.play                    the student in out/, its teacher, its control
+    python -m extras.play out-2              another student, and its teacher
+    python -m extras.play gpt2 distilgpt2    teacher, student, by name
 
 Read in this order:
   Classroom          the models, and the three things that the page asks of them: score, position, write

@@ -16,9 +16,10 @@ from fakehub import FakeHub  # noqa: E402
 
 REPO = Path(__file__).parent.parent
 README = (REPO / "README.md").read_text(encoding="utf-8")
+PAGES = README + (REPO / "docs" / "published-runs.md").read_text(encoding="utf-8")  # with commands to run
 BLOCKS = [[line.split("  #")[0].strip() for line in block.splitlines()
            if line.startswith(("python ", "torchrun ", "lm_eval ", "hf "))]
-          for block in re.findall(r"^```\w*\n(.*?)^```", README, re.S | re.M)]
+          for block in re.findall(r"^```\w*\n(.*?)^```", PAGES, re.S | re.M)]
 
 
 def pytest_configure(config):

@@ -117,12 +117,29 @@ def command(argv, world, folder):
     return done
 
 
-SHORTER = {"distill": SMALL, "data": ["--max-tokens", "5000", "--workers", "1"], "plot": [],
-           "eval_ppl": ["--limit", "3", "--context", "32", "--device", "cpu"],
-           "sample": ["--tokens", "4", "--device", "cpu"]}
+SHORTER = {
+    "distill.py": SMALL,
+    "data.py": ["--max-tokens", "5000", "--workers", "1"],
+    "eval_ppl.py": ["--limit", "3", "--context", "32", "--device", "cpu"],
+    "sample.py": ["--tokens", "4", "--device", "cpu"],
+    "extras.plot": [],
+}
+ELSEWHERE = ("pip install", "pytest", "lm_eval", "hf upload", "extras.atlas", "extras.bench", "extras.play")
 
 
-RUNNABLE = [block for block in BLOCKS if block and ".py" in block[0] and "pip install" not in block[0]]
+def short(line):
+    """A line of the README as arguments of this Python, with flags that make it short: (script, argv)."""
+    form = r"(torchrun .*?|python )(?:-m )?(extras\.\w+|\w+\.py)(.*)"
+    launcher, script, flags = re.match(form, line).groups()
+    argv = [sys.executable]
+    if "torchrun" in launcher:
+        argv += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    argv += ["-m", script] if script.startswith("extras") else [str(ROOT / script)]
+    return script, [*argv, *shlex.split(flags), *SHORTER[script]]
+
+
+RUNNABLE = [runnable for block in BLOCKS
+            if (runnable := [line for line in block if not any(word in line for word in ELSEWHERE)])]
 
 
 @pytest.mark.parametrize("block", RUNNABLE, ids=lambda block: block[0][:60])
@@ -133,21 +150,14 @@ def test_commands_of_the_readme(world, workplace, block, tmp_path):
     for line in block:
         if "--nnodes=2" in line:
             continue  # takes a second machine; here it would be the command before it once more
-        if "corpora/" in line:  # the name ends in the tokenizer's fingerprint
-            corpus, = (folder / "corpora").glob("my-texts-????????")
-            line = re.sub(r"corpora/\S+", str(corpus), line)
-        launcher, script, flags = re.match(r"(.*?)(\w+)\.py(.*)", line).groups()
-        argv = [sys.executable]
-        if "torchrun" in launcher:
-            argv += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        argv += [str(ROOT / f"{script}.py"), *shlex.split(flags), *SHORTER[script]]
-        if script == "distill" and "--resume" in argv:
+        script, argv = short(line)
+        if script == "distill.py" and "--resume" in argv:
             before = [part for part in argv if part != "--resume"]
             command([*before, "--save-interval", "1", "--overwrite", "--no-control"], world, folder)
-        elif script == "distill":
+        elif script == "distill.py":
             argv.append("--overwrite")
         command(argv, world, folder)
-        if script == "distill":
+        if script == "distill.py":
             out = argv[len(argv) - argv[::-1].index("--out")] if "--out" in argv else "out"
             opens_in_transformers(folder / out)
 

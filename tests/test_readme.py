@@ -1,30 +1,26 @@
-"""The README tells the truth: its line counts, its commands, its recipes."""
+"""The README tells the truth: its commands, its names, its files, its recipes, its arithmetic."""
+import math
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import BLOCKS, README
 
-import bench
 import data
 import distill
 import eval_ppl
-import plot
-import run
 import sample
+from extras import atlas, bench, play, plot
+from support import options
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = [command for block in BLOCKS for command in block]
-PARSERS = {script.__name__: script.parse_args for script in (bench, data, distill, eval_ppl, plot, sample)}
-OURS = [command for command in COMMANDS if re.search(rf"\b({'|'.join(PARSERS)})\.py", command)]
-
-
-def test_line_counts():
-    counts = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M)
-    assert {name for name, _ in counts} == {path.name for path in ROOT.glob("*.py")}
-    for name, lines in counts:
-        assert int(lines) == len((ROOT / name).read_text(encoding="utf-8").splitlines()), name
+PARSERS = {f"{script.__name__}.py": script.parse_args for script in (data, distill, eval_ppl, sample)}
+PARSERS |= {f"-m {script.__name__}": script.parse_args for script in (atlas, bench, play, plot)}
+OURS = [command for command in COMMANDS if any(script in command for script in PARSERS)]
 
 
 def test_the_two_commands_stand_there_and_ci_runs_them():
@@ -35,54 +31,95 @@ def test_the_two_commands_stand_there_and_ci_runs_them():
 @pytest.mark.parametrize("command", OURS)
 def test_commands_parse(command):
     """Every flag and choice in the README exists."""
-    script, *argv = re.split(r"(\w+)\.py", command)[1:]
-    args = PARSERS[script](shlex.split("".join(argv)))
-    if script == "distill":
-        run.check(args)
+    script = next(script for script in PARSERS if script in command)
+    args = PARSERS[script](shlex.split(command.partition(script)[2]))
+    if script == "distill.py":
+        options.check(args)
 
 
 @pytest.mark.parametrize("script", PARSERS)
-def test_every_flag_is_explained(script, capsys):
-    """--help says something of each flag, beyond its name and its default."""
+def test_help_reads_well(script, capsys, monkeypatch):
+    """--help says something of each flag, beyond its name and its default, in 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
         PARSERS[script](["--help"])
-    entries = re.split(r"\n  (?=-|\w+ )", capsys.readouterr().out.partition("options:")[2])[1:]
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    entries = re.split(r"\n  (?=-)", printed)[1:]
     assert len(entries) > 2
     for entry in entries:
-        explanation = re.sub(r"\(default: .*?\)$", "", " ".join(entry.split()))
-        explanation = re.sub(r"^(-+[\w-]+( \{.*?\}| \[?[A-Z][A-Z_ .\[\]]*)?,? ?)+", "", explanation)
-        assert len(explanation.split()) >= 1 and not explanation.startswith("-"), entry
+        flags, _, explanation = entry.partition("  ")
+        explanation = re.sub(r"\(default: .*?\)", "", " ".join(explanation.split()))
+        assert len(explanation.split()) >= 2 or "--help" in flags or "--version" in flags, entry
+
+
+def test_flags_of_distill_come_in_groups(capsys):
+    with pytest.raises(SystemExit):
+        distill.parse_args(["--help"])
+    groups = re.findall(r"^([a-z ]+):$", capsys.readouterr().out, re.M)
+    wanted = ["model", "data", "loss", "optimisation", "precision and device", "running"]
+    assert [group for group in groups if group in wanted] == wanted
 
 
 def test_every_file_named_exists():
     names = re.findall(r"`((?:\w+/)*\w+\.(?:py|toml|txt|json))`", README)
-    for name in names + re.findall(r"\]\(((?:assets|demo|tests)/[^)]+)\)", README):
-        path = ROOT / name
-        assert path.exists() or path.name in ("tokenizer.json", "args.json"), path
+    names += re.findall(r"\]\(((?:assets|demo|docs|tests|support)/[^)#]+|\w+\.py)\)", README)
+    generated = ("tokenizer.json", "args.json", "vocab.json", "merges.txt", "config.json")
+    for name in names:
+        assert (ROOT / name).exists() or name in generated, name
 
 
 def test_what_the_lesson_points_to_exists():
+    """Names in the lesson are functions, classes or fields of the files that it reads."""
+    lesson = README[README.index("### 1. What the teacher"):README.index("### Exercises")]
     code = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("*.py"))
-    pointers = re.findall(r"^Look for: (.*?)\n\n", README, re.M | re.S)
-    assert len(pointers) == 4
-    for name in re.findall(r"`(\w+)`", " ".join(pointers)):
-        assert re.search(rf"^(def |class )?{name}\b[(:]|^{name} = ", code, re.M), name
+    names = set(re.findall(r"`([A-Za-z]\w+)`", lesson))
+    assert {"plain_loss", "train", "batch_at", "Block", "student_from"} <= names
+    for name in names:
+        assert re.search(rf"\b{name}\b", code), name
 
 
-def test_pictures_are_small():
+def test_the_worked_token():
+    """The three-token example of the lesson, as the reader would work it out."""
+    def softmax(logits, T):
+        e = [math.exp(x / T) for x in logits]
+        return [x / sum(e) for x in e]
+
+    teacher, student = (4, 2, 0), (2, 2, 1)
+    rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:5]]
+            for line in README.splitlines()
+            if line.startswith(("| teacher, p", "| student, q", "| gradient"))}
+    for column, T in ((1, 1), (2, 2)):
+        p, q = softmax(teacher, T), softmax(student, T)
+        gradient = [T * (b - a) for a, b in zip(p, q, strict=True)]
+        assert rows["teacher, p"][column] == ", ".join(f"{x:.3f}" for x in p)
+        assert rows["student, q"][column] == ", ".join(f"{x:.3f}" for x in q)
+        assert rows["gradient, T² · (q - p) / T"][column] == ", ".join(f"{x:+.3f}" for x in gradient)
+    p, q = softmax(teacher, 1), softmax(student, 1)
+    kl = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    assert f"{kl:.3f} at T = 1" in README and f"-log 0.422 = {-math.log(q[0]):.3f}" in README
+
+
+def test_pictures_are_small_and_all_shown():
     for path in (ROOT / "assets").iterdir():
         assert path.stat().st_size < 200_000, path
+        pages = [README, *(page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md"))]
+        assert any(path.name in page for page in pages), path
+
+
+def test_pages_of_docs_are_linked():
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"](docs/{page.name})" in README, page
 
 
 def test_recipes_are_all_named():
-    assert all(f"`{recipe}`" in README for recipe in distill.RECIPES if recipe != "plain")
+    pages = README + (ROOT / "docs" / "published-runs.md").read_text(encoding="utf-8")
+    assert all(f"`{recipe}`" in pages for recipe in distill.RECIPES if recipe != "plain")
 
 
 def test_nothing_heavy_is_imported_to_start():
     """`--help` must not wait for libraries that only some runs need."""
-    import subprocess
-    import sys
     code = "import sys, distill, sample; print([m for m in sys.modules if m in " \
-           "('datasets', 'transformers', 'pandas', 'tokenizers', 'lm_eval')])"
+           "('datasets', 'transformers', 'pandas', 'tokenizers', 'lm_eval', 'matplotlib')])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
