@@ -118,6 +118,7 @@ def test_a_full_disk_at_the_first_write_keeps_the_old_run(out, workshop, monkeyp
                 "args.json cannot be written (No space left on device)")
     assert content(out) == before
     assert call(monkeypatch, capsys, flags(workshop, out, overwrite=True, seed=1))[0] == 0
+    assert json.loads((out / "args.json").read_text())["seed"] == 1
 
 
 @pytest.mark.parametrize("name", ["args.json", "log.csv", "train_state.pt", "model.safetensors",
@@ -313,8 +314,9 @@ def test_what_resume_refuses_it_refuses_first(out, workshop, monkeypatch, capsys
     def too_late(*_):
         raise AssertionError("models were loaded before")
     monkeypatch.setattr(distill, "load_models", too_late)
-    for changes in ({"seed": 1}, {"lr": 2e-3}, {"student-layers": "0,2"}, {"steps": 5}, {"control-lr": 1}):
-        argv = flags(workshop, out, resume=True, control=True, **changes)
+    control = {"control": True, "control-lr": 1}
+    for changes in ({"seed": 1}, {"lr": 2e-3}, {"student-layers": "0,2"}, {"steps": 5}, control):
+        argv = flags(workshop, out, resume=True, **changes)
         refused(call(monkeypatch, capsys, argv), "with other settings")
 
 
