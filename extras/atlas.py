@@ -58,8 +58,11 @@ def plan():
         runs[f"tune student T {T}"] = f"{STUDENT} --lr 1e-3 --temperature {T}"
     for lr in ("5e-4", "7e-4", "1e-3"):
         runs[f"tune student batch 2 lr {lr}"] = f"{STUDENT} --lr {lr} --batch-size 2 --steps 1200"
-    for lr in ("2e-4", "3e-4", "4.5e-4"):
+    for lr in ("2e-4", "3e-4"):
         runs[f"tune control batch 2 lr {lr}"] = f"{CONTROL} --lr {lr} --batch-size 2 --steps 1200"
+    for lr in ("4.5e-4", "6e-4", "1e-3"):
+        runs[f"tune control batch 8 lr {lr}"] = f"{CONTROL} --lr {lr} --batch-size 8 --steps 300"
+    runs["tune student batch 8 lr 1.5e-3"] = f"{STUDENT} --lr 1.5e-3 --batch-size 8 --steps 300"
     runs["tune student beta2 0.99"] = f"{STUDENT} --lr 1e-3 --betas 0.9 0.99"
     runs["tune control beta2 0.99"] = f"{CONTROL} --lr 4.5e-4 --betas 0.9 0.99"
     runs["tune student half and half"] = f"{STUDENT} --lr 1e-3 --kd-weight 0.5 --clm-weight 0.5"
