@@ -39,6 +39,7 @@ from support.run import Run, mean_over_tokens
 from support.runtime import Ranks, autocast, keep_memory, pick_precision, stop_at_once
 from support.scoring import held_out_batches, validate
 from support.state import RunFolder, read_settings
+from support.tokenizer import shared_vocabulary
 
 __all__ = ["RECIPES", "distillation_loss", "lr_at", "main", "parse_args", "plain_loss", "train"]
 
@@ -336,10 +337,14 @@ def close(args, networks, corpus, tokenizer, ranks):
 
 def load_models(args, device):
     """(tokenizer, teacher or None, student), checked against each other and in the run's precision."""
-    tokenizer = load_tokenizer(args.student if args.teacher == "none" else args.teacher)
-    if args.student and load_tokenizer(args.student).fingerprint != tokenizer.fingerprint:
-        raise InputError(f"{args.student} and {args.teacher} have different tokenizers: their distributions "
-                         "cannot be compared token by token; choose a student of the teacher's family")
+    tokenizer = load_tokenizer(args.student or args.teacher)
+    if args.student and args.teacher != "none":
+        # Compared are the ids that both have: one of the two may know more special tokens, such as [PAD].
+        tokenizer.vocab_size = shared_vocabulary(load_tokenizer(args.teacher), tokenizer)
+        if not tokenizer.vocab_size:
+            raise InputError(f"{args.student} and {args.teacher} have different tokenizers: their "
+                             "distributions cannot be compared token by token; choose a student of the "
+                             "teacher's family")
 
     # The teacher's weights, which nobody updates, are held in the precision in which it computes; but one
     # that gives its layers away does so in float32, before it is rounded.

@@ -12,6 +12,7 @@ Shapes: B batch, L tokens of a sequence, C width, H heads, D = C / H width of a 
 R the part of D that is rotated.
 References: GPT-2 (Radford et al. 2019), GPT-NeoX-20B (Black et al. 2022, arXiv 2204.06745).
 """
+import contextlib
 import json
 import math
 import re
@@ -304,7 +305,6 @@ class GPT(nn.Module):
                    for ours, theirs in self.checkpoint_names().items()}
         with replaced(Path(folder, "model.safetensors")) as file:
             save_file(tensors, file, {"format": "pt"})
-            file.chmod(0o644)  # safetensors makes it readable for its owner alone
 
         eos = self.config.eos
         bos = (eos or [None])[0] if isinstance(eos, list) else eos  # GPTs begin a text with what ends one
@@ -414,7 +414,7 @@ FIELDS = {
     "vocab_size": Field("vocab_size", "vocab_size", int, 1, 10**7),
     "context": Field("n_positions", "max_position_embeddings", int, 1, 10**7),
     "width": Field("n_embd", "hidden_size", int, 1, 10**5),
-    "n_layer": Field("n_layer", "num_hidden_layers", int, 1, 1000),
+    "n_layer": Field("n_layer", "num_hidden_layers", int, 1, 500),
     "n_head": Field("n_head", "num_attention_heads", int, 1, 10**4),
     "mlp_width": Field("n_inner", "intermediate_size", int, 1, 10**6),
     "activation": Field("activation_function", "hidden_act", str),
@@ -468,9 +468,16 @@ def build(name_or_dir):
     """A model of the shape that config.json describes, with fresh weights."""
     path = fetch(name_or_dir, "config.json")
     architecture, config = read_config(path)
-    try:
+    with memory_for(path):
         return architecture(config)
-    except RuntimeError as error:  # more weights than memory
+
+
+@contextlib.contextmanager
+def memory_for(path):
+    """Where PyTorch finds no memory for what a file describes, an InputError that names the file."""
+    try:
+        yield
+    except RuntimeError as error:
         raise InputError(f"{path}: no memory for such a model ({str(error).splitlines()[0]})") from error
 
 
@@ -500,7 +507,8 @@ def load(name_or_dir, device="cpu", dtype=torch.float32):
             if tensor.shape != shape or not tensor.is_floating_point():
                 found = f"{tensor.dtype} {[*tensor.shape]}"
                 raise InputError(f"{path}: {theirs} is {found}, not floats {[*shape]}")
-            ready = torch.empty(empty[name].shape, dtype=dtype, device=device)
+            with memory_for(path):
+                ready = torch.empty(empty[name].shape, dtype=dtype, device=device)
             ready.copy_(model.from_disk(name, tensor))
             check_finite(f"{path}: {theirs}", ready)
 

@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -337,6 +338,24 @@ def test_warm_start_from_another_architecture_width_and_padding(workshop, tmp_pa
     assert (after["head.weight"][4096:] == before["head.weight"][4096:]).all()  # padding gets no gradient
 
 
+def test_one_more_special_token(workshop, tmp_path, monkeypatch, capsys):
+    """A student whose tokenizer also knows [PAD] is compared over the tokens that its teacher has."""
+    from transformers import AutoTokenizer
+    student = tmp_path / "padded"
+    shutil.copytree(workshop / "small", student)
+    spec = json.loads((student / "tokenizer.json").read_text(encoding="utf-8"))
+    spec["added_tokens"].append({**spec["added_tokens"][0], "id": 4096, "content": "[PAD]"})
+    (student / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+
+    argv = flags(workshop, tmp_path / "out", student=student, **{"student-layers": None})
+    code, _, error = call(monkeypatch, capsys, argv)
+    assert code == 0, error
+    assert float(log_rows(tmp_path / "out")[0]["kl"]) > 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("[PAD]")["input_ids"] == [4096]
+    before, after = load(student).state_dict(), weights(tmp_path / "out")
+    assert (after["head.weight"][4096:] == before["head.weight"][4096:]).all()
+
+
 @pytest.mark.parametrize("precision, dtype", [("bf16", torch.float32), ("bf16-pure", torch.bfloat16)])
 def test_precisions(workshop, tmp_path, monkeypatch, capsys, precision, dtype):
     code, printed, _ = call(monkeypatch, capsys, flags(workshop, tmp_path / "out", precision=precision))
@@ -527,7 +546,6 @@ BAD = {
 @pytest.fixture(scope="module")
 def strangers(workshop):
     """Models that do not fit."""
-    import shutil
     for name in ("stranger", "short", "cut"):
         shutil.copytree(workshop / "teacher", workshop / name)
     spec = json.loads(TOKENIZER.read_text())
