@@ -3,11 +3,13 @@
     python -m extras.atlas                  what is not finished yet; stop when you like
     python -m extras.atlas --only control   those whose name contains "control"
     python -m extras.atlas --list           what there is, and what is done
+    python -m extras.atlas --draw           the pictures of docs/atlas.md, and its table
 
 Read in this order:
   plan       the runs, as data: a name, and the flags that make it differ from BASE
   one_run    distill.py's own functions, and a row of figures
   main       skips what docs/atlas.jsonl has, adds to it what it makes
+  arms, draw_budgets, draw_divergences   rows -> the table and the pictures
 
 Each run is `python distill.py` with the flags that its row names. Losses are on the modules that the demo
 holds out (131,733 tokens), in nats per token. Seconds are of training alone, and mean something only where
@@ -26,10 +28,11 @@ from pathlib import Path
 import torch
 
 import distill
+from extras.plot import BLUE, GREEN, ORANGE, PURPLE, new_figure, save
 from sample import draw
 from support import options
 from support.card import formula
-from support.cli import InputError, new_parser, pick_device, run_cli
+from support.cli import InputError, format_table, new_parser, pick_device, run_cli
 from support.runtime import Ranks, autocast, keep_memory
 from support.scoring import validate
 
@@ -60,44 +63,40 @@ def plan():
         runs[f"tune student batch 2 lr {lr}"] = f"{STUDENT} --lr {lr} --batch-size 2 --steps 1200"
     for lr in ("2e-4", "3e-4"):
         runs[f"tune control batch 2 lr {lr}"] = f"{CONTROL} --lr {lr} --batch-size 2 --steps 1200"
-    for lr in ("4.5e-4", "6e-4", "1e-3"):
+    for lr in ("6e-4", "1e-3"):
         runs[f"tune control batch 8 lr {lr}"] = f"{CONTROL} --lr {lr} --batch-size 8 --steps 300"
-    runs["tune student batch 8 lr 1.5e-3"] = f"{STUDENT} --lr 1.5e-3 --batch-size 8 --steps 300"
-    runs["tune student beta2 0.99"] = f"{STUDENT} --lr 1e-3 --betas 0.9 0.99"
-    runs["tune control beta2 0.99"] = f"{CONTROL} --lr 4.5e-4 --betas 0.9 0.99"
     runs["tune student half and half"] = f"{STUDENT} --lr 1e-3 --kd-weight 0.5 --clm-weight 0.5"
     runs["tune student nine to one"] = f"{STUDENT} --lr 1e-3 --kd-weight 0.9 --clm-weight 0.1"
-
     runs["tune student cosine of hidden states"] = f"{STUDENT} --lr 1e-3 --cos-weight 1"
-    runs["tune student linear schedule"] = f"{STUDENT} --lr 1e-3 --schedule linear"
+    runs["tune student beta2 0.99"] = f"{STUDENT} --lr 1e-3 --betas 0.9 0.99"
     runs["tune student layers 0,3,5"] = f"{STUDENT} --lr 1e-3 --student-layers 0,3,5"
-    runs["tune student layers 0,4,5"] = f"{STUDENT} --lr 1e-3 --student-layers 0,4,5"
 
     # The map, with the rates that tuning found best. What the page concludes from has three seeds.
-    for steps in BUDGETS:
-        for seed in (0, 1, 2) if steps <= 1200 else (0,):
-            runs[f"student {steps} steps, seed {seed}"] = f"{BEST_STUDENT} --steps {steps} --seed {seed}"
-            runs[f"control {steps} steps, seed {seed}"] = f"{BEST_CONTROL} --steps {steps} --seed {seed}"
+    for seed in (0, 1, 2):
+        runs[f"student 600 steps, seed {seed}"] = f"{BEST_STUDENT} --seed {seed}"
+        runs[f"control 600 steps, seed {seed}"] = f"{BEST_CONTROL} --seed {seed}"
     for seed in (0, 1, 2):
         for divergence in ("reverse", "jsd"):
             runs[f"{divergence}, seed {seed}"] = f"{BEST_STUDENT} --divergence {divergence} --seed {seed}"
         both = "--kd-weight 0.5 --clm-weight 0.5"
         runs[f"half and half, seed {seed}"] = f"{BEST_STUDENT} {both} --seed {seed}"
-        runs[f"on-policy half, seed {seed}"] = f"{BEST_STUDENT} --on-policy 0.5 --seed {seed}"
+    for steps in BUDGETS:
+        runs[f"student {steps} steps, seed 0"] = f"{BEST_STUDENT} --steps {steps} --seed 0"
+        runs[f"control {steps} steps, seed 0"] = f"{BEST_CONTROL} --steps {steps} --seed 0"
+    runs["on-policy half, seed 0"] = f"{BEST_STUDENT} --on-policy 0.5 --seed 0"
     runs["random start, student"] = f"{BEST_STUDENT} --student-init random"
     runs["random start, control"] = f"{BEST_CONTROL} --student-init random"
-    runs["reverse, on-policy half, seed 0"] = f"{BEST_STUDENT} --divergence reverse --on-policy 0.5"
 
     # The README's exercises that are not above, seed 0.
-    for T in ("1", "4", "8"):
-        runs[f"T {T}"] = f"{BEST_STUDENT} --temperature {T}"
+    runs["T 8"] = f"{BEST_STUDENT} --temperature 8"
     runs["layers 0,3,4"] = f"{BEST_STUDENT} --student-layers 0,3,4"
     runs["reverse, T 1"] = f"{BEST_STUDENT} --divergence reverse --temperature 1"
 
-    # Which layers: all 20 ways to take 3 of 6, before training and after 100 steps.
+    # Which layers: all 20 ways to take 3 of 6, before training and after 100 steps, on fewer held-out tokens.
     for layers in combinations(range(6), 3):
         chosen = ",".join(map(str, layers))
-        runs[f"layers {chosen}, 100 steps"] = f"{BEST_STUDENT} --student-layers {chosen} --steps 100"
+        short = "--steps 100 --eval-tokens 20000"
+        runs[f"layers {chosen}, 100 steps"] = f"{BEST_STUDENT} --student-layers {chosen} {short}"
     return runs
 
 
@@ -117,7 +116,7 @@ def one_run(name, flags):
             return {"loss": row["loss"], "teacher_loss": bar["loss"], "kl": row["KL to teacher"],
                     "same_top_1": row["same top-1"]}
 
-        before = score()["loss"]
+        before = score()["loss"] if args.steps <= 100 else None  # it takes longer than a short run
         started = time.perf_counter()
         teaches = teacher if args.kd_weight or args.cos_weight else None
         distill.train(args, student, teaches, corpus, tokenizer.vocab_size, ranks)
@@ -177,11 +176,90 @@ def finished():
     return {row["name"]: row for row in rows}
 
 
+# ------------------------------------------------------------------------------------ what came of it
+# Seconds of a step on a quiet machine, two threads (docs/speed.md): the runs of the plan had company.
+STEP_SECONDS = {"student": 0.125, "control": 0.077}
+DIVERGENCES = {  # arm: its name in the picture
+    "student 600 steps": "forward",
+    "reverse": "reverse",
+    "jsd": "jsd",
+    "on-policy half": "forward,\non-policy",
+}
+MEASURES = {  # column of a row: its name in the picture
+    "loss": "held-out loss",
+    "kl": "KL(teacher || student)",
+    "reverse_kl": "KL(student || teacher)",
+    "teacher_nll_of_samples": "teacher's loss on\nthe student's texts",
+    "distinct_3": "different 3-grams\nin these texts",
+}
+
+
+def arms(rows):
+    """{"reverse, seed 0": row, ...} -> {"reverse": [its rows, by seed]}; a name without a seed stays."""
+    found = {}
+    for name, row in rows.items():
+        found.setdefault(name.partition(", seed ")[0], []).append(row)
+    return found
+
+
+def table(rows):
+    """Every arm: mean and range of its losses, KL and agreement, over its seeds."""
+    lines = []
+    for arm, of in arms(rows).items():
+        losses = [row["loss"] for row in of]
+        spread = f"{min(losses):.3f} to {max(losses):.3f}" if len(of) > 1 else ""
+        lines.append({"arm": arm, "seeds": len(of), "loss": f"{sum(losses) / len(of):.4f}", "range": spread,
+                      "KL": f"{sum(row['kl'] for row in of) / len(of):.4f}",
+                      "same top-1": f"{sum(row['same_top_1'] for row in of) / len(of):.3f}",
+                      "flags": f"`{of[0]['flags']}`"})
+    return format_table(lines)
+
+
+def draw_budgets(rows):
+    """Held-out loss over seconds of training, student and control, each budget a run of its own."""
+    figure = new_figure()
+    axes = figure.subplots()
+    for who, colour in (("student", BLUE), ("control", PURPLE)):
+        points = {steps: arms(rows).get(f"{who} {steps} steps", []) for steps in BUDGETS}
+        points = {steps: of for steps, of in points.items() if of}
+        seconds = [steps * STEP_SECONDS[who] for steps in points]
+        means = [sum(row["loss"] for row in of) / len(of) for of in points.values()]
+        axes.plot(seconds, means, "o-", color=colour, label=who)
+        for x, y, steps in zip(seconds, means, points, strict=True):
+            axes.annotate(f"{steps}", (x, y), (0, 7), textcoords="offset points", color=colour, fontsize=8)
+    teacher = next(iter(rows.values()))["teacher_loss"]
+    axes.axhline(teacher, color=ORANGE, linewidth=1.2, label="teacher")
+    axes.set(xscale="log", xlabel="seconds of training on two CPU cores (steps beside the points)",
+             ylabel="held-out loss, nats per token")
+    axes.xaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}")
+    axes.legend(frameon=False, labelcolor="linecolor")
+    axes.grid()
+    return figure
+
+
+def draw_divergences(rows):
+    """What each divergence is good for: five measures, a point for each seed."""
+    figure = new_figure(height=3.2)
+    panels = figure.subplots(1, len(MEASURES))
+    for axes, (column, title) in zip(panels, MEASURES.items(), strict=True):
+        for x, arm in enumerate(DIVERGENCES):
+            values = [row[column] for row in arms(rows).get(arm, []) if column in row]
+            axes.plot([x] * len(values), values, "o", color=(BLUE, ORANGE, GREEN, PURPLE)[x], alpha=0.8)
+        axes.set_title(title, fontsize=8)
+        axes.set_xticks(range(len(DIVERGENCES)), DIVERGENCES.values(), rotation=60, fontsize=8)
+        axes.margins(x=0.15)
+        axes.grid(axis="y")
+        axes.tick_params(axis="y", labelsize=8)
+    return figure
+
+
 def parse_args(argv=None):
     parser = new_parser(__doc__)
     parser.add_argument("--only", default="", metavar="TEXT", help="only runs with this in their name")
     parser.add_argument("--list", action="store_true",
                         help="show all runs, and what those that are done came to")
+    parser.add_argument("--draw", action="store_true",
+                        help="write the pictures into assets/, print the table")
     parser.add_argument("--backwards", action="store_true",
                         help="from the last run to the first: for a second process beside another")
     return parser.parse_args(argv)
@@ -196,6 +274,13 @@ def main():
         done = finished()
         for name, flags in runs.items():
             print(f"{done[name]['loss']:.4f}" if name in done else "      ", name, "|", flags)
+        return
+
+    if args.draw:
+        rows = finished()
+        save(draw_budgets(rows), ROOT / "assets" / "atlas-budgets.png")
+        save(draw_divergences(rows), ROOT / "assets" / "atlas-divergences.png")
+        print(table(rows))
         return
 
     keep_memory()
