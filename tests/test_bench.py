@@ -139,8 +139,9 @@ def test_bad_flags_are_one_line(monkeypatch, capsys, argv, message):
     monkeypatch.setattr(sys, "argv", ["bench", *argv])
     with pytest.raises(SystemExit) as end:
         run_cli(bench.main)
-    error = capsys.readouterr().err
+    out, error = capsys.readouterr()
     assert end.value.code == 2 and message in error and error.count("\n") == 1
+    assert out == "", "refused before anything is measured"
 
 
 def test_a_process_that_fails_is_one_line(folder):

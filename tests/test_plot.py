@@ -1,8 +1,8 @@
-"""plot.py: the lines hold what the log holds, the probabilities are the models', bad input is one line."""
-import argparse
+"""extras/plot.py: lines hold what the log holds, probabilities are the models', bad input is one line."""
 import csv
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,27 +12,33 @@ import pytest
 import torch
 
 import distill
-import model as models
-import plot
-from data import load_tokenizer, run_cli
-from model import GPT2
-from run import Log, Ranks
+from extras import plot
+from model import GPT2, load, student_from
+from support.card import write_card
+from support.chunked_loss import Losses
+from support.cli import format_table, run_cli
+from support.log import COLUMNS, shown
+from support.runtime import Ranks
+from support.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PROMPT = "    def add_argument(self,"
 
 
 # ------------------------------------------------------------------------------------ a run to draw
-def write_log(folder, steps, first=0, teacher=True):
-    """Rows first + 1 to `steps`, by run.Log itself, which keeps the rows up to `first`."""
-    folder.mkdir(exist_ok=True)
-    args = argparse.Namespace(out=folder, steps=steps, kd_weight=0.5)
-    with Log(args, first, Ranks("cpu")) as log:
-        for step in range(first + 1, steps + 1):
-            clm, kl, bar = 4 / math.sqrt(step) + step % 3, 1 / step, 1.5 + step % 5
-            kl, bar = (kl, bar) if teacher else (0.0, 0.0)
-            log.write(step, distill.Losses(2 * kl + clm / 2, kl, clm, 0.0, bar),
-                      lr=1e-3, grad_norm=1.0, tokens=256, tokens_per_second=1000)
+def write_log(folder, steps, teacher=True, kd_weight=0.5, clm_weight=0.5, T=2, easier=0.0):
+    """log.csv as a run would write it, of losses that are made up."""
+    folder.mkdir(exist_ok=True, parents=True)
+    with open(folder / "log.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for step in range(1, steps + 1):
+            clm = 4 / math.sqrt(step) + step % 3 - easier
+            kl = 1 / step if teacher else 0.0
+            losses = Losses(kd_weight * T**2 * kl + clm_weight * clm, kl, clm, 0.0, 1.5 + step % 5, 256)
+            if not teacher:
+                losses = losses._replace(teacher_clm=0.0)
+            writer.writerow(map(shown, (step, *losses[:5], 1e-3, 1.0, 256, 1024)))
 
 
 @pytest.fixture
@@ -46,8 +52,9 @@ def finished(tmp_path_factory, tokenizers_dir):
     """A teacher with a padded vocabulary, and a run of distill.py with two of its layers."""
     root, tokenizer = tmp_path_factory.mktemp("plot"), load_tokenizer(tokenizers_dir / "gpt2")
     torch.manual_seed(0)
-    teacher = GPT2(GPT2.config(vocab_size=tokenizer.vocab_size + 40, context=32, width=32, n_layer=4,
-                              n_head=2, eos=tokenizer.eot))
+    config = GPT2.config(vocab_size=tokenizer.vocab_size + 40, context=32, width=32, n_layer=4, n_head=2,
+                         eos=tokenizer.eot)
+    teacher = GPT2(config)
     for parameter in teacher.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -68,8 +75,8 @@ def settings(*flags):
 
 
 def main(monkeypatch, capsys, *argv):
-    """Exit code and stderr of plot.py."""
-    monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, argv)])
+    """Exit code and stderr of python -m extras.plot."""
+    monkeypatch.setattr(sys, "argv", ["plot", *map(str, argv)])
     capsys.readouterr()
     try:
         run_cli(plot.main)
@@ -126,14 +133,27 @@ def test_running_mean(n):
 
 def test_text_alone_has_no_teacher_to_draw(folder):
     write_log(folder, 60, teacher=False)
-    assert {*lines(plot.draw_loss(folder))} == {"student's loss", "student's CLM"}
+    assert {*lines(plot.draw_loss(folder))} == {"student's CLM"}
 
 
-def test_resumed_log(folder):
-    """Killed after step 60, resumed from the state saved after step 40: each step is drawn once."""
-    write_log(folder, 90, first=40)
-    (steps, _), _ = lines(plot.draw_loss(folder))["student's CLM"]
-    assert [*steps] == [*range(1, 91)]
+@pytest.mark.parametrize("weights, drawn", [
+    ({"kd_weight": 1.0, "clm_weight": 0.0}, False), ({"kd_weight": 0.3, "clm_weight": 0.0, "T": 3}, False),
+    ({"kd_weight": 0.0, "clm_weight": 1.0}, False), ({"kd_weight": 0.5, "clm_weight": 0.5}, True),
+    ({"kd_weight": 1.0, "clm_weight": 0.01}, True)])
+def test_a_loss_that_is_another_line_times_a_number_is_left_out(folder, weights, drawn):
+    write_log(folder, 60, **weights)
+    assert ("student's loss" in lines(plot.draw_loss(folder))) == drawn
+    assert "student's KL\nto the teacher" in lines(plot.draw_loss(folder))
+
+
+@pytest.mark.parametrize("steps", [20, 90])
+def test_a_control_with_another_number_of_steps(folder, steps):
+    write_log(folder / "control", steps, teacher=False)
+    axes = plot.draw_loss(folder)
+    (drawn, _), (mean_steps, _) = lines(axes)["control's CLM,\nwithout the teacher"]
+    assert [*drawn] == [*mean_steps] == [*range(1, steps + 1)]
+    assert axes.get_xlim() == (0, max(60, steps))
+    axes.figure.draw_without_rendering()
 
 
 def test_title_is_the_objective(folder):
@@ -144,11 +164,84 @@ def test_title_is_the_objective(folder):
         == "loss = 0.5 * 3² * KL(teacher || student, T = 3) + 0.5 * CLM"
 
 
+# ------------------------------------------------------------------------------------ several runs
+def finish(folder, *flags, loss=3.25):
+    """What else a finished run has: its settings, and a card with its table."""
+    args = settings("--teacher", "gpt2", "--student-layers", "0,3", "--out", folder, *flags)
+    (folder / "args.json").write_text(json.dumps(vars(args)))
+    rows = [{"model": name, "parameters": 1234567, "loss": found, "perplexity": 7.0, "KL to teacher": kl,
+             "same top-1": 0.5} for name, found, kl in (("teacher", 3.0, 0.0), ("student", loss, 0.125),
+                                                        ("control", 3.75, 0.625))]
+    write_card(args, Ranks("cpu"), format_table(rows))
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Two finished runs, and one that is going on."""
+    folders = [tmp_path / name for name in ("warm", "cold", "new")]
+    for folder, steps, easier in zip(folders, (60, 80, 20), (0, 0.5, 0.25), strict=True):
+        write_log(folder, steps, easier=easier)
+    finish(folders[0], "--steps", 60)
+    finish(folders[1], "--steps", 80, "--temperature", 4, "--seed", 3, "--workers", 7, loss=2.75)
+    return folders
+
+
+def test_runs_by_step_and_by_second(three):
+    by_step, by_second = plot.draw_runs(three)
+    for folder, steps in zip(three, (60, 80, 20), strict=True):
+        log = list(csv.DictReader((folder / "log.csv").open()))
+        means = plot.running_mean(np.array([float(row["clm"]) for row in log]))
+        left, right = (next(line for line in axes.lines if line.get_label() == str(folder))
+                       for axes in (by_step, by_second))
+        assert np.allclose(left.get_ydata(), means) and np.allclose(right.get_ydata(), means)
+        assert [*left.get_xdata()] == [*range(1, steps + 1)]
+        assert np.allclose(right.get_xdata(), np.arange(1, steps + 1) / 4), "256 of 1,024 tokens a second"
+        assert left.get_color() == right.get_color()
+    for axes, ends in ((by_step, (60, 80)), (by_second, (15, 20))):
+        diamonds = [(*line.get_xdata(), *line.get_ydata()) for line in axes.lines if line.get_marker() == "D"]
+        assert diamonds == [(ends[0], 3.25), (ends[1], 2.75)], "held-out losses of those that have one"
+    colours = {line.get_color() for line in by_step.lines if line.get_marker() != "D"}
+    assert len(colours) == 3
+    assert [text.get_text() for text in by_step.figure.legends[0].get_texts()] == [*map(str, three)]
+    by_step.figure.draw_without_rendering()
+
+
+def test_the_table_of_runs(three):
+    header, _, warm, cold, new = ([cell.strip() for cell in line.strip("|").split("|")]
+                                  for line in plot.compare(three).splitlines())
+    assert header == ["run", "seed", "temperature", "steps", "seconds", "last CLM", "last KL",
+                      "held-out loss", "held-out KL to teacher", "held-out same top-1"]
+    assert warm[1:5] == ["0", "2.0", "60", "15"] and warm[7:] == ["3.2500", "0.1250", "0.5000"]
+    assert cold[1:5] == ["3", "4.0", "80", "20"] and cold[7:] == ["2.7500", "0.1250", "0.5000"]
+    assert new[1:5] == ["-", "-", "20", "5"] and new[7:] == ["-", "-", "-"]
+
+    last = (78, 79, 80)  # the twentieth of 80 steps around the last one: two before it
+    clm = [4 / math.sqrt(i) + i % 3 - 0.5 for i in last]
+    assert float(cold[5]) == pytest.approx(np.mean(clm), abs=1e-4)
+    assert float(cold[6]) == pytest.approx(np.mean([1 / i for i in last]), abs=1e-4)
+
+
+def test_a_control_is_in_the_card_of_its_run(three):
+    write_log(three[0] / "control", 60, teacher=False)
+    row = plot.compare([three[0], three[0] / "control"]).splitlines()[-1]
+    last_kl, *held_out = re.split(r"[ |]+", row)[-5:-1]
+    assert last_kl == "-" and held_out == ["3.7500", "0.6250", "0.5000"]
+
+
+def test_several_runs_at_the_command_line(three, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["plot", *map(str, three)])
+    plot.main()
+    assert capsys.readouterr().out.startswith(f"{plot.compare(three)}\n\n{three[0] / 'runs.png'}")
+    assert (three[0] / "runs.png").read_bytes()[:4] == b"\x89PNG"
+    code, error = main(monkeypatch, capsys, *three, "--distribution")
+    assert code == 2 and "--distribution is of one run" in error
+
+
 # ------------------------------------------------------------------------------------ distribution.png
 def reference(name, ids, vocab_size, T):
     """softmax(logits / T) of the next token, by numpy."""
     with torch.no_grad():
-        z = models.load(name)(torch.tensor([ids]))[0, -1, :vocab_size].numpy().astype("float64") / T
+        z = load(name)(torch.tensor([ids]))[0, -1, :vocab_size].numpy().astype("float64") / T
     return np.exp(z - z.max()) / np.exp(z - z.max()).sum()
 
 
@@ -157,7 +250,7 @@ def test_probabilities_are_the_models(finished, tmp_path, prompt):
     tokens, panels = plot.distributions(finished / "out", prompt)
     tokenizer = load_tokenizer(finished / "out")
     ids, V = (tokenizer.encode(prompt) or [tokenizer.eot])[-32:], tokenizer.vocab_size  # 32 positions
-    before = models.student_from(models.load(finished / "teacher"), [0, 3])
+    before = student_from(load(finished / "teacher"), [0, 3])
     before.save(tmp_path)
     order = np.argsort(-reference(finished / "teacher", ids, V, 1))
     shown = [order[rank - 1] for rank in plot.RANKS if rank < V]
@@ -183,12 +276,15 @@ def test_the_picture_holds_the_probabilities(finished):
         points = {line.get_label(): line for line in axes.lines if line.get_label() in series}
         assert {name: [*line.get_xdata()] for name, line in points.items()} == series
         assert all([*line.get_ydata()] == [*range(len(tokens))] for line in points.values())
+        assert {line.get_linestyle() for line in points.values()} == {"None"}, "nothing between two tokens"
+        assert len(axes.lines) == len(points) + 1  # and the rule over the last row
     assert [label.get_text() for label in both[0].get_yticklabels()] == tokens
     assert both[0].get_ylim()[0] > both[0].get_ylim()[1]  # the likeliest on top
 
 
 @pytest.mark.parametrize("flags", [
-    ["--student-layers", "2"], ["--student-layers", "1"], ["--student-layers", "1,2,2"],
+    ["--student-layers", "2"], ["--student-layers", "1"], ["--student-layers", "3,"],
+    ["--student-layers", "1,2,2"],
     ["--student-layers", "2", "--student-init", "random", "--seed", "7"],
     ["--student", "teacher"], ["--student", "teacher", "--student-init", "random"]])
 def test_student_before_is_the_one_that_distill_started_from(finished, monkeypatch, flags):
@@ -258,27 +354,31 @@ def test_a_failed_picture_leaves_the_old_one(folder, monkeypatch, capsys):
     assert (folder / "loss.png").read_bytes() == b"the old picture"
 
 
-HEADER = ",".join(Log.COLUMNS) + "\n"
+HEADER = ",".join(COLUMNS) + "\n"
 ROW = "1,3.1,0.5,3,0,2.5,0.001,1,256,1000\n"
 
 
-@pytest.mark.parametrize("text, message", [
-    ("", "steps so far: 0; a line needs two"), (HEADER, "steps so far: 0"), (HEADER + ROW, "steps so far: 1"),
-    (HEADER + ROW + "2,3.1,0.5\n", "line 3 is damaged: '2,3.1,0.5'"),
-    (HEADER + ROW + "2" + ROW[1:-1] + ",9\n", "line 3 is damaged"),
-    (HEADER + ROW + "2,3.1,0.5,what,0,2.5,0.001,1,256,1000\n", "line 3 is damaged"),
-    (HEADER + ROW + "2,3.1,0.5,nan,0,2.5,0.001,1,256,1000\n", "line 3 is damaged"),
-    (HEADER + ROW + "\0\0\0\xff\n", "line 3 is damaged"),
-    (HEADER + ROW + "\n" + "2" + ROW[1:], "line 3 is damaged"),
-    (HEADER + ROW + ROW, "line 3 is damaged"),
-    ("a,b\n1,2\n2,3\n", "has no column clm: it is no log of distill.py")])
+@pytest.mark.parametrize("text", ["", HEADER, HEADER + ROW, HEADER + ROW + "2,3.1,0.5\n", HEADER + 3 * ROW,
+                                  HEADER + ROW + "2,3.1,0.5,nan,0,2.5,0.001,1,256,1000\n",
+                                  HEADER + ROW + "\0\0\0\xff\n", "a,b\n1,2\n2,3\n"])
 @pytest.mark.parametrize("whose", ["", "control"])
-def test_bad_logs(folder, monkeypatch, capsys, text, message, whose):
+def test_a_log_with_less_than_two_steps(folder, monkeypatch, capsys, text, whose):
     (folder / whose).mkdir(exist_ok=True)
     (folder / whose / "log.csv").write_text(text, encoding="latin-1")
     code, error = main(monkeypatch, capsys, folder)
     assert code == 2 and error.startswith("error: ") and error.count("\n") == 1
-    assert str(folder / whose / "log.csv") in error and message in error
+    assert f"{folder / whose / 'log.csv'}: steps so far: " in error and "a line needs two" in error
+
+
+def test_damaged_lines_are_left_out_and_counted(folder, monkeypatch, capsys):
+    """A run that is going on, or was killed, ends in half a row."""
+    with open(folder / "log.csv", "a") as file:
+        file.write("\0\0\n61,3.1,0.5,inf,0,2.5,0.001,1,256,1000\n62,3.1")
+    (steps, _), _ = lines(plot.draw_loss(folder))["student's CLM"]
+    assert [*steps] == [*range(1, 61)]
+    capsys.readouterr()
+    code, note = main(monkeypatch, capsys, folder)
+    assert code == 0 and note == f"note: {folder / 'log.csv'}: 3 of 64 lines left out, which hold no step\n"
 
 
 def test_bad_folders(tmp_path, folder, finished, monkeypatch, capsys):
@@ -294,7 +394,8 @@ def test_bad_folders(tmp_path, folder, finished, monkeypatch, capsys):
     assert "args.json: No such file" in refused(folder, "--distribution")
     assert "must end in .png" in refused(folder, "--save", tmp_path / "picture")
     assert "loss.png cannot be written" in refused(folder, "--save", folder / "log.csv" / "loss.png")
-    for text in ("{", "[]", "3", "{}"):
+    for text in ("{", "[]", "3", "{}", '{"recipe": "demo", "teacher": "gpt2", "kd_weight": 1}',
+                 json.dumps({**vars(settings()), "temperature": "2"})):
         (folder / "args.json").write_text(text)
         assert "args.json is damaged or not from distill.py" in refused(folder, "--distribution")
     args = vars(settings("--teacher", finished / "teacher", "--student-layers", "0,3"))
@@ -309,10 +410,11 @@ def test_without_matplotlib(folder, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for flags in ([], ["--distribution"]):
         assert main(monkeypatch, capsys, folder, *flags) == (
-            2, "error: plot.py needs matplotlib: python -m pip install -r requirements-dev.txt\n")
+            2, "error: pictures need matplotlib: python -m pip install -r requirements-dev.txt\n")
 
 
 def test_help_needs_no_matplotlib():
-    code = "import sys; sys.modules['matplotlib'] = None; import plot; plot.parse_args(['--help'])"
+    code = ("import sys; sys.modules['matplotlib'] = None\n"
+            "from extras import plot; plot.parse_args(['--help'])")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "--distribution" in done.stdout, done.stderr

@@ -1,0 +1,254 @@
+"""The README's pictures, each with the numbers that it shows.
+
+    python -m extras.figures              layers.png, token.png and gradient.png in assets/
+    python -m extras.figures --run out    also loss.png and distribution.png, of that run
+
+Read in this order:
+  draw_layers    which of the teacher's layers a student is made of
+  work_token     one prediction with three tokens, worked out: logits, softmax, KL, gradient
+  draw_gradient  why the loss has T²: the size of the gradient at T = 0.5 to 16, with it and without
+
+The third is measured, with the shipped teacher and the demo's student before its first step, on 1,024 tokens
+of held-out modules; the others are drawn from numbers that stand here.
+"""
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from distill import plain_loss
+from extras import plot
+from extras.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, new_figure
+from model import load, spread_layers, student_from
+from support.chunked_loss import LossSettings
+from support.cli import format_table, new_parser, run_cli, user_path
+from support.documents import stdlib_split
+from support.options import DEMO_TEACHER
+from support.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parent.parent
+
+
+# ------------------------------------------------------------------------------------ copied layers
+def draw_layers():
+    """Two Axes: the demo's teacher and student, and GPT-2 and DistilGPT2, as rows of layers."""
+    figure = new_figure(height=4)
+    both = figure.subplots(2, 1)
+    draw_copies(both[0], ("demo/teacher\n6 layers", "its student\n3 of them"), 6, 3)
+    draw_copies(both[1], ("GPT-2\n12 layers", "DistilGPT2\n6 of them"), 12, 6)
+    return both
+
+
+def draw_copies(axes, names, n_teacher, n_student):
+    """A teacher's layers above, the student's below, an arrow for each copy. Text flows to the right."""
+    layers = {"teacher": [*range(n_teacher)], "student": spread_layers(n_teacher, n_student)}
+    copied = {"embed", *layers["student"], "head"}
+
+    places = {}  # {role: {box: its x}}: layers a unit apart, around 0, between embedding and head
+    for (role, numbers), name, y, colour in zip(layers.items(), names, (1, 0), (BLUE, GREEN), strict=True):
+        left = -(len(numbers) - 1) / 2
+        boxes = {"embed": left - 1.3, **{i: left + j for j, i in enumerate(numbers)}, "head": -left + 1.3}
+        places[role] = boxes
+        axes.text(-9, y, name, va="center", color=colour)
+        for box, x in boxes.items():
+            draw_box(axes, x, y, box, colour if box in copied else GREY, filled=box in copied)
+        for (box, x), (following, end) in pairwise(boxes.items()):
+            start = x + (0.7 if box == "embed" else 0.4)  # words are wider than numbers
+            end -= 0.7 if following == "head" else 0.4
+            axes.plot([start, end], [y, y], color=GREY, linewidth=1, zorder=0)
+
+    for box in copied:
+        axes.annotate("", (places["student"][box], 0.17), (places["teacher"][box], 0.83), zorder=0,
+                      arrowprops={"arrowstyle": "-|>", "color": GREEN, "shrinkA": 0, "shrinkB": 0})
+    axes.set(xlim=(-9, 7.8), ylim=(-0.3, 1.3))
+    axes.axis("off")
+
+
+def draw_box(axes, x, y, text, colour, filled):
+    """A word in a frame: filled if it is copied, dotted if it is left out."""
+    face = colour if filled else "none"
+    box = {"boxstyle": "round,pad=0.45", "facecolor": face, "edgecolor": colour,
+           "linestyle": "-" if filled else ":"}
+    axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if filled else GREY, bbox=box)
+
+
+# ------------------------------------------------------------------------------------ one token, on paper
+TOKENS = ("str", "int", "the")
+TEACHER = torch.tensor([4.0, 2.0, 0.0])  # logits
+STUDENT = torch.tensor([2.0, 2.0, 1.0])
+
+
+def work_token(T):
+    """The loss of one prediction at temperature T: {"p", "q": (3,), "kl": a number, "gradient": of the KL for
+    the student's logits (3,)}."""
+    p = (TEACHER / T).softmax(-1)
+    q = (STUDENT / T).softmax(-1)
+    kl = (p * (p.log() - q.log())).sum().item()
+    return {"p": p, "q": q, "kl": kl, "gradient": (q - p) / T}
+
+
+def print_token():
+    """The same numbers as tables."""
+    print("\nteacher's logits t = (4, 2, 0), student's logits s = (2, 2, 1)\n"
+          "p = softmax(t / T), q = softmax(s / T), KL = sum of p * log(p / q)")
+    for T in (1, 2):
+        found = work_token(T)
+        rows = []
+        for i, token in enumerate(TOKENS):
+            p, q, gradient = (found[name][i].item() for name in ("p", "q", "gradient"))
+            rows.append({f"T = {T}": token, "p": f"{p:.3f}", "q": f"{q:.3f}",
+                         "p * log(p / q)": f"{p * math.log(p / q):+.3f}",
+                         "(q - p) / T": f"{gradient:+.3f}", "times T²": f"{T**2 * gradient:+.3f}"})
+        print(f"\n{format_table(rows)}\nKL = {found['kl']:.3f} nats, T² KL = {T**2 * found['kl']:.3f}")
+
+
+def draw_token():
+    """Four Axes: logits; both distributions at T = 1, at T = 2; the gradient with and without T²."""
+    one, two = work_token(1), work_token(2)
+    figure = new_figure(height=3.3)
+    four = figure.subplots(1, 4, width_ratios=(2.2, 2.2, 2.2, 4))
+    pair = {"teacher": BLUE, "student": GREEN}
+
+    draw_bars(four[0], "logits", pair, (TEACHER, STUDENT), "{:g}")
+    draw_bars(four[1], f"softmax, T = 1\nKL = {one['kl']:.3f}", pair, (one["p"], one["q"]), "{:.2f}")
+    draw_bars(four[2], f"softmax, T = 2\nKL = {two['kl']:.3f}\nT² KL = {4 * two['kl']:.3f}", pair,
+              (two["p"], two["q"]), "{:.2f}")
+    draw_bars(four[3], "gradient of the KL\nfor the student's logits",
+              {"T = 1": PURPLE, "T = 2, without T²": GREY, "T = 2, with T²": ORANGE},
+              (one["gradient"], two["gradient"], 4 * two["gradient"]), "{:+.2f}")
+
+    for axes in four[1:3]:
+        axes.set_ylim(0, 1)
+    look = {"frameon": False, "labelcolor": "linecolor", "handlelength": 1}
+    four[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, **look)  # of the first three
+    four[3].legend(loc="lower right", **look)
+    return four
+
+
+def draw_bars(axes, title, colours, series, form):
+    """Bars side by side for each token, with their numbers. `colours`: {name of a series: its colour}."""
+    width = 0.84 / len(series)
+    for i, ((name, colour), values) in enumerate(zip(colours.items(), series, strict=True)):
+        places = [x + (i - (len(series) - 1) / 2) * width for x in range(len(TOKENS))]
+        bars = axes.bar(places, values.tolist(), 0.92 * width, color=colour, label=name)
+        numbers = [form.format(value).replace("-", "\N{MINUS SIGN}") for value in values.tolist()]
+        axes.bar_label(bars, numbers, fontsize=6.5, color=GREY, padding=1)
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.set_title(title, fontsize=9)
+    axes.set_xticks(range(len(TOKENS)), TOKENS)
+    axes.set_yticks([])
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.tick_params(length=0)
+    axes.margins(x=0.01, y=0.1)
+
+
+# ------------------------------------------------------------------------------------ why T²
+TEMPERATURES = [2 ** (i / 4) for i in range(-4, 17)]  # 0.5 to 16
+
+
+def demo_logits(n_tokens=1024, length=256):
+    """Logits of the demo's teacher and first student, each (N, V), and the targets (N,), on held-out text."""
+    tokenizer = load_tokenizer(DEMO_TEACHER)
+    ids = []
+    for split, text in stdlib_split():  # the held-out modules come first
+        ids += [tokenizer.eot, *tokenizer.encode_array(text).tolist()]
+        if len(ids) > n_tokens or split != "val":
+            break
+    ids = torch.tensor(ids[:n_tokens + 1])
+
+    teacher = load(DEMO_TEACHER)
+    student = student_from(teacher, spread_layers(len(teacher.blocks), 3)).eval()
+    with torch.no_grad():
+        t, s = (network(ids[:-1].view(-1, length)).flatten(0, 1) for network in (teacher, student))
+    return t, s, ids[1:]
+
+
+def gradient_sizes():
+    """{"without T²", "with T²": a size for each of TEMPERATURES, "CLM": one number}.
+
+    A size is the length of the gradient for the student's logits of a token, on average over tokens.
+    """
+    t, s, targets = demo_logits()
+    s.requires_grad_()
+
+    def size(loss):
+        gradient, = torch.autograd.grad(loss, s, retain_graph=True)  # (N, V), a row for each token
+        return gradient.norm(dim=-1).mean().item()
+
+    sizes = {"without T²": [], "with T²": []}
+    for T in TEMPERATURES:
+        settings = LossSettings(temperature=T, kd_weight=1.0, clm_weight=0.0)
+        loss, kl, _ = plain_loss(s, t, targets, settings)  # T² * KL, and the KL
+        sizes["without T²"].append(size(kl))
+        sizes["with T²"].append(size(loss))
+    sizes["CLM"] = size(F.cross_entropy(s, targets, reduction="sum"))
+    return sizes
+
+
+def print_gradient(sizes):
+    """Some of the numbers, as a table."""
+    rows = []
+    for T in (0.5, 1, 2, 4, 8, 16):
+        i = TEMPERATURES.index(T)
+        rows.append({"T": f"{T:g}", "without T²": sizes["without T²"][i], "with T²": sizes["with T²"][i]})
+    print(f"\nsize of the gradient\n{format_table(rows)}\nof the CLM: {sizes['CLM']:.4f}\n")
+
+
+def draw_gradient(sizes):
+    """Axes: the size of the gradient over T, both axes logarithmic."""
+    axes = new_figure(height=3.8).subplots()
+    axes.plot(TEMPERATURES, sizes["without T²"], "s-", color=ORANGE, markersize=4)
+    axes.plot(TEMPERATURES, sizes["with T²"], "o-", color=BLUE, markersize=4)
+    axes.axhline(sizes["CLM"], color=GREEN, linestyle="--")
+
+    # A straight line with the slope of 1 / T², for the eye.
+    start = TEMPERATURES.index(4)
+    guide = [0.6 * sizes["without T²"][start] * (4 / T) ** 2 for T in TEMPERATURES[start:]]
+    axes.plot(TEMPERATURES[start:], guide, ":", color=GREY)
+    axes.annotate("1 / T²", (TEMPERATURES[-7], guide[-7]), (-8, -4), textcoords="offset points", ha="right",
+                  va="top")
+
+    for name, y, colour in (("gradient of\nT² KL", sizes["with T²"][-1], BLUE),
+                            ("gradient of\nthe KL alone", sizes["without T²"][-1], ORANGE),
+                            ("gradient of\nthe CLM", sizes["CLM"], GREEN)):
+        axes.annotate(name, (1, y), (6, 0), ("axes fraction", "data"), "offset points", color=colour,
+                      va="center")
+    ticks = [0.5, 1, 2, 4, 8, 16]
+    axes.set(xscale="log", yscale="log", xlabel="temperature T", xlim=(0.5, 16),
+             ylabel="size, on average over tokens")
+    axes.set_xticks(ticks, [f"{T:g}" for T in ticks])
+    axes.minorticks_off()
+    axes.grid()
+    return axes
+
+
+# ------------------------------------------------------------------------------------ the command
+def parse_args(argv=None):
+    parser = new_parser(__doc__, "python -m extras.figures [options]")
+    add = parser.add_argument_group("what is drawn").add_argument
+    add("--run", type=user_path, metavar="DIR",
+        help="also loss.png and distribution.png, of this run of distill.py; the README's are the demo's")
+    add = parser.add_argument_group("where to").add_argument
+    add("--folder", type=user_path, default=str(ROOT / "assets"), metavar="DIR", help="of the pictures")
+    return parser.parse_args(argv)
+
+
+def main():
+    args = parse_args()
+    folder = Path(args.folder)
+    plot.save(draw_layers()[0].figure, folder / "layers.png")
+    plot.save(draw_token()[0].figure, folder / "token.png")
+    print_token()
+    sizes = gradient_sizes()
+    print_gradient(sizes)
+    plot.save(draw_gradient(sizes).figure, folder / "gradient.png")
+    if args.run:
+        plot.save(plot.draw_loss(args.run).figure, folder / "loss.png")
+        distribution = plot.draw_distribution(args.run, plot.DEFAULT_PROMPT)
+        plot.save(distribution[0].figure, folder / "distribution.png")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,75 @@
+"""extras/figures.py: the README's pictures show what they say they show."""
+import sys
+
+import pytest
+import torch
+
+from extras import figures
+
+
+def test_one_token_on_paper():
+    """The numbers that the README works out by hand."""
+    one, two = figures.work_token(1), figures.work_token(2)
+    assert one["p"].tolist() == pytest.approx([0.867, 0.117, 0.016], abs=5e-4)
+    assert one["q"].tolist() == pytest.approx([0.422, 0.422, 0.155], abs=5e-4)
+    assert two["p"].tolist() == pytest.approx([0.665, 0.245, 0.090], abs=5e-4)
+    assert (one["kl"], two["kl"], 4 * two["kl"]) == pytest.approx((0.437, 0.171, 0.683), abs=1e-3)
+
+
+@pytest.mark.parametrize("T", [1, 2])
+def test_the_gradient_on_paper_is_autograds(T):
+    s = figures.STUDENT.clone().requires_grad_()
+    log_q = (s / T).log_softmax(-1)
+    p = (figures.TEACHER / T).softmax(-1)
+    (p * (p.log() - log_q)).sum().backward()
+    assert torch.allclose(figures.work_token(T)["gradient"], s.grad, atol=1e-6)
+
+
+def test_bars_hold_the_numbers():
+    found = figures.work_token(2)
+    logits, _, softened, gradient = figures.draw_token()
+
+    def heights(axes):
+        return [[bar.get_height() for bar in bars] for bars in axes.containers]
+
+    assert heights(logits) == [figures.TEACHER.tolist(), figures.STUDENT.tolist()]
+    assert heights(softened) == [found["p"].tolist(), found["q"].tolist()]
+    assert heights(gradient)[1:] == [found["gradient"].tolist(), (4 * found["gradient"]).tolist()]
+
+
+def test_copied_layers():
+    """An arrow for each of 0,2,5 and of 0,2,4,7,9,11, and for embedding and head."""
+    for axes, copied in zip(figures.draw_layers(), ("0 2 5", "0 2 4 7 9 11"), strict=True):
+        boxes = [text for text in axes.texts if text.get_bbox_patch()]
+        at = {(text.get_text(), text.get_position()[1]): text.get_position()[0] for text in boxes}
+        names = ["embed", *copied.split(), "head"]
+        assert [text.get_text() for text in boxes if text.get_position()[1] == 0] == names
+        arrows = {(round(arrow.xyann[0], 3), round(arrow.xy[0], 3)) for arrow in axes.texts
+                  if hasattr(arrow, "xyann") and arrow.arrow_patch}
+        assert arrows == {(round(at[name, 1], 3), round(at[name, 0], 3)) for name in names}
+
+
+def test_t_squared_is_why_the_gradient_stays(monkeypatch):
+    """On real positions: from T = 8 to 16 the gradient of the KL falls to a quarter, with T² it stays."""
+    monkeypatch.setattr(figures, "TEMPERATURES", [1, 8, 16])
+    sizes = figures.gradient_sizes()
+    plain, scaled = sizes["without T²"], sizes["with T²"]
+    assert scaled == pytest.approx([T**2 * size for T, size in zip((1, 8, 16), plain, strict=True)], rel=1e-3)
+    assert plain[2] / plain[1] == pytest.approx(1 / 4, rel=0.15)
+    assert 0.1 < plain[0] < sizes["CLM"] < 1.5  # of q - p and of q - onehot: lengths of at most sqrt(2)
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    """Every picture is small, and so transparent that it suits any page."""
+    import matplotlib.image
+    monkeypatch.setattr(figures, "demo_logits", lambda: (
+        torch.randn(8, 50), torch.randn(8, 50), torch.randint(50, (8,))))
+    monkeypatch.setattr(sys, "argv", ["figures", "--folder", str(tmp_path / "pictures")])
+    figures.main()
+    paths = sorted((tmp_path / "pictures").iterdir())
+    assert [path.name for path in paths] == ["gradient.png", "layers.png", "token.png"]
+    for path in paths:
+        assert path.stat().st_size < 100_000
+        assert matplotlib.image.imread(path)[0, 0, 3] == 0
+    out = capsys.readouterr().out
+    assert "KL = 0.437 nats" in out and "KL = 0.171 nats, T² KL = 0.683" in out
