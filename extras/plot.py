@@ -94,8 +94,10 @@ def curves_of(folder):
         curves.pop("loss", None)
 
     if Path(folder, "control", "log.csv").exists():
+        # Its steps can have more tokens: it stands where the student had read as many.
         control = read_columns(Path(folder, "control"))
-        curves["control"] = control["step"], control["clm"]
+        steps = np.cumsum(control["tokens"]) / log["tokens"].mean()
+        curves["control"] = steps, control["clm"]
     return curves
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from support.options import CONTROLS_TRIED, RECIPES, TUNED, control_of
+
 
 # ------------------------------------------------------------------------------------ what the table means
 def verdict(rows, args):
@@ -25,19 +27,27 @@ def verdict(rows, args):
                 "came from there, only a control tells: --control")
 
     control = losses["control"]
-    rate = f"at rate {args.control_lr or args.lr:g}"
     if student >= control:
-        return (f"The control ({rate}) did better than the student, by {student - control:.3f} nats:\n"
-                "text alone was worth more than this teacher.")
+        return (f"The control did better than the student, by {student - control:.3f} nats:\n"
+                f"text alone was worth more than this teacher.\n{effort(args)}")
     if control <= teacher:
-        return (f"The student beats the control ({rate}) by {control - student:.3f} nats;\n"
-                "but both beat the teacher, so there is no gap to close.")
+        return (f"The student beats the control by {control - student:.3f} nats;\n"
+                f"but both beat the teacher, so there is no gap to close.\n{effort(args)}")
 
     share = (control - student) / (control - teacher)
-    sentence = f"The student closes {share:.0%} of the gap between the control ({rate}) and the teacher."
-    if args.control_lr is None:
-        sentence += "\nThat is the student's rate; --control-lr gives the control one of its own."
-    return sentence
+    return f"The student closes {share:.0%} of the gap between control and teacher.\n{effort(args)}"
+
+
+def effort(args):
+    """How good a control it was: what it had, and how that was chosen."""
+    alone = control_of(args)
+    settings = f"The control had rate {alone.lr:g} and {alone.batch_size * alone.grad_accum} sequences a step"
+    demo = RECIPES["demo"]
+    if args.recipe == "demo" and all(getattr(args, name) == demo[name] for name in TUNED):
+        return f"{settings}, the best of {CONTROLS_TRIED} settings that were tried: docs/atlas.md"
+    if args.control_lr is None and args.control_batch_size is None:
+        return f"{settings}, the student's; --control-lr gives it a rate of its own."
+    return f"{settings}."
 
 
 def unknown_text(args, rows, corpus, decode):

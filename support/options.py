@@ -20,11 +20,12 @@ RECIPES = {
     # `--teacher gpt2 --student-layers 6` and nothing else: the defaults of the flags, 131M tokens.
     "plain": {},
 
-    # Offline, from what the repository ships. The control is the same run without the teacher.
+    # Offline, from what the repository ships. Rates and batches of student and control are the best of those
+    # tried for each; see docs/atlas.md.
     "demo": {
         "teacher": DEMO_TEACHER, "student_layers": "3", "data": "stdlib", "seq_len": 256,
-        "batch_size": 4, "grad_accum": 1, "steps": 600, "lr": 2e-3, "kd_weight": 1.0, "clm_weight": 0.0,
-        "control": True, "eval_tokens": 200_000},
+        "batch_size": 4, "grad_accum": 1, "steps": 600, "lr": 1e-3, "kd_weight": 1.0, "clm_weight": 0.0,
+        "control": True, "control_lr": 6e-4, "control_batch_size": 8, "eval_tokens": 200_000},
 
     # How the demo's teacher was made: the shape of demo/teacher/config.json, fresh weights, no teacher.
     "demo-teacher": {
@@ -55,6 +56,10 @@ RECIPES = {
         "epochs": 1, "clm_weight": 1.0, "lr": 5e-5, "weight_decay": 0.0, "warmup": 0.0,
         "schedule": "linear", "grad_clip": 1.0},
 }
+
+# What was tuned for the demo's control, and how many settings were tried: docs/atlas.md.
+TUNED = ("control_lr", "control_batch_size", "lr", "steps", "batch_size", "seq_len")
+CONTROLS_TRIED = 10
 
 # The types of flags: what they accept, and what they say otherwise.
 count = checked(int, "a whole number from 1 to 1,000,000,000", lambda n: 1 <= n <= 10**9)
@@ -192,6 +197,9 @@ def add_running_flags(group):
         help="then train the same student on the text alone, to see what the teacher was worth")
     add("--control-lr", type=positive, metavar="RATE",
         help="the control's own learning rate, as text alone often wants a smaller one (default: --lr)")
+    add("--control-batch-size", type=count, metavar="N",
+        help="the control's own --batch-size, for as many tokens in all: text alone often wants larger "
+             "steps (default: --batch-size)")
     add("--seed", type=seed, default=0, metavar="N", help="of data order, dropout and random weights")
     add("--eval-interval", type=count_or_0, default=0, metavar="N",
         help="steps between validations; 0: only at the end")
@@ -260,7 +268,11 @@ def check(args):
 
 
 def control_of(args):
-    """The control: the same student and tokens, but the text alone, at a learning rate of its own."""
+    """The control: the same student and as many tokens, but the text alone, at a rate and a batch of its own.
+
+    It has to be the best that we can find: against a weak control every teacher looks good.
+    """
+    batch_size = args.control_batch_size or args.batch_size
     changes = {
         "role": "control",
         "out": str(Path(args.out, "control")),
@@ -268,6 +280,8 @@ def control_of(args):
         "cos_weight": 0.0,
         "clm_weight": 1.0,
         "lr": args.control_lr or args.lr,
+        "batch_size": batch_size,
+        "steps": max(1, round(args.steps * args.batch_size / batch_size)),
         "on_policy": 0.0,
     }
     return argparse.Namespace(**vars(args) | changes)

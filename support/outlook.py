@@ -15,6 +15,7 @@ import torch
 
 from support.cli import InputError
 from support.log import read_log
+from support.options import control_of
 from support.progress import in_words
 
 GB = 1e9
@@ -134,8 +135,10 @@ def work_to_follow(args, teacher, student, control, ranks):
     scoring = args.eval_tokens * sum(map(flops_per_token, networks)) / unit
     if control is None:
         return 0.0, scoring
-    rows = read_log(Path(args.out, "control", "log.csv")) if args.resume else []
-    steps = args.steps - (rows[-1]["step"] if rows else 0)
+    alone_args = control_of(args)
+    rows = read_log(Path(alone_args.out, "log.csv")) if args.resume else []
+    done = rows[-1]["step"] / alone_args.steps if rows else 0.0  # its steps may be fewer and larger
+    steps = args.steps * (1 - done)
     return steps * len(ranks.share(args.grad_accum)) * alone / (alone + ahead), scoring
 
 

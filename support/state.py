@@ -22,7 +22,8 @@ RUN_FILES = ("args.json", "log.csv", "train_state.pt", "config.json", "generatio
 
 # Flags that may differ between a run and its resumption: what is learned does not depend on them.
 CHANGES_NOTHING = ("recipe", "role", "out", "resume", "overwrite", "device", "data_folder", "workers",
-                   "compile", "control", "control_lr", "eval_interval", "eval_tokens", "save_interval")
+                   "compile", "control", "control_lr", "control_batch_size", "eval_interval", "eval_tokens",
+                   "save_interval")
 
 
 class RunFolder:
