@@ -52,17 +52,18 @@ def plain_loss(student_logits, teacher_logits, targets, settings):
     did come next, or -100 where there is none to predict. `settings`: a LossSettings.
     Returns (loss, kl, clm): sums over the counted tokens, in nats.
     """
-    counted = targets != -100  # padding has nothing to teach
-    s, t, y = student_logits[counted], teacher_logits[counted], targets[counted]
     T = settings.temperature
+    counted = targets != -100  # padding has nothing to teach
+    s = student_logits[counted]
+    t = teacher_logits[counted]
 
     log_p = (t / T).log_softmax(-1)  # the teacher's distribution, softened by T
     log_q = (s / T).log_softmax(-1)  # the student's
     kl = (log_p.exp() * (log_p - log_q)).sum()
-    clm = F.cross_entropy(s, y, reduction="sum")
+    clm = F.cross_entropy(s, targets[counted], reduction="sum")
 
     # The gradient of the KL shrinks like 1 / T²: once by the chain rule through s / T, once because softer
-    # distributions differ less. T² makes up for it, so that the two weights mean the same at every T.
+    # distributions differ less. T² makes up for it; otherwise a high T would turn the term off.
     divergence = kl if settings.divergence == "forward" else other_divergence(log_p, log_q, settings)
     return settings.kd_weight * T**2 * divergence + settings.clm_weight * clm, kl, clm
 
