@@ -1,7 +1,7 @@
 """The README's pictures, each with the numbers that it shows.
 
-    python -m extras.figures              layers.png, token.png and gradient.png in assets/
-    python -m extras.figures --run out    also loss.png and distribution.png, of that run
+    python -m extras.figures              assets/layers, token, gradient.png
+    python -m extras.figures --run out    also loss and distribution.png
 
 Read in this order:
   draw_layers    which of the teacher's layers a student is made of

@@ -1,7 +1,7 @@
 """DistilPythia's open question, in small: why did its student get worse? (lambada perplexity 140.8 -> 420.7)
 
-    python -m extras.lambada          half an hour or so on a CPU; can be stopped
-    python -m extras.lambada --list   which runs there are, and which are done
+    python -m extras.lambada          half an hour on a CPU; can be stopped
+    python -m extras.lambada --list   which runs there are, what is done
 
 DistilPythia again, at a fiftieth of its size, with the shipped teacher. The student, a GPT-NeoX, has half of
 its layers and two thirds of its width, as pythia-70m has of pythia-160m. It is trained on text alone, then

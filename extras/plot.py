@@ -1,8 +1,8 @@
 """Pictures of runs: how they learned, and what temperature does to one prediction.
 
-    python -m extras.plot out                     its losses: out/loss.png
-    python -m extras.plot out-a out-b out-c       runs compared: a picture, a table
-    python -m extras.plot out --distribution      one next token at T = 1, 2, 4
+    python -m extras.plot out                    its losses: out/loss.png
+    python -m extras.plot out-a out-b out-c      compared: a picture, a table
+    python -m extras.plot out --distribution     one next token at T = 1, 2, 4
     python -m extras.plot out --distribution "with open(path,"
     python -m extras.plot out --save assets/loss.png
 

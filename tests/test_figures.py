@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from extras import figures
+from extras import bench, figures, lambada, plot
 
 
 def test_one_token_on_paper():
@@ -73,3 +73,13 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         assert matplotlib.image.imread(path)[0, 0, 3] == 0
     out = capsys.readouterr().out
     assert "KL = 0.437 nats" in out and "KL = 0.171 nats, T² KL = 0.683" in out
+
+
+@pytest.mark.parametrize("module", [bench, figures, lambada, plot])
+def test_help_fits_into_80_columns(module, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    parse = module.parse_flags if module is lambada else module.parse_args
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) < 80 and f"python -m {module.__name__}" in out
