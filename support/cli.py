@@ -21,7 +21,13 @@ from pathlib import Path
 
 
 class InputError(ValueError):
-    """The user's mistake: one line that names the thing and the fix."""
+    """The user's mistake: one line that names the thing and the fix.
+
+    One line whatever the thing is called: names come from files, of any length, with any letter in them.
+    """
+
+    def __init__(self, message):
+        super().__init__(one_line(message))
 
 
 # ------------------------------------------------------------------------------------ how a command ends

@@ -151,14 +151,11 @@ def read_tensors(path):
     """
     import torch
     from safetensors.torch import load_file
-    if path.suffix == ".bin":
-        mapped = zipfile.is_zipfile(path)  # one from before 2020 is no zip file, and is read as a whole
-        read = functools.partial(torch.load, path, map_location="cpu", weights_only=True, mmap=mapped)
-    else:
-        mapped = True
-        read = functools.partial(load_file, path)
-
     try:
+        mapped = path.suffix != ".bin" or is_archive(path)
+        read = functools.partial(load_file, path)
+        if path.suffix == ".bin":
+            read = functools.partial(torch.load, path, map_location="cpu", weights_only=True, mmap=mapped)
         tensors = read()
         check_tensors(path, tensors)
         for name in sorted(tensors, key=lambda name: -tensors[name].numel()):
@@ -169,6 +166,17 @@ def read_tensors(path):
         raise
     except Exception as error:  # damage shows as errors of a dozen kinds
         raise InputError(f"{path} is damaged or no weights ({error!r:.99}): fetch it again") from error
+
+
+def is_archive(path):
+    """Whether a .bin is a zip archive, which can be mapped. One from before 2020 is not: it is read whole."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise InputError(f"{path} was packed again: mapped as they are, its weights would be noise. "
+                             "Load it and write it anew with torch.save")
+    return True
 
 
 def check_tensors(path, tensors):
@@ -187,3 +195,5 @@ def check_tensors(path, tensors):
         plain = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
         if not plain or tensor.device.type != "cpu":
             raise InputError(f"{path}: {name} is a sparse, nested, quantised or meta tensor, not a plain one")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # by strides of 0
+            raise InputError(f"{path}: {name} has more elements than the file holds for it")

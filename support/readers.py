@@ -30,6 +30,7 @@ PACKED = (".gz", ".zst")
 UNPACK_ERRORS = (OSError, EOFError, zlib.error) + ((zstandard.ZstdError,) if zstandard else ())
 BLOCK = 2**22  # bytes of text that are read at a time
 LONGEST_LINE = 2**16  # a block ends where a line does, unless the line is longer than this
+LARGEST_JSON = 2**28  # bytes that are parsed at once; a small .gz can be unpacked to any size
 
 
 def ending(path):
@@ -131,8 +132,12 @@ def read_jsonl(path, column):
     """A line is a JSON object; its `column` is a document."""
     start = 0
     with open_bytes(path) as lines:
-        for number, line in enumerate(lines, 1):
+        for number in itertools.count(1):
             where = f"{path}, line {number}"
+            line = lines.readline(LARGEST_JSON + 1)
+            check_size(line, where)
+            if not line:
+                return
             if number == 1:
                 refuse_utf16(path, line[:4])
                 line = line.removeprefix(codecs.BOM_UTF8)
@@ -144,13 +149,21 @@ def read_jsonl(path, column):
 def read_json(path, column):
     """A list of JSON objects; the `column` of each is a document. It is read as a whole."""
     with open_bytes(path) as file:
-        content = file.read()
+        content = file.read(LARGEST_JSON + 1)
+    check_size(content, path)
     refuse_utf16(path, content[:4])
     rows = parse_json(content.removeprefix(codecs.BOM_UTF8), path, path, 0)
     if not isinstance(rows, list):
         raise InputError(f"{path} is not a list of JSON objects; with one object a line, call it .jsonl")
     for number, row in enumerate(rows, 1):
         yield text_of(row, column, f"{path}, row {number}")
+
+
+def check_size(content, where):
+    """InputError for what takes several times its size of memory to be parsed."""
+    if len(content) > LARGEST_JSON:
+        raise InputError(f"{where} is JSON of more than {LARGEST_JSON // 2**20} MB in one piece: write it as "
+                         ".jsonl, an object a line (jq -c '.[]' x.json > x.jsonl)")
 
 
 def parse_json(content, path, where, start):
@@ -177,7 +190,8 @@ def read_parquet(path, column):
             names = table.schema_arrow.names
             if column not in names:
                 raise no_column(path, column, names)
-            rows = (batch.column(0).to_pylist() for batch in table.iter_batches(256, columns=[column]))
+            # Few rows at a time: in a file of 2 kB a text of 100 MB can stand for each of 1,000 rows.
+            rows = (batch.column(0).to_pylist() for batch in table.iter_batches(8, columns=[column]))
             for value in itertools.chain.from_iterable(rows):
                 yield text_of({column: value}, column, path)
     except InputError:

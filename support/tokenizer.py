@@ -35,7 +35,7 @@ WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|(?:{S}(?!
 MAX_RUN = 24 * 2**13  # tiktoken fails on a million of whitespace; divisible by the length of any token of it
 
 NEVER_IN_TEXT = {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that UTF-8 has no use for; GPT-NeoX lacks them
-MAX_LETTERS = 1000  # of a token that merges make; GPT-2's longest has 128
+MOST_WORK = 2**25  # squares of the lengths of what merges make, summed up; GPT-NeoX's: 3.3 million
 
 
 def word_pattern(n_spaces):
@@ -197,9 +197,12 @@ def merge_ranks(spec, name):
         pair = tuple(merge.split(" ") if isinstance(merge, str) else merge)  # older files: "Ġ t"
         if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
             raise InputError(f"{name}: merge {merge!r:.60} is no pair of tokens that make a third one")
-        if len("".join(pair)) > MAX_LETTERS:
-            raise InputError(f"{name}: a token of more than {MAX_LETTERS} letters is not implemented")
         ranks[pair] = rank  # of a pair that is there twice the later place counts, as in the library
+
+    # To make a token takes time as the square of its length, and a file can hold any number of long ones.
+    lengths = [len("".join(pair)) for pair in ranks]
+    if sum(length**2 for length in lengths) > MOST_WORK:
+        raise InputError(f"{name}: {len(lengths)} tokens of up to {max(lengths)} letters are not implemented")
     return ranks
 
 

@@ -83,6 +83,14 @@ def test_a_mistake_is_one_line():
     assert (out, errors) == (b"", b"error: no folder a\\nb\\x1b[2J" + os.linesep.encode())
 
 
+def test_an_input_error_is_one_line_wherever_it_is_shown():
+    """A notebook, and who catches it, see it without run_cli."""
+    assert str(InputError("tensor a\nb\u2028c has no place")) == "tensor a\\nb\\u2028c has no place"
+    assert len(str(InputError("x" * 5000))) < 1000
+    error = InputError("no caf\u00e9 in \ud800")
+    assert str(InputError(str(error))) == str(error) == "no caf\u00e9 in \\ud800"
+
+
 @pytest.mark.parametrize("error, code, line", [
     (KeyboardInterrupt(), 130, ""),
     (InputError("x" * 5000), 2, "error: " + "x" * 700 + " ... " + "x" * 200),

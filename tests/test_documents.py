@@ -252,6 +252,38 @@ def test_a_line_of_100_mb_is_many_documents(tmp_path):
     assert sum(len(text) for _, text in pairs) == 14_000_000
 
 
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.json", "x.json.gz"])
+def test_json_too_large_to_be_parsed_at_once(tmp_path, monkeypatch, name):
+    """A small .gz can unpack to any size."""
+    monkeypatch.setattr(readers, "LARGEST_JSON", 1000)
+    path = tmp_path / name
+
+    def fill(size):
+        empty = b'{"text": ""}\n' if "jsonl" in name else b'[{"text": ""}]'
+        content = empty.replace(b'""', b'"' + b"a" * (size - len(empty)) + b'"')
+        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+
+    fill(1000)
+    assert len(read(path)) in (986, 987)
+    fill(1001)
+    assert "in one piece: write it as .jsonl" in refusal(path)
+
+
+def test_few_rows_of_a_table_are_in_memory_at_a_time(tmp_path):
+    """A file of 2 kB: one long text, for which each of many rows stands."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    rows = pa.array(["x" * 2**22]).dictionary_encode().take(pa.array([0] * 300))
+    pq.write_table(pa.table({"text": rows}), tmp_path / "x.parquet", compression="zstd",
+                   dictionary_pagesize_limit=2**24, store_schema=False)
+    del rows
+    before = pa.total_allocated_bytes()
+    assert (tmp_path / "x.parquet").stat().st_size < 4000
+    texts = readers.read_file(tmp_path / "x.parquet")
+    assert len(next(texts)) == 2**22
+    assert pa.total_allocated_bytes() < before + 20 * 2**22
+
+
 # --- Folders ----------------------------------------------------------------------------------------------
 
 def fill(folder, names):

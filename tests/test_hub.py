@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,29 @@ def test_a_file_that_breaks_off(tmp_path, suffix, size):
     write({"x": torch.ones(1000)}, path)
     path.write_bytes(path.read_bytes()[:size])
     assert "is damaged or no weights" in message_of(lambda: [*read_tensors(path)])
+
+
+def test_a_bin_that_was_packed_again(tmp_path):
+    """Mapped into memory as it lies there, what is compressed would be read as weights."""
+    torch.save({"x": torch.ones(1000)}, tmp_path / "a.bin")
+    with zipfile.ZipFile(tmp_path / "a.bin") as stored:
+        with zipfile.ZipFile(tmp_path / "b.bin", "w", zipfile.ZIP_DEFLATED) as packed:
+            for name in stored.namelist():
+                packed.writestr(name, stored.read(name))
+    assert "b.bin was packed again" in message_of(lambda: [*read_tensors(tmp_path / "b.bin")])
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_a_tensor_with_more_elements_than_the_file_holds(tmp_path, legacy):
+    """By strides of 0 a file of 1 kB can ask for any amount of memory."""
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"x": torch.ones(1).expand(2**20, 2**20)}, path, _use_new_zipfile_serialization=not legacy)
+    assert "x has more elements than the file holds" in message_of(lambda: [*read_tensors(path)])
+    numbers = torch.arange(6.0)
+    views = {"x": numbers.view(2, 3).t(), "y": numbers[3:5], "z": numbers.expand(1, 6)}
+    torch.save(views, path, _use_new_zipfile_serialization=not legacy)
+    for name, tensor in read_tensors(path):
+        assert torch.equal(tensor, views[name])
 
 
 def test_tensors_are_read_as_they_are(tmp_path):

@@ -446,8 +446,8 @@ NEOX = {"model_type": "gpt_neox", "hidden_size": 24, "num_hidden_layers": 1, "nu
     (SMALLEST | {"n_head": True}, "n_head True: must be of type int"),
     (SMALLEST | {"n_embd": -12}, "n_embd -12: must be from 1 to"),
     (SMALLEST | {"n_layer": "12"}, "n_layer '12': must be of type int"),
-    (SMALLEST | {"n_layer": 0}, "n_layer 0: must be from 1 to 1000"),
-    (SMALLEST | {"n_layer": 10**7}, "n_layer 10000000: must be from 1 to 1000"),
+    (SMALLEST | {"n_layer": 0}, "n_layer 0: must be from 1 to 500"),
+    (SMALLEST | {"n_layer": 10**7}, "n_layer 10000000: must be from 1 to 500"),
     (SMALLEST | {"n_positions": None}, "n_positions None: must be of type int"),
     (SMALLEST | {"vocab_size": 10**12}, "vocab_size 1000000000000: must be from 1 to"),
     (SMALLEST | {"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon '1e-5': must be of type float"),
@@ -565,6 +565,18 @@ def test_folders_without_files(gpt2, tmp_path):
 def test_tensors_that_do_not_fit(tmp_path, architecture, change, message):
     rewrite(reference(tmp_path, architecture), change)
     refused(tmp_path, message)
+
+
+def test_weights_that_do_not_fit_into_memory(gpt2, monkeypatch):
+    empty = torch.empty
+
+    def full(*shape, device=None, **options):
+        if device == "cpu":
+            raise RuntimeError("can't allocate memory: you tried to allocate 7 bytes.\nFrame #0: ...")
+        return empty(*shape, device=device, **options)
+
+    monkeypatch.setattr(torch, "empty", full)
+    refused(gpt2, "model.safetensors: no memory for such a model .*tried to allocate 7 bytes")
 
 
 class NotWeights:

@@ -377,6 +377,19 @@ def test_a_tokenizer_that_is_not_implemented(tokenizers_dir, tmp_path, path, val
     assert named in str(error.value) and "\n" not in str(error.value)
 
 
+def test_tokens_that_take_minutes_to_be_made(spec):
+    """Each is a letter longer than the one before."""
+    vocab = spec["model"]["vocab"]
+    token = "aa"
+    for length in range(2, 600):
+        vocab.setdefault(token, len(vocab))
+        if length > 2:
+            spec["model"]["merges"].append([token[:-1], "a"])
+        token += "a"
+    with pytest.raises(InputError, match="tokens of up to 599 letters are not implemented"):
+        made(spec)
+
+
 @pytest.mark.parametrize("content", [
     b"", b"{", b"[]", b"7", b"null", b"{}", b'{"model": {}}', b"[" * 100_000,
     b'{"a":' * 100_000,
