@@ -70,8 +70,8 @@ def batch_at(tokens, seed, index, batch_size, context, packing="constant", eot=N
     L is 4, and 0 is the end-of-text id:
 
         tokens      0 5 6 7 0 8 0 1 2 3 4 9
-        "constant"  0 5 6 7 0 | 0 8 0 1 2        blocks, wherever documents end; each token is a target once
-        "padded"    0 5 6 7 | 0 8 | 0 1 2 3 4    documents, cut after L targets
+        "constant"  0 5 6 7 0 | 0 8 0 1 2        blocks, wherever documents end; what is left over is dropped
+        "padded"    0 5 6 7 | 0 8 | 0 1 2 3 4    documents, cut after L targets; their end is no target
 
     The block 0 5 6 7 0 gives the ids 0 5 6 7 and the targets 5 6 7 0. The document 0 8 is shorter: the ids
     0 0 0 0 and the targets 8 -100 -100 -100. It is filled up on the right, where in a causal model no earlier

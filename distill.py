@@ -5,12 +5,13 @@
     torchrun --nproc_per_node=8 distill.py --recipe distilgpt2  on 8 GPUs
 
 Read in this order:
-  plain_loss   T² * KL(teacher || student) + CLM: the whole idea in five lines
+  plain_loss   T² * KL(teacher || student) + CLM: the whole idea in ten lines
   train        the loop: batch, teacher, student, loss, backward, step, log, save
   main         from the command line to the closing table
 
 The loss that runs by default is support/chunked_loss.py: the same value and gradient in less memory and time.
-To train with a loss of your own, change plain_loss and run `python distill.py --loss plain`.
+To train with a loss of your own, replace the line `kl = ...` in plain_loss and run `python distill.py --loss
+plain`. After a stop or a crash the same command with `--resume` goes on.
 
 References: Hinton et al. 2015 (arXiv 1503.02531), Sanh et al. 2019 (arXiv 1910.01108).
 Shapes: B sequences in a micro-batch, L tokens in a sequence, N = B * L tokens, C width, V vocabulary.
@@ -35,7 +36,7 @@ from support.cli import InputError, format_table, pick_device, run_cli
 from support.options import RECIPES
 from support.outlook import check_memory, work_to_follow
 from support.progress import watched
-from support.run import Run, mean_over_tokens
+from support.run import Run
 from support.runtime import Ranks, autocast, keep_memory, pick_precision, stop_at_once
 from support.scoring import held_out_batches, validate
 from support.state import RunFolder, read_settings
@@ -62,9 +63,9 @@ def plain_loss(student_logits, teacher_logits, targets, settings):
     kl = (log_p.exp() * (log_p - log_q)).sum()
     clm = F.cross_entropy(s, targets[counted], reduction="sum")
 
-    # The gradient of the KL shrinks like 1 / T²: once by the chain rule through s / T, once because softer
-    # distributions differ less. T² makes up for it; otherwise a high T would turn the term off.
     divergence = kl if settings.divergence == "forward" else other_divergence(log_p, log_q, settings)
+    # At high T the KL's gradient falls like 1 / T²: once by the chain rule through s / T, once because softer
+    # distributions differ less. T² cancels that; otherwise a high T would turn the term off.
     return settings.kd_weight * T**2 * divergence + settings.clm_weight * clm, kl, clm
 
 
@@ -115,8 +116,8 @@ def train(args, student, teacher, corpus, vocab_size, ranks, later=0.0):
     """Train the student for args.steps. All that is needed to go on after a crash lies in args.out.
 
     teacher: None to learn from the text alone. vocab_size: V, the entries that both models have. ranks: the
-    processes among which the micro-batches of a step are shared. later: work that follows, in micro-batches,
-    so that the time left is that of all.
+    processes among which the micro-batches of a step are shared. later: how much work follows, counted in
+    micro-batches; with it the time left is that of all.
     """
     losses_of = LOSSES[args.loss]
     settings = LossSettings.of(args)
@@ -126,7 +127,7 @@ def train(args, student, teacher, corpus, vocab_size, ranks, later=0.0):
 
     with Run(args, student, optimizer, corpus, vocab_size, ranks, later) as run:
         for step in run.steps():
-            totals = torch.zeros(len(Losses._fields), device=ranks.device)
+            sums = torch.zeros(len(Losses._fields), device=ranks.device)  # of Losses, on this rank
             for micro in ranks.share(args.grad_accum):
                 # Batch: a function of (seed, step, micro-batch) alone, so a run can stop and go on.
                 index = step * args.grad_accum + micro
@@ -147,11 +148,11 @@ def train(args, student, teacher, corpus, vocab_size, ranks, later=0.0):
 
                 # Backward: the loss is a sum over tokens, and its gradients add up in .grad.
                 losses.loss.backward()
-                totals += torch.stack(losses).detach()
+                sums += torch.stack(losses).detach()
                 run.after_micro_batch(step)
 
             # Divide once, by the tokens that counted in all micro-batches of all ranks.
-            mean_losses, tokens = mean_over_tokens(totals, ranks)
+            mean_losses, tokens = mean_over_tokens(sums, ranks)
             gradient_norm = divide_and_clip(student, tokens, args.grad_clip, ranks)
 
             # Step.
@@ -181,7 +182,9 @@ def run_seed(args, index):
 
 def is_on_policy(index, args):
     """Whether the student writes half of micro-batch `index` itself: args.on_policy of them, spread evenly.
-    0.25 -> every fourth."""
+
+    0.25 -> 3, 7, 11, ...: those at which the running total, 0.25, 0.5, 0.75, 1, ..., passes a whole number.
+    """
     return math.floor((index + 1) * args.on_policy) > math.floor(index * args.on_policy)
 
 
@@ -195,12 +198,19 @@ def students_text(student, ids, index, args):
     half = L // 2
     student.eval()  # without dropout, as it will write when it is used
     choose = partial(draw, generator=torch.Generator(ids.device).manual_seed(run_seed(args, index)))
-    text = student.generate(ids[:, :half], L + 1 - half, choose)  # (B, L + 1)
+    text = student.generate(ids[:, :half], L + 1 - half, choose)  # (B, L + 1), as targets are one ahead
     student.train()
 
     targets = text[:, 1:].clone()
     targets[:, :half - 1] = -100
     return text[:, :-1], targets.flatten()
+
+
+def mean_over_tokens(sums, ranks):
+    """Sums of Losses over this rank's tokens -> (mean Losses per counted token, tokens), of all ranks."""
+    totals = Losses(*ranks.sum(sums).tolist())
+    tokens = max(totals.tokens, 1)
+    return Losses(*(total / tokens for total in totals)), tokens
 
 
 def make_optimizer(student, args):
@@ -275,8 +285,8 @@ def main():
 
 def distil(args, ranks):
     """Teacher, student and corpus; train; perhaps the control; then the table."""
-    before = (read_settings(args.out) or {}) if args.resume else {}
-    args.precision = pick_precision(args.precision, before.get("precision"), ranks)
+    resumed = (read_settings(args.out) or {}) if args.resume else {}
+    args.precision = pick_precision(args.precision, resumed.get("precision"), ranks)
     with ranks.first_goes_first():
         tokenizer, teacher, student = load_models(args, ranks.device)
         memory = check_memory(args, teacher, student, tokenizer.vocab_size, ranks)
@@ -294,12 +304,12 @@ def distil(args, ranks):
 
     # The control answers what the teacher was worth: the same student and tokens, but the text alone.
     if control:
-        alone = options.control_of(args)
+        control_args = options.control_of(args)
         if ranks.is_first:
-            print("\nThe control now learns from the same tokens, but without the teacher, at rate "
-                  f"{alone.lr:g}:\nwhat the student does better is what the teacher was worth.", flush=True)
-        networks["control"] = train(alone, control, None, corpus, tokenizer.vocab_size, ranks, scoring)
-        export(control, tokenizer, alone.out, ranks)
+            print("\n" + closing.about_control(control_args), flush=True)
+        networks["control"] = train(
+            control_args, control, None, corpus, tokenizer.vocab_size, ranks, scoring)
+        export(control, tokenizer, control_args.out, ranks)
 
     if ranks.is_first:
         close(args, networks, corpus, tokenizer, ranks)
@@ -312,7 +322,8 @@ def warn_of_unknown_text(args, teacher, corpus, tokenizer):
     few = argparse.Namespace(eval_tokens=2048, batch_size=1, seq_len=args.seq_len)
     device = teacher.head_weight.device
     row, = validate([teacher], corpus, tokenizer.vocab_size, few, autocast(args, device))
-    if warning := closing.unknown_text(args, {"teacher": row}, corpus, tokenizer.decode):
+    text = held_out_text(corpus, tokenizer, few.eval_tokens)
+    if warning := closing.unknown_text(args, {"teacher": row}, text):
         print(f"\n{warning}\n", flush=True)
 
 
@@ -329,11 +340,17 @@ def close(args, networks, corpus, tokenizer, ranks):
     paragraphs = [
         table,
         closing.verdict(rows, args),
-        closing.unknown_text(args, rows, corpus, tokenizer.decode),
+        closing.unknown_text(args, rows, held_out_text(corpus, tokenizer, args.eval_tokens)),
         "" if args.compile else closing.show_texts(networks, corpus, tokenizer),
         closing.next_steps(args, networks, corpus),
     ]
     print("\n" + "\n\n".join(filter(None, paragraphs)))
+
+
+def held_out_text(corpus, tokenizer, n_tokens):
+    """What is scored, as text."""
+    ids = corpus.val[:n_tokens]
+    return tokenizer.decode(ids[ids != corpus.eot].tolist())
 
 
 def load_models(args, device):
@@ -347,12 +364,12 @@ def load_models(args, device):
                              "distributions cannot be compared token by token; choose a student of the "
                              "teacher's family")
 
-    # The teacher's weights, which nobody updates, are held in the precision in which it computes; but one
-    # that gives its layers away does so in float32, before it is rounded.
-    held = torch.bfloat16 if args.precision.startswith("bf16") else torch.float32
+    # The teacher's weights, which nobody updates, are held in the precision in which it computes. One that
+    # gives its layers away is read in float32, so that the student starts from weights that are not rounded.
+    teacher_dtype = torch.bfloat16 if args.precision.startswith("bf16") else torch.float32
     teacher = None
     if args.teacher != "none":
-        teacher = load(args.teacher, dtype=held if args.student else torch.float32)
+        teacher = load(args.teacher, dtype=teacher_dtype if args.student else torch.float32)
     student = first_student(args, teacher)
     if args.seq_len is None:
         contexts = [network.context for network in (teacher, student) if network]
@@ -363,7 +380,7 @@ def load_models(args, device):
     student.set_dropout(args.dropout, on_attention)
     student = student.to(device, torch.bfloat16 if args.precision == "bf16-pure" else torch.float32)
     if teacher:
-        teacher = teacher.to(device, held).requires_grad_(False)
+        teacher = teacher.to(device, teacher_dtype).requires_grad_(False)
     if args.compile:
         for block in [*student.blocks, *(teacher.blocks if teacher else ())]:
             block.compile()

@@ -1,14 +1,15 @@
 """The distillation loss in chunks of tokens: the value and gradient of distill.plain_loss, small and fast.
 
 Read distill.plain_loss first: it is the definition, and the tests hold this file against it. Then:
-  LossSettings         what the loss depends on, besides the models
-  distillation_loss    the loss from hidden states, for use on its own
-  chunked_losses       the same with all that the log shows, as the training loop calls it
-  ChunkedLoss          chunk by chunk: logits, their gradient, and the two gradients that are kept
-  loss_and_gradient_   the derivations, and the few rows at a time that fit into a CPU's cache
+  LossSettings              what the loss depends on, besides the models
+  distillation_loss         the loss from hidden states, for use on its own
+  chunked_losses            the same with all that the log shows, as the training loop calls it
+  ChunkedLoss               chunk by chunk: logits, their gradient, and the two gradients that are kept
+  loss_and_gradient_        value and gradient of the loss, for a few rows of logits
+  divergence_and_gradient_  the derivations: what d divergence / d logits is
 
 Why. Logits are a language model's largest tensors: 2 x 2048 tokens x 50,304 entries are 0.8 GB in float32,
-and autograd would keep six to eight tensors of that size. Here the logits of one chunk exist at a time, in
+and with plain_loss autograd keeps several of that size. Here the logits of one chunk exist at a time, in
 memory that the next chunk uses again, and the backward pass is done on the spot, because the gradient of this
 loss is known in closed form. What is kept is small: the gradients of the hidden states and of the head.
 
@@ -23,6 +24,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+DIVERGENCES = ("forward", "reverse", "jsd")
+
 
 @dataclass(frozen=True)
 class LossSettings:
@@ -34,6 +37,10 @@ class LossSettings:
     divergence: str = "forward"  # or "reverse", "jsd": see distill.plain_loss
     jsd_weight: float = 0.5  # of the teacher in the mixture that jsd compares both with
     chunk_size: int = 512  # tokens whose logits exist at a time; changes memory and time, not the loss
+
+    def __post_init__(self):
+        if self.divergence not in DIVERGENCES:
+            raise ValueError(f"divergence {self.divergence!r}: must be one of {', '.join(DIVERGENCES)}")
 
     @classmethod
     def of(cls, args):
@@ -51,21 +58,20 @@ class Losses(NamedTuple):
     tokens: torch.Tensor  # how many were counted
 
 
-def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head, targets, *,
-                      temperature=2.0, kd_weight=0.5, clm_weight=0.5, cos_weight=0.0,
-                      divergence="forward", jsd_weight=0.5, chunk_size=256):
+def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head, targets, **settings):
     """kd_weight * T² * KL(softmax(t / T) || softmax(s / T)) + clm_weight * CLM + cos_weight * (1 - cos).
 
     student_hidden (N, C_s), teacher_hidden (N, C_t): final hidden states; student_head (V, C_s), teacher_head
     (V, C_t); targets (N,), where -100 is counted in no term. Returns (loss, kl, clm), *sums* over the counted
     tokens, in nats: divide once, by the tokens of the whole step. The KL is the forward one, the teacher's
     entropy included, so a perfect student scores 0; `divergence` can train "reverse" or "jsd" in its place.
-    The gradient flows to the student alone. ValueError if the heads differ in V. Source: Hinton et al. 2015,
-    section 2; the cosine term: Sanh et al. 2019; the other divergences: Agarwal et al. 2023 (2306.13649).
+    The gradient flows to the student alone. `settings`: the fields of LossSettings, by name. ValueError if
+    the heads differ in V. Source: Hinton et al. 2015, section 2; the cosine term: Sanh et al. 2019; the other
+    divergences: Agarwal et al. 2023 (arXiv 2306.13649).
     """
-    settings = LossSettings(
-        temperature, kd_weight, clm_weight, cos_weight, divergence, jsd_weight, chunk_size)
-    return chunked_losses(student_hidden, student_head, teacher_hidden, teacher_head, targets, settings)[:3]
+    losses = chunked_losses(student_hidden, student_head, teacher_hidden, teacher_head, targets,
+                            LossSettings(**settings))
+    return losses.loss, losses.kl, losses.clm
 
 
 def chunked_losses(student_hidden, student_head, teacher_hidden, teacher_head, targets, settings):
@@ -192,12 +198,13 @@ def divergence_and_gradient_(p, q, z_t, z_s, log_ratio, settings):
 
     log p - log q = z_t - z_s + log_ratio (n, 1). Everything but p may be overwritten.
 
-    Softmax turns a derivative g = dD/dq into dD/dz = q * (g - sum(q * g)). For each divergence:
+    Softmax turns a derivative g = dD/dq into dD/dz = q * (g - sum(q * g)). With D for one row, a token:
 
         forward  D = sum p * log(p / q)       g = -p / q, so dD/dz = q - p
         reverse  D = sum q * log(q / p)       g = log(q / p) + 1, so dD/dz = q * (log(q / p) - D)
         jsd      D = w * KL(p || m) + (1 - w) * KL(q || m), where m = w * p + (1 - w) * q
-                 g = (1 - w) * log(q / m), as the derivatives through m sum to a constant,
+                 g = (1 - w) * log(q / m): through m both terms give -(1 - w) * (w * p + (1 - w) * q) / m,
+                 that is -(1 - w), which cancels the +1 of d(q * log q)/dq
                  so dD/dz = (1 - w) * q * (log(q / m) - KL(q || m))
     """
     if settings.divergence == "forward":

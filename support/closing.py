@@ -1,6 +1,6 @@
 """What is said at the end of a run: what its numbers mean, what the models write, what to do next.
 
-  verdict        the table in words: what the teacher was worth
+  verdict        the table in words: what the teacher was worth, against how good a control
   unknown_text   whether the teacher knows this text, and what to do if it does not
   show_texts     how each model goes on from the same words
   next_steps     commands to paste
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from support.options import CONTROLS_TRIED, RECIPES, TUNED, control_of
+from support.options import CONTROLS_TRIED, control_of, is_shipped_demo
 
 
 # ------------------------------------------------------------------------------------ what the table means
@@ -41,17 +41,28 @@ def verdict(rows, args):
 def effort(args):
     """How good a control it was: what it had, and how that was chosen."""
     alone = control_of(args)
-    settings = f"The control had rate {alone.lr:g} and {alone.batch_size * alone.grad_accum} sequences a step"
-    demo = RECIPES["demo"]
-    if args.recipe == "demo" and all(getattr(args, name) == demo[name] for name in TUNED):
-        return f"{settings}, the best of {CONTROLS_TRIED} settings that were tried: docs/atlas.md"
+    had = f"The control had rate {alone.lr:g} and {sequences(alone)} sequences a step"
+    if is_shipped_demo(args):
+        return f"{had}, the best of {CONTROLS_TRIED} settings that were tried: docs/atlas.md"
     if args.control_lr is None and args.control_batch_size is None:
-        return f"{settings}, the student's; --control-lr gives it a rate of its own."
-    return f"{settings}."
+        return f"{had}, the student's; --control-lr gives it a rate of its own."
+    return f"{had}."
 
 
-def unknown_text(args, rows, corpus, decode):
-    """A warning if the teacher does not know the held-out text, else "".
+def about_control(control_args):
+    """What the second training of a run is for."""
+    return ("The control now learns from as many tokens, but from the text alone: what the student does\n"
+            f"better is what the teacher was worth. Rate {control_args.lr:g}, {control_args.steps:,} steps of "
+            f"{sequences(control_args)} sequences.")
+
+
+def sequences(args):
+    """How many a step has."""
+    return args.batch_size * args.grad_accum
+
+
+def unknown_text(args, rows, text):
+    """A warning if the teacher does not know the held-out text that was scored, else "".
 
     The rule: it does not if xz, which knows no language at all, packs the text into fewer bits than the
     teacher needs, or if the student or the control, though smaller, has passed it. A student cannot learn
@@ -63,16 +74,15 @@ def unknown_text(args, rows, corpus, decode):
     for name, row in rows.items():
         if name != "teacher" and row["loss"] < rows["teacher"]["loss"]:
             why = f"the {name} passes it on this text"
-    if (bits := rows["teacher"]["bits per byte"]) > (packed := bits_of_xz(corpus, args, decode)):
+    if (bits := rows["teacher"]["bits per byte"]) > (packed := bits_of_xz(text)):
         why = f"it needs {bits:.2f} bits for a byte of this text, and xz only {packed:.2f}"
     return f"This teacher does not know this text: {why}.\n{tuning(args)}" if why else ""
 
 
-def bits_of_xz(corpus, args, decode):
-    """Bits per byte of the held-out text that is scored, as xz packs it."""
-    ids = corpus.val[:args.eval_tokens + 1]
-    text = decode(ids[ids != corpus.eot].tolist()).encode("utf-8", "replace")
-    return 8 * len(lzma.compress(text, preset=6)) / max(1, len(text))
+def bits_of_xz(text):
+    """Bits per byte of a text, as xz packs it."""
+    data = text.encode("utf-8", "replace")
+    return 8 * len(lzma.compress(data, preset=6)) / max(1, len(data))
 
 
 def tuning(args):
@@ -84,7 +94,7 @@ def tuning(args):
     if args.data_folder != "corpora":
         flags["--data-folder"] = args.data_folder
     line = " ".join(f"{flag} {quote(value)}" for flag, value in flags.items())
-    return ("The field tunes the teacher on the text first, and distils from that:\n"
+    return ("Usually one tunes the teacher on the text first, and distils from that:\n"
             f"  python distill.py {line}\n"
             "  and then this command again with --teacher tuned-teacher")
 

@@ -9,7 +9,6 @@ import time
 
 import torch
 
-from support.chunked_loss import Losses
 from support.cli import InputError
 from support.log import Log
 from support.outlook import duration_note
@@ -125,10 +124,3 @@ def first_not_finite(named_tensors):
         if not math.isfinite(low.item() + high.item()):
             return name
     return None
-
-
-def mean_over_tokens(totals, ranks):
-    """Sums of Losses (a tensor, of this rank) -> (mean Losses per counted token, tokens), over all ranks."""
-    totals = Losses(*ranks.sum(totals).tolist())
-    tokens = max(totals.tokens, 1)
-    return Losses(*(total / tokens for total in totals)), tokens

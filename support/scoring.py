@@ -65,6 +65,7 @@ def compare(models, batches, vocab_size, autocast=nullcontext):
 def validate(networks, corpus, vocab_size, args, autocast, watch=iter):
     """A row of the table for each network, on the start of the held-out text; a teacher comes first.
 
+    Bits per byte are of tokens with the mean length of all that is held out.
     `watch`: what the batches go through on their way, such as a progress bar.
     """
     device = networks[0].head_weight.device

@@ -246,7 +246,7 @@ def flags(workshop, out, **changes):
     settings = {"teacher": workshop / "teacher", "student-layers": 2, "data": workshop / "text",
                 "seq-len": 16, "batch-size": 2, "grad-accum": 4, "steps": 3, "lr": 1e-3, "precision": "fp32",
                 "device": "cpu", "data-folder": workshop / "corpora", "workers": 1, "out": out,
-                "eval-tokens": 500, **changes}
+                "kd-weight": 0.5, "clm-weight": 0.5, "eval-tokens": 500, **changes}
     return [part for name, value in settings.items() if value is not None
             for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
 

@@ -161,7 +161,7 @@ def test_title_is_the_objective(folder):
     args = settings("--teacher", "gpt2", "--student-layers", "6", "--temperature", "3")
     (folder / "args.json").write_text(json.dumps(vars(args)))
     assert plot.draw_loss(folder).get_title("left") \
-        == "loss = 0.5 * 3² * KL(teacher || student, T = 3) + 0.5 * CLM"
+        == "loss = 0.9 * 3² * KL(teacher || student, T = 3) + 0.1 * CLM"
 
 
 # ------------------------------------------------------------------------------------ several runs

@@ -327,7 +327,7 @@ def test_the_control_has_a_rate_of_its_own(out, workshop, monkeypatch, capsys):
     argv = flags(workshop, out, resume=True, control=True, **{"control-lr": 3e-4})
     code, printed, error = call(monkeypatch, capsys, argv)
     assert code == 0, error
-    assert difference(student, weights(out)) == 0 and "at rate 0.0003" in printed
+    assert difference(student, weights(out)) == 0 and "Rate 0.0003" in printed
     assert json.loads((out / "control" / "args.json").read_text())["lr"] == 3e-4
     assert float(log_rows(out / "control")[0]["lr"]) == 3e-4  # the warm-up of 3 steps is one step
     assert float(log_rows(out)[0]["lr"]) == 1e-3
@@ -664,7 +664,10 @@ def test_the_verdict(losses, said):
 @pytest.mark.parametrize("argv, said", [
     ([], "rate 0.0006 and 8 sequences a step, the best of 10 settings that were tried: docs/atlas.md"),
     (["--control-lr", "3e-4"], "rate 0.0003 and 8 sequences a step."),
+    (["--seed", "3", "--out", "x"], "the best of 10 settings that were tried: docs/atlas.md"),
     (["--steps", "60"], "rate 0.0006 and 8 sequences a step."),  # nobody tuned it for these
+    (["--data", "my_texts"], "rate 0.0006 and 8 sequences a step."),
+    (["--betas", "0.8", "0.9"], "rate 0.0006 and 8 sequences a step."),
     (["--teacher", "t", "--student-layers", "2"], "rate 0.0005 and 128 sequences a step, the student's; "
      "--control-lr gives it a rate of its own."),
     (["--teacher", "t", "--student-layers", "2", "--control-batch-size", "2"], "and 32 sequences a step."),
@@ -692,10 +695,9 @@ def test_a_teacher_that_does_not_know_the_text(workshop, tmp_path, monkeypatch, 
     assert printed.count("does not know this text") == 2 and "xz" in printed
     assert "--teacher none --student" in printed and "again with --teacher tuned-teacher" in printed
 
-    corpus = argparse.Namespace(val=torch.zeros(500).numpy(), eot=0)
     args = distill.parse_args([])
     def warning(**losses):
-        return closing.unknown_text(args, rows(**losses), corpus, lambda ids: os.urandom(400).hex())
+        return closing.unknown_text(args, rows(**losses), os.urandom(400).hex())
     assert "the student passes it" in warning(teacher=3.0, student=2.9)
     assert warning(teacher=3.0, student=3.1) == "" == warning(student=3.0)
     assert "xz" in warning(teacher=30.0, student=31.0)
