@@ -52,8 +52,8 @@ def effort(args):
 def about_control(control_args):
     """What the second training of a run is for."""
     return ("The control now learns from as many tokens, but from the text alone: what the student does\n"
-            f"better is what the teacher was worth. Rate {control_args.lr:g}, {control_args.steps:,} steps of "
-            f"{sequences(control_args)} sequences.")
+            "better is what the teacher was worth. "
+            f"Rate {control_args.lr:g}, {control_args.steps:,} steps of {sequences(control_args)} sequences.")
 
 
 def sequences(args):

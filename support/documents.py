@@ -97,7 +97,8 @@ def hold_out(texts, one_in=200, longest=2**16):
     So that a long text is not more than its share, texts are decided on in pieces of at most `longest`
     characters; neighbours of one split stay together. Only a text longer than that can be in both.
     """
-    held_out, seen = 0, 0  # characters
+    held_out = 0  # characters
+    fair_share = 0.0  # of the characters so far
     remembered = {}  # hash of a text -> the splits of its pieces
 
     for text in filter(None, texts):
@@ -105,16 +106,16 @@ def hold_out(texts, one_in=200, longest=2**16):
         earlier = remembered.get(stable_hash(text), ())
         splits = []
         for number, piece in enumerate(parts):
-            far_too_much = held_out * one_in > 2 * seen + longest * one_in
+            far_too_much = held_out > 2 * fair_share + longest
             if number < len(earlier) and not far_too_much:
                 split = earlier[number]
             elif len(remembered) < REMEMBERED:
-                split = "val" if held_out * one_in <= seen else "train"
+                split = "val" if held_out <= fair_share else "train"
             else:  # of so many texts the hash takes a fair share, and sends copies the same way
                 split = "val" if stable_hash(piece) % one_in == 0 else "train"
             splits.append(split)
             held_out += len(piece) if split == "val" else 0
-            seen += len(piece)
+            fair_share += len(piece) / one_in
 
         if len(remembered) < REMEMBERED:
             remembered.setdefault(stable_hash(text), tuple(splits))

@@ -88,7 +88,7 @@ class Log:
         self.line.advance(place, self.figures)
 
     def write(self, step, losses, **rest):
-        """Add the row of a step; `losses`: its mean Losses, `rest`: the other columns, in their order."""
+        """Add the row of a step; `losses`: its mean Losses, `rest`: the other columns."""
         self.step = step
         self.micro = 0
         self.figures = figures(losses, rest["tokens_per_second"])
@@ -96,11 +96,11 @@ class Log:
         self.line.shown = self.figures
         if self.silent:
             return
-        values = (step, *losses[:5], *rest.values())
+        row = {"step": step, **losses._asdict(), **rest}
         try:
             if not self.file:
                 self.open()
-            csv.writer(self.file).writerow(map(shown, values))
+            csv.writer(self.file).writerow(shown(row[name]) for name in COLUMNS)
         except OSError as error:
             raise InputError(f"{self.path} cannot be written ({error.strerror}); the same command with "
                              "--resume goes on from the last saved state") from error

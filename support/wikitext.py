@@ -15,14 +15,32 @@ def wikitext_articles(rows):
     yield "\n".join([*article, ""])  # the file ends with a line break
 
 
+RULES = [  # pattern, what it becomes: the harness's rules, in its order
+    ("s '", "s'"),
+    ("/' [0-9]/", "/'[0-9]/"),  # a slip of the harness's: it matches a pattern's own slashes
+    *((f" @[{c}]@ ", c) for c in "-,."),  # 2 @.@ 5 -> 2.5
+    *((f" [{c}] ", f"{c} ") for c in ":;.!?,"),  # "so , then" -> "so, then"
+    (r"\(\s*([^\)]*?)\s*\)", r"(\1)"),  # ( so ) -> (so)
+    (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
+    (r"\{\s*([^\}]*?)\s*\}", r"{\1}"),
+    (r"\"\s*([^\"]*?)\s*\"", r'"\1"'),
+    (r"\'\s*([^\']*?)\s*\'", r"'\1'"),
+    ("= = = =", "===="),
+    ("= = =", "==="),
+    ("= =", "=="),
+    (" ° ", "°"),
+    (" \n", "\n"),
+    ("\n ", "\n"),
+    (" N ", " 1 "),
+    (" 's", "'s"),
+]
+
+
 def detokenize_wikitext(page):
-    """WikiText is cut into words; the harness's rules, in its order, put them together again:
-    ' = Oz = \\n It is " 1 @.@ 5 " km . \\n' -> ' = Oz =\\nIt is "1.5" km.\\n'"""
-    for pattern, replacement in (
-            ("s '", "s'"), ("/' [0-9]/", "/'[0-9]/"),  # the second is a slip of the harness's
-            *((f" @[{c}]@ ", c) for c in "-,."), *((f" [{c}] ", f"{c} ") for c in ":;.!?,"),
-            *((rf"\{a}\s*([^\{b}]*?)\s*\{b}", rf"{a}\1{b}") for a, b in ("()", "[]", "{}", '""', "''")),
-            ("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" ° ", "°"), (" \n", "\n"), ("\n ", "\n"),
-            (" N ", " 1 "), (" 's", "'s")):
+    """WikiText is cut into words; RULES put them together again.
+
+    ' = Oz = \\n It is " 1 @.@ 5 " km . \\n' -> ' = Oz =\\nIt is "1.5" km.\\n'
+    """
+    for pattern, replacement in RULES:
         page = re.sub(pattern, replacement, page)
     return page
