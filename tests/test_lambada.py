@@ -4,7 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import distill
 from extras import lambada
 from support.cli import run_cli
 
@@ -53,6 +55,18 @@ def test_the_watch_sees_what_bf16_weights_lose(study):
     assert autocast["error"] < 1e-6 and autocast["moved"] == autocast["float32"] > 0.5
     assert pure["error"] > 0.1 and pure["moved"] < 0.9 * pure["float32"]
     assert autocast["cosine"] == pytest.approx(1) and 0.1 < pure["cosine"] < 0.99
+
+
+def test_the_twin_starts_each_step_where_the_student_is():
+    student = torch.nn.Linear(8, 8).bfloat16()
+    watch = lambada.Watch(student, distill.parse_args(["--device", "cpu"]))
+    for parameter in student.parameters():
+        parameter.data += 1  # as steps that bf16 made otherwise would
+        parameter.grad = torch.ones_like(parameter)
+    watch.before(None)
+    for ours, real in zip(watch.twin.parameters(), student.parameters(), strict=True):
+        assert ours.dtype == torch.float32 and torch.equal(ours, real.float())
+        assert torch.equal(ours.grad, real.grad.float())
 
 
 def test_sums(study):

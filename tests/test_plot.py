@@ -395,7 +395,8 @@ def test_bad_folders(tmp_path, folder, finished, monkeypatch, capsys):
     assert "must end in .png" in refused(folder, "--save", tmp_path / "picture")
     assert "loss.png cannot be written" in refused(folder, "--save", folder / "log.csv" / "loss.png")
     for text in ("{", "[]", "3", "{}", '{"recipe": "demo", "teacher": "gpt2", "kd_weight": 1}',
-                 json.dumps({**vars(settings()), "temperature": "2"})):
+                 json.dumps({**vars(settings()), "temperature": "2"}),
+                 json.dumps({**vars(settings()), "student_layers": 5})):
         (folder / "args.json").write_text(text)
         assert "args.json is damaged or not from distill.py" in refused(folder, "--distribution")
     args = vars(settings("--teacher", finished / "teacher", "--student-layers", "0,3"))
