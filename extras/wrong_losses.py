@@ -128,8 +128,7 @@ def no_entropy(student_logits, teacher_logits, targets, settings):
 
 
 def arguments_swapped(student_logits, teacher_logits, targets, settings):
-    """F.kl_div(a, b) is KL(b || a): with the teacher in front it is the reverse KL.
-    aprender #2153, TRL #4935."""
+    """F.kl_div(a, b) is KL(b || a): with the teacher in front it is the reverse KL. aprender #2153."""
     log_q, log_p = softened(student_logits, teacher_logits, settings)
     kl = F.kl_div(log_p, log_q, reduction="sum", log_target=True) / targets.numel()
     return weighted(kl, mean_clm(student_logits, targets), settings)
@@ -143,7 +142,8 @@ def probability_for_logarithm(student_logits, teacher_logits, targets, settings)
 
 
 def log_target_forgotten(student_logits, teacher_logits, targets, settings):
-    """Logarithms where F.kl_div takes the teacher's probabilities. nlp-with-transformers #94 asks for it."""
+    """Logarithms where F.kl_div expects the teacher's probabilities. Asked for in
+    nlp-with-transformers #94."""
     log_q, log_p = softened(student_logits, teacher_logits, settings)
     kl = F.kl_div(log_q, log_p, reduction="sum") / targets.numel()
     return weighted(kl, mean_clm(student_logits, targets), settings)
@@ -200,7 +200,6 @@ COMMON = f"--student-layers 0,2,5 --lr 1e-3 --steps 300 --seq-len {LENGTH} --los
 RUNS = {  # name: (mistake, or None for our loss as it is; flags)
     "right, KL alone": (None, ALONE),
     "right, seed 1": (None, f"{ALONE} --seed 1"),
-    "right, seed 2": (None, f"{ALONE} --seed 2"),
     "no entropy": (no_entropy, ALONE),
     "divided twice": (divided_twice, ALONE),
     "half the CLM unasked": (half_the_clm_unasked, ALONE),
@@ -218,8 +217,12 @@ RUNS = {  # name: (mistake, or None for our loss as it is; flags)
     "right, short documents": (None, f"{SHORT} --batch-size 4"),
     "padding counted": (padding_counted, f"{SHORT} --batch-size 4"),
     "mean of means": (mean_of_means, ONE_BY_ONE),
-    "right, JSD at T = 1/4": (None, JSD),
     "logarithm of zero": (logarithm_of_zero, JSD),
+}
+
+SAME_GRADIENT = {  # as another run, by the tests, so that it need not be made again
+    "no entropy": "right, KL alone",
+    "half the CLM unasked": "right, half and half",
 }
 
 
@@ -241,7 +244,7 @@ def usual_loop(mistake, length=LENGTH):
 
 def short_documents(tokens, eot):
     """The same text in documents of 8 to 256 tokens, short ones as likely as long ones on a logarithmic
-    scale, as instructions and answers are: about 70% of a padded batch is padding."""
+    scale: 73% of a padded batch is padding. (Where a module ends, they can be shorter.)"""
     lengths = np.exp(np.random.default_rng(0).uniform(np.log(8), np.log(LENGTH), len(tokens) // 8))
     starts = lengths.astype(int).cumsum()
     return np.insert(tokens, starts[starts < len(tokens)], eot)
@@ -263,12 +266,13 @@ def one_run(name):
         stack.enter_context(mock.patch.dict(distill.LOSSES, plain=losses_of))
         stack.enter_context(mock.patch.object(distill, "load_corpus", load_short_corpus))
         screen = on_the_screen(losses_of, flags)
+        row = {"name": name, "flags": f"{COMMON} {flags}", "commit": atlas.commit()}
+        if name in SAME_GRADIENT:
+            return row | screen | {"ends as": SAME_GRADIENT[name]}
         try:
-            row = atlas.one_run(name, f"{COMMON} {flags}")
+            return atlas.one_run(name, row["flags"]) | screen
         except InputError as error:  # a loss of NaN: the run stops at once, and says so
-            row = {"name": name, "flags": f"{COMMON} {flags}", "stopped": str(error),
-                   "commit": atlas.commit()}
-    return row | screen
+            return row | screen | {"ends as": "stops at once", "why": str(error).split(". ")[0]}
 
 
 def on_the_screen(losses_of, flags):
@@ -313,13 +317,12 @@ def table(done):
     for name in RUNS:
         if name in done:
             row = done[name]
-            stopped = "stopped" in row
             rows.append({
                 "loss": name,
                 "perfect student": show(row["perfect on screen"]),
                 "first step": show(row["initial on screen"]),
-                "held-out loss": "stops at once" if stopped else show(row["loss"]),
-                "KL to teacher": "" if stopped else show(row["kl"]),
+                "held-out loss": row["ends as"] if "ends as" in row else show(row["loss"]),
+                "KL to teacher": "" if "ends as" in row else show(row["kl"]),
             })
     return format_table(rows)
 
