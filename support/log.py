@@ -31,9 +31,11 @@ def read_log(path):
             row = {name: float(value) for name, value in zip(COLUMNS, line.split(","), strict=True)}
         except ValueError:  # the header, half a row, or none of ours
             continue
-        counts = (row["step"], row["tokens"], row["tokens_per_second"])
+        # A run stops before it writes NaN or infinity, so these are damage, too.
         previous = rows[-1]["step"] if rows else 0
-        if all(map(math.isfinite, counts)) and previous < counts[0] == int(counts[0]) and min(counts) > 0:
+        finite = all(map(math.isfinite, row.values()))
+        in_order = finite and previous < row["step"] == int(row["step"])
+        if in_order and row["tokens"] > 0 and row["tokens_per_second"] > 0:
             rows.append(row)
     return rows
 

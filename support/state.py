@@ -160,7 +160,7 @@ class RunFolder:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # damage shows as errors of a dozen kinds
             raise damaged(path, f"{error!r:.80}") from error
-        if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
+        if not isinstance(state, dict) or not is_json_object(state.get("settings")):
             raise damaged(path, "it is no state of a run")
 
         then, now = state["settings"], identity(self.args, corpus)
@@ -245,6 +245,15 @@ def damaged(path, why):
     return InputError(f"{path} is damaged ({why}): put a copy of it back, or start again with --overwrite")
 
 
+def is_json_object(value):
+    """Whether a dict has in it what args.json can hold alone. Tensors, say, are not to be compared by !=."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return isinstance(value, dict)
+
+
 def check_step(path, step, steps):
     """InputError unless `step` is a number of steps that a run of `steps` can have finished."""
     if type(step) is not int or not 0 <= step <= steps:
@@ -257,8 +266,9 @@ def check_tensors(path, what, found, wanted):
         raise damaged(path, f"its {what} has other tensors than this run")
     for name, tensor in wanted.items():
         other = found[name]
-        # What is sparse, or has no memory behind all of its elements, has another layout or other strides.
-        same = (isinstance(other, torch.Tensor) and other.device.type == "cpu"
+        # What is sparse, or has no memory behind all of its elements, has another layout or other strides;
+        # what is nested has no shape to ask for.
+        same = (isinstance(other, torch.Tensor) and other.device.type == "cpu" and not other.is_nested
                 and other.layout == tensor.layout and other.dtype == tensor.dtype
                 and other.shape == tensor.shape and other.stride() == tensor.stride())
         if not same:
@@ -281,4 +291,6 @@ def check_optimizer(path, found, optimizer, step):
         check_tensors(path, f"optimizer's {i}", state, averages)
         if state["step"].item() != step:
             raise damaged(path, f"its optimizer has made {state['step'].item():g} steps, not {step}")
+        if state["exp_avg_sq"].min() < 0:  # its root would be NaN
+            raise damaged(path, f"optimizer's {i} exp_avg_sq, a mean of squares, is negative")
     return states

@@ -195,6 +195,7 @@ DAMAGED_STATES = {
     "zeros": lambda path: path.write_bytes(b"\0" * 9000),
     "a list": lambda path: torch.save([1, 2], path),
     "no settings": changed_state(lambda state: state.pop("settings")),
+    "tensors as settings": set_in("settings", "lr", torch.ones(2)),
     "no student": changed_state(lambda state: state.pop("student")),
     "a student that is a list": set_in("", "student", []),
     "step -1": set_in("", "step", -1),
@@ -223,11 +224,15 @@ DAMAGED_STATES = {
     "averages in another dtype": averages(lambda slot: slot.update(exp_avg=slot["exp_avg"].double())),
     "averages without memory": averages(stretched),
     "averages that are NaN": averages(lambda slot: slot["exp_avg"].fill_(math.nan)),
+    "squares below 0": averages(lambda slot: slot["exp_avg_sq"].fill_(-1e-9)),
+    "nested averages": averages(
+        lambda slot: slot.update(exp_avg=torch.nested.nested_tensor([torch.ones(2)]))),
     "another key": averages(lambda slot: slot.update(max_exp_avg_sq=torch.zeros(()))),
     "another number of steps": averages(lambda slot: slot["step"].fill_(7)),
 }
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("damage", DAMAGED_STATES)
 def test_damaged_state(out, workshop, monkeypatch, capsys, damage):
     DAMAGED_STATES[damage](out / "train_state.pt")
@@ -287,6 +292,16 @@ def test_damaged_log(out, workshop, monkeypatch, capsys, damage):
     code, _, error = call(monkeypatch, capsys, flags(workshop, out, resume=True))
     assert code == 0, error
     assert "# A distilled GPT" in (out / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("cell", ["nan", "inf", "-inf", "1e400", "", "x"])
+@pytest.mark.parametrize("column", log.COLUMNS)
+def test_a_row_of_the_log_has_numbers_alone(tmp_path, column, cell):
+    rows = [dict.fromkeys(log.COLUMNS, str(step)) for step in (1, 2, 3)]
+    rows[1][column] = cell
+    lines = [",".join(row.values()) for row in (dict(zip(log.COLUMNS, log.COLUMNS, strict=True)), *rows)]
+    (tmp_path / "log.csv").write_text("\n".join(lines))
+    assert [row["step"] for row in log.read_log(tmp_path / "log.csv")] == [1, 3]
 
 
 def test_a_control_that_is_half_done_goes_on(out, workshop, monkeypatch, capsys):
