@@ -183,6 +183,19 @@ def test_padding_changes_nothing(losses_of):
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
+def test_bf16_products_cost_less_than_a_bf16_softmax():
+    """Under autocast our logits, too, come out of a bf16 product; from there on we compute in float32."""
+    case = Case(ALONE)
+    _, (true_gradient,) = true_step(case)
+    errors = []
+    for losses_of in (*OURS, wrong_losses.usual_loop(wrong_losses.softmax_in_bf16, L)):
+        with torch.autocast("cpu", torch.bfloat16):
+            _, (found,) = step_of(losses_of, case)
+        errors.append(((found.double() - true_gradient).norm() / true_gradient.norm()).item())
+    plain, chunked, theirs = errors
+    assert 2 * max(plain, chunked) < theirs
+
+
 def test_short_documents_are_the_same_text():
     tokens = torch.arange(1, 5000).numpy()
     cut = wrong_losses.short_documents(tokens, 0)
