@@ -414,6 +414,8 @@ def parts_of_run(args):
 
 def make_step(student, optimizer):
     student(torch.tensor([[1, 2, 3]])).logsumexp(-1).sum().backward()
+    if first_not_finite((name, p.grad) for name, p in student.named_parameters()):
+        raise InputError("a step whose gradient is not finite is not made: Run.check")
     take_step(optimizer, 1e-3)
 
 

@@ -390,6 +390,23 @@ def test_tokens_that_take_minutes_to_be_made(spec):
         made(spec)
 
 
+@pytest.mark.parametrize("normalized", [[True], [False], [True, False]], ids=str)
+def test_runs_of_spaces_that_are_not_normalized_come_first(tokenizers_dir, normalized):
+    from tokenizers import Tokenizer as Reference
+    content = json.loads((tokenizers_dir / "neox" / "tokenizer.json").read_text(encoding="utf-8"))
+    for i, token in enumerate(content["added_tokens"][2:]):
+        token["normalized"] = normalized[i % len(normalized)]
+    if len(normalized) == 2:
+        with pytest.raises(InputError, match="some are normalized"):
+            made(content)
+        return
+    ours = made(content)
+    reference = Reference.from_str(json.dumps(content))
+    for n in range(60):
+        text = "a" + " " * n + "b"
+        assert ours.encode(text) == reference.encode(text).ids
+
+
 @pytest.mark.parametrize("content", [
     b"", b"{", b"[]", b"7", b"null", b"{}", b'{"model": {}}', b"[" * 100_000,
     b'{"a":' * 100_000,
