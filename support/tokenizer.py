@@ -329,7 +329,7 @@ def check_ids(spec, name):
     """InputError unless each token has an id of its own, the one that the library gives it.
 
     For added tokens the library does not read the ids in the file. A text of the vocabulary has its id there;
-    others get the numbers after the vocabulary's size, in their order.
+    others get the numbers from the vocabulary's size on, in their order, even where it has those ids itself.
     """
     vocab = spec["model"]["vocab"]
     stated = [*vocab.items(), *((token["content"], token.get("id")) for token in spec["added_tokens"])]
@@ -338,13 +338,15 @@ def check_ids(spec, name):
             raise InputError(f"{name}: id {i!r:.40} of {text!r:.60} is no whole number from 0 to 2**31 - 1")
 
     ids = dict(vocab)
-    highest = -1
+    next_id = len(vocab)
     for text, i in stated[len(vocab):]:
-        expected = ids.setdefault(text, max(len(vocab), highest + 1))
+        if text not in ids:
+            ids[text] = next_id
+            next_id += 1
+        expected = ids[text]
         if i != expected:
             raise InputError(f"{name}: added token {text!r:.60} has id {i}, but the tokenizers library reads "
                              f"{expected}")
-        highest = max(highest, i)
 
     owners = {}
     for text, i in ids.items():

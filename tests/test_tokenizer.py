@@ -390,6 +390,20 @@ def test_tokens_that_take_minutes_to_be_made(spec):
         made(spec)
 
 
+def test_a_vocabulary_with_a_gap(spec):
+    """Its ids go beyond its size, where those of added tokens start: two tokens could get the same id."""
+    from tokenizers import Tokenizer as Reference
+    del spec["model"]["vocab"]["\u00fe"]  # the letter of a byte that UTF-8 never has
+    special = {**spec["added_tokens"][0], "special": True}
+    spec["added_tokens"] = [special, {**special, "id": 600, "content": "[PAD]"}]
+    assert Reference.from_str(json.dumps(spec)).token_to_id("[PAD]") == 599
+    with pytest.raises(InputError, match="PAD.* has id 600, but the tokenizers library reads 599"):
+        made(spec)
+    spec["added_tokens"][1]["id"] = 599
+    with pytest.raises(InputError, match="have the same id 599"):
+        made(spec)
+
+
 @pytest.mark.parametrize("normalized", [[True], [False], [True, False]], ids=str)
 def test_runs_of_spaces_that_are_not_normalized_come_first(tokenizers_dir, normalized):
     from tokenizers import Tokenizer as Reference
