@@ -1,9 +1,9 @@
 """Where a teacher pays: a plan of runs of the demo, one after the other, and what came of them.
 
-    python -m extras.atlas                  what is not finished yet; stop when you like
+    python -m extras.atlas                  what is not finished yet
     python -m extras.atlas --only control   those whose name contains "control"
     python -m extras.atlas --list           what there is, and what is done
-    python -m extras.atlas --draw           the pictures of docs/atlas.md, and its table
+    python -m extras.atlas --draw           two pictures, and a table
 
 Read in this order:
   plan       the runs, as data: a name, and the flags that make it differ from BASE

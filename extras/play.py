@@ -1,6 +1,6 @@
 """A page to play with: what the teacher knows and the student does not, token by token.
 
-    python -m extras.play                    the student in out/, its teacher, its control
+    python -m extras.play                    out, its teacher, its control
     python -m extras.play out-2              another student, and its teacher
     python -m extras.play gpt2 distilgpt2    teacher, student, by name
 

@@ -44,7 +44,8 @@ def replaced(path):
             with contextlib.suppress(OSError):  # the error that led here matters more
                 remove_leftovers(folder, path.name)
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise InputError(f"{path} cannot be written ({reason(error)}); what was there is intact") from error
+        message = f"{str(path):.300} cannot be written ({reason(error)}); what was there is intact"
+        raise InputError(message) from error
 
 
 def remove_leftovers(folder, name):
@@ -71,5 +72,5 @@ def reason(error):
         error = error.__context__ or error
 
     if isinstance(error, OSError):
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        return f"{error.strerror}: {error.filename!s:.300}" if error.filename else error.strerror
     return " ".join(str(error).split())
