@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-# Before torch is imported. Two processes of two threads each on two cores would be ten times slower, not two.
+# Before torch is imported. Processes of two threads each on two cores are ten times slower, not two.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 sys.path.insert(0, str(Path(__file__).parent))

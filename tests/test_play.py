@@ -381,8 +381,13 @@ def test_the_command_starts_and_ends(run_folder, tmp_path, monkeypatch, capsys):
         run_cli(play.main)
     assert re.fullmatch(r"error: no student in out/.*\n", capsys.readouterr().err)
 
+    def listen():
+        """A shell that runs the tests in the background hands down a Ctrl-C that is ignored."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     process = subprocess.Popen([sys.executable, "-m", "extras.play", "--port", "0", "--device", "cpu"],
-                               cwd=run_folder.parent, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+                               preexec_fn=listen, cwd=run_folder.parent, text=True,
+                               env={**os.environ, "PYTHONPATH": str(ROOT)},
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     lines = [process.stdout.readline() for _ in range(4)]
     port = int(re.search(r"http://127\.0\.0\.1:(\d+)", lines[-1])[1])
