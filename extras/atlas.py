@@ -180,8 +180,8 @@ def finished():
 
 
 # ------------------------------------------------------------------------------------ what came of it
-# Seconds of a step on a quiet machine, two threads (docs/speed.md): the runs of the plan had company.
-STEP_SECONDS = {"student": 0.125, "control": 0.077}  # of 1,024 tokens
+# Seconds for 1,024 tokens on a quiet machine, two threads (docs/speed.md).
+STEP_SECONDS = {"student": 0.138, "control": 0.085}
 DIVERGENCES = {  # arm: its name in the picture
     "student 600 steps": "forward",
     "reverse": "reverse",
