@@ -20,12 +20,14 @@ import shlex
 import subprocess
 import tempfile
 import time
+from contextlib import contextmanager, nullcontext
 from datetime import date
 from functools import partial
 from itertools import combinations
 from pathlib import Path
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import distill
 from extras.plot import BLUE, GREEN, ORANGE, PURPLE, new_figure, save
@@ -41,25 +43,29 @@ RESULTS = ROOT / "docs" / "atlas.jsonl"
 
 # What all runs share; the rest is the demo's. bf16, so that `auto` cannot decide otherwise elsewhere.
 BASE = "--no-control --precision bf16 --device cpu"
-STUDENT = "--student-layers 0,2,5 --steps 600 --batch-size 4"
-CONTROL = f"{STUDENT} --kd-weight 0 --clm-weight 1"  # the same run, without what the teacher says
-BEST_STUDENT = f"{STUDENT} --lr 1e-3"
-# The control learns best from larger batches: half as many steps, of twice as many tokens.
+ALONE = "--kd-weight 1 --clm-weight 0"  # what the teacher says, and nothing else
+STUDENT = f"--student-layers 0,2,5 --steps 600 --batch-size 4 {ALONE}"
+CONTROL = "--student-layers 0,2,5 --steps 600 --batch-size 4 --kd-weight 0 --clm-weight 1"
+# The rates, weights and batches that tuning found best; these two are what `python distill.py` runs. The
+# control learns best from larger batches: half as many steps, of twice as many tokens.
+DEMO = f"{STUDENT} --lr 1e-3 --kd-weight 0.9 --clm-weight 0.1"
 BEST_CONTROL = f"{CONTROL} --lr 6e-4 --batch-size 8"
+SEEDS = (0, 1, 2)
 BUDGETS = (150, 300, 600, 1200, 2400)  # steps of the student; the control gets as many tokens
 
 
 def plan():
     """All runs, in the order in which they are made: {name: flags}."""
-    runs = {}
+    return tuning() | one_change() | budgets() | exercises() | layers()
 
-    # Tuning, seed 0: one thing at a time, around the student's and the control's best rate.
+
+def tuning():
+    """Seed 0, one thing at a time, around the student's and the control's best rate."""
+    runs = {}
     for lr in ("5e-4", "7e-4", "1e-3", "1.5e-3", "2e-3"):
         runs[f"tune student lr {lr}"] = f"{STUDENT} --lr {lr}"
     for lr in ("2e-4", "3e-4", "4.5e-4", "6e-4", "1e-3"):
         runs[f"tune control lr {lr}"] = f"{CONTROL} --lr {lr}"
-    for T in ("1", "4"):
-        runs[f"tune student T {T}"] = f"{STUDENT} --lr 1e-3 --temperature {T}"
     for lr in ("5e-4", "7e-4", "1e-3"):
         runs[f"tune student batch 2 lr {lr}"] = f"{STUDENT} --lr {lr} --batch-size 2 --steps 1200"
     for lr in ("2e-4", "3e-4"):
@@ -67,39 +73,59 @@ def plan():
     for lr in ("6e-4", "1e-3"):
         runs[f"tune control batch 8 lr {lr}"] = f"{CONTROL} --lr {lr} --batch-size 8 --steps 300"
     runs["tune control batch 16 lr 1e-3"] = f"{CONTROL} --lr 1e-3 --batch-size 16 --steps 150"
-    runs["tune student half and half"] = f"{STUDENT} --lr 1e-3 --kd-weight 0.5 --clm-weight 0.5"
-    runs["tune student nine to one"] = f"{STUDENT} --lr 1e-3 --kd-weight 0.9 --clm-weight 0.1"
     runs["tune student cosine of hidden states"] = f"{STUDENT} --lr 1e-3 --cos-weight 1"
-    runs["tune student beta2 0.99"] = f"{STUDENT} --lr 1e-3 --betas 0.9 0.99"
-    runs["tune student layers 0,3,5"] = f"{STUDENT} --lr 1e-3 --student-layers 0,3,5"
+    runs["tune student beta2 0.99"] = f"{DEMO} --betas 0.9 0.99"
+    runs["tune student linear schedule"] = f"{DEMO} --schedule linear"
+    runs["tune student linear schedule lr 1.5e-3"] = f"{DEMO} --schedule linear --lr 1.5e-3"
+    runs["tune student constant rate"] = f"{DEMO} --schedule constant"
+    runs["tune student constant rate, weights averaged"] = f"{DEMO} --schedule constant"
+    return runs
 
-    # The map, with the rates that tuning found best. What the page concludes from has three seeds.
-    for seed in (0, 1, 2):
-        runs[f"student 600 steps, seed {seed}"] = f"{BEST_STUDENT} --seed {seed}"
-        runs[f"control for 600 steps, seed {seed}"] = f"{BEST_CONTROL} --steps 300 --seed {seed}"
-    for seed in (0, 1, 2):
-        for divergence in ("reverse", "jsd"):
-            runs[f"{divergence}, seed {seed}"] = f"{BEST_STUDENT} --divergence {divergence} --seed {seed}"
-        both = "--kd-weight 0.5 --clm-weight 0.5"
-        runs[f"half and half, seed {seed}"] = f"{BEST_STUDENT} {both} --seed {seed}"
-    for steps in BUDGETS:
-        runs[f"student {steps} steps, seed 0"] = f"{BEST_STUDENT} --steps {steps} --seed 0"
-        tokens = f"--steps {steps // 2}"
-        runs[f"control for {steps} steps, seed 0"] = f"{BEST_CONTROL} {tokens} --seed 0"
-    runs["on-policy half, seed 0"] = f"{BEST_STUDENT} --on-policy 0.5 --seed 0"
-    runs["random start, student"] = f"{BEST_STUDENT} --student-init random"
-    runs["random start, control"] = f"{BEST_CONTROL} --steps 300 --student-init random"
 
-    # The README's exercises that are not above, seed 0.
-    runs["T 8"] = f"{BEST_STUDENT} --temperature 8"
-    runs["layers 0,3,4"] = f"{BEST_STUDENT} --student-layers 0,3,4"
-    runs["reverse, T 1"] = f"{BEST_STUDENT} --divergence reverse --temperature 1"
+def one_change():
+    """Arms that differ in one thing from the teacher alone ("forward"), three seeds of each."""
+    arms = {
+        "forward": f"{STUDENT} --lr 1e-3",
+        "reverse": f"{STUDENT} --lr 1e-3 --divergence reverse",
+        "jsd": f"{STUDENT} --lr 1e-3 --divergence jsd",
+        "on-policy half": f"{STUDENT} --lr 1e-3 --on-policy 0.5",
+        "T 1": f"{STUDENT} --lr 1e-3 --temperature 1",
+        "T 4": f"{STUDENT} --lr 1e-3 --temperature 4",
+        "half and half": f"{STUDENT} --lr 1e-3 --kd-weight 0.5 --clm-weight 0.5",
+        "random start": f"{DEMO} --student-init random",
+        "control, random start": f"{BEST_CONTROL} --steps 300 --student-init random",
+    }
+    return {f"{arm}, seed {seed}": f"{flags} --seed {seed}" for seed in SEEDS for arm, flags in arms.items()}
 
-    # Which layers: all 20 ways to take 3 of 6, before training and after 100 steps, on fewer held-out tokens.
-    for layers in combinations(range(6), 3):
-        chosen = ",".join(map(str, layers))
-        short = "--steps 100 --eval-tokens 20000"
-        runs[f"layers {chosen}, 100 steps"] = f"{BEST_STUDENT} --student-layers {chosen} {short}"
+
+def budgets():
+    """The demo and its control, from a quarter of the demo's tokens to four times as many."""
+    runs = {}
+    for seed in SEEDS:
+        for steps in BUDGETS:
+            runs[f"student {steps} steps, seed {seed}"] = f"{DEMO} --steps {steps} --seed {seed}"
+            half = f"--steps {steps // 2} --seed {seed}"
+            runs[f"control for {steps} steps, seed {seed}"] = f"{BEST_CONTROL} {half}"
+    return runs
+
+
+def exercises():
+    """The README's exercises that are not above, seed 0."""
+    return {
+        "T 8": f"{STUDENT} --lr 1e-3 --temperature 8",
+        "layers 0,3,4": f"{STUDENT} --lr 1e-3 --student-layers 0,3,4",
+        "forward, random start": f"{STUDENT} --lr 1e-3 --student-init random",
+        "reverse, T 1": f"{STUDENT} --lr 1e-3 --divergence reverse --temperature 1",
+    }
+
+
+def layers():
+    """All 20 ways to take 3 of 6, before training and after 100 steps, on fewer held-out tokens."""
+    runs = {}
+    for kept in combinations(range(6), 3):
+        chosen = ",".join(map(str, kept))
+        runs[f"layers {chosen}, 100 steps"] = (
+            f"{STUDENT} --lr 1e-3 --student-layers {chosen} --steps 100 --eval-tokens 20000")
     return runs
 
 
@@ -122,7 +148,8 @@ def one_run(name, flags):
         before = score()["loss"] if args.steps <= 100 else None  # it takes longer than a short run
         started = time.perf_counter()
         teaches = teacher if args.kd_weight or args.cos_weight else None
-        distill.train(args, student, teaches, corpus, tokenizer.vocab_size, ranks)
+        with averaged(student, args.steps) if "weights averaged" in name else nullcontext():
+            distill.train(args, student, teaches, corpus, tokenizer.vocab_size, ranks)
         seconds = time.perf_counter() - started
         found = score() | {"reverse_kl": reverse_kl(teacher, student, corpus, args)}
         found |= sample_figures(teacher, student, corpus)
@@ -131,6 +158,27 @@ def one_run(name, flags):
             **found, "steps": args.steps, "tokens": tokens, "seconds": round(seconds, 1),
             "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit(),
             "date": date.today().isoformat()}
+
+
+@contextmanager
+def averaged(student, steps):
+    """At the end of the block the student has the mean of its weights after each of the last `steps` / 4
+    steps (Izmailov et al. 2018, arXiv 1803.05407)."""
+    done = 0
+    sums = [torch.zeros_like(parameter) for parameter in student.parameters()]
+
+    def add(*_):
+        nonlocal done
+        done += 1
+        if done > steps - steps // 4:
+            for total, parameter in zip(sums, student.parameters(), strict=True):
+                total += parameter.detach()
+
+    hook = register_optimizer_step_post_hook(add)
+    yield
+    hook.remove()
+    for total, parameter in zip(sums, student.parameters(), strict=True):
+        parameter.data.copy_(total / (steps // 4))
 
 
 @torch.no_grad()
