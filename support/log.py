@@ -1,7 +1,8 @@
 """out/log.csv: a row for each step, and the progress line with the same figures.
 
-  Log        writes the rows of a run as they come
-  read_log   the rows that are whole, of a file that may be damaged
+  Log             writes the rows of a run as they come
+  read_log        the rows that are whole, of a file that may be damaged
+  read_held_out   the same of out/held-out.csv, which has a row for each validation
 """
 import csv
 import math
@@ -13,6 +14,8 @@ from support.progress import Progress
 
 COLUMNS = ("step", "loss", "kl", "clm", "cos", "teacher_clm", "lr", "grad_norm", "tokens",
            "tokens_per_second")
+HELD_OUT = "held-out.csv"  # beside it
+HELD_OUT_COLUMNS = ("step", "loss")
 
 
 def read_log(path):
@@ -20,6 +23,16 @@ def read_log(path):
 
     A log can end in half a row after a kill, or be missing; it is only a record, so nothing depends on it.
     """
+    return read_rows(path, COLUMNS, positive=("tokens", "tokens_per_second"))
+
+
+def read_held_out(folder):
+    """held-out.csv of a run -> list of {"step", "loss"}: the student's loss at each --eval-interval."""
+    return read_rows(Path(folder, HELD_OUT), HELD_OUT_COLUMNS)
+
+
+def read_rows(path, columns, positive=()):
+    """The rows of a .csv that have a finite number in each of `columns`, and steps that rise."""
     try:
         lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -28,16 +41,25 @@ def read_log(path):
     rows = []
     for line in lines:
         try:
-            row = {name: float(value) for name, value in zip(COLUMNS, line.split(","), strict=True)}
+            row = {name: float(value) for name, value in zip(columns, line.split(","), strict=True)}
         except ValueError:  # the header, half a row, or none of ours
             continue
         # A run stops before it writes NaN or infinity, so these are damage, too.
         previous = rows[-1]["step"] if rows else 0
         finite = all(map(math.isfinite, row.values()))
         in_order = finite and previous < row["step"] == int(row["step"])
-        if in_order and row["tokens"] > 0 and row["tokens_per_second"] > 0:
+        if in_order and all(row[name] > 0 for name in positive):
             rows.append(row)
     return rows
+
+
+def write_rows(path, columns, rows):
+    """A .csv that is whole or not there."""
+    with replaced(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        for row in rows:
+            writer.writerow(shown(row[name]) for name in columns)
 
 
 def shown(value):
@@ -104,21 +126,32 @@ class Log:
                 self.open()
             csv.writer(self.file).writerow(shown(row[name]) for name in COLUMNS)
         except OSError as error:
-            raise InputError(f"{self.path} cannot be written ({error.strerror}); the same command with "
-                             "--resume goes on from the last saved state") from error
+            raise not_written(self.path, error) from error
+
+    def write_held_out(self, step, loss):
+        """Add the loss on held-out text after so many steps, and show it. Rows of later steps, which a kill
+        has left, go: these steps are made again."""
+        path = self.path.with_name(HELD_OUT)
+        rows = [row for row in read_held_out(path.parent) if row["step"] < step]
+        try:
+            write_rows(path, HELD_OUT_COLUMNS, [*rows, {"step": step, "loss": loss}])
+        except OSError as error:
+            raise not_written(path, error) from error
+        self.say(f"step {step}: held-out loss {loss:.4f}")
 
     def open(self):
         """Keep the rows of the steps that are done: those after the last saved state are made again."""
         kept = [row for row in read_log(self.path) if row["step"] <= self.first_step]
-        with replaced(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            for row in kept:
-                writer.writerow(map(shown, row.values()))
+        write_rows(self.path, COLUMNS, kept)
         self.file = open(self.path, "a", newline="", buffering=1, encoding="utf-8")
         if len(kept) < self.first_step:
             lost = self.first_step - len(kept)
             self.say(f"note       {self.path} has lost {lost} of the steps before this one")
+
+
+def not_written(path, error):
+    return InputError(f"{path} cannot be written ({error.strerror}); the same command with --resume goes on "
+                      "from the last saved state")
 
 
 def figures(losses, speed):

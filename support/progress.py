@@ -40,6 +40,11 @@ class TimeLeft:
         (units, since), (done, until) = self.marks[-2:]
         return (until - since) / (done - units)
 
+    def is_reliable(self):
+        """Whether enough is done to say how long the rest takes: four units, or one that took long."""
+        (units, since), (done, until) = self.marks[0], self.marks[-1]
+        return done - units >= 4 or done > units and until - since > 20
+
     def seconds(self):
         """How long the rest of this phase and all that follows it will take; None if nobody knows yet."""
         each = self.seconds_per_unit()

@@ -36,7 +36,6 @@ class Run:
         self.log = self.stack.enter_context(Log(self.args, self.first_step, self.ranks, self.later))
         self.stop = self.stack.enter_context(stop_signals(self.ranks.is_first))
         self.started = time.perf_counter()
-        self.begun = time.monotonic()
         self.outlook = self.args.role == "student"  # whether to say how long all of it takes
         return self
 
@@ -51,11 +50,10 @@ class Run:
         """Show it, and how long all will take as soon as that is known. After Ctrl-C or SIGTERM on any rank,
         save the state after `step` steps and leave."""
         self.log.tick()
-        measured = self.log.line.time
-        enough = measured.done - measured.marks[0][0] >= 4 or time.monotonic() > self.begun + 20
-        if self.outlook and enough:
+        time_left = self.log.line.time
+        if self.outlook and time_left.is_reliable():
             self.outlook = False
-            if note := duration_note(self.args, measured.seconds(), self.ranks):
+            if note := duration_note(self.args, time_left.seconds(), self.ranks):
                 self.log.say(f"note       {note}")
         if self.ranks.any(self.stop):
             self.leave(step)
@@ -100,7 +98,7 @@ class Run:
         if every and done % every == 0 and self.ranks.is_first:
             row, = validate([self.student], self.corpus, self.vocab_size, self.args,
                             autocast(self.args, self.ranks.device))
-            self.log.say(f"step {done}: validation loss {row['loss']:.4f}")
+            self.log.write_held_out(done, row["loss"])
         if done % self.args.save_interval == 0 or done == self.args.steps:
             self.save(done)
         self.started = time.perf_counter()

@@ -304,6 +304,26 @@ def test_a_row_of_the_log_has_numbers_alone(tmp_path, column, cell):
     assert [row["step"] for row in log.read_log(tmp_path / "log.csv")] == [1, 3]
 
 
+def test_held_out_losses_are_kept_in_a_file_of_their_own(workshop, tmp_path, monkeypatch, capsys):
+    """A row for each validation, the last one the table's; a resumed run goes on after what it had."""
+    out = tmp_path / "out"
+    more = {"eval-interval": 1, "save-interval": 1, "resume": True}
+    printed = call(monkeypatch, capsys, flags(workshop, out, **more | {"resume": None}))[1]
+    rows = log.read_held_out(out)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    losses = [row["loss"] for row in rows]
+    assert [*map(float, re.findall("step .: held-out loss (.*)", printed))] == pytest.approx(losses, abs=1e-4)
+    table = next(line for line in printed.splitlines() if line.startswith("| student"))
+    assert float(table.split("|")[3]) == pytest.approx(losses[-1], abs=1e-4)
+
+    assert call(monkeypatch, capsys, flags(workshop, out, overwrite=True))[0] == 0
+    assert log.read_held_out(out) == [], "the old run's go with it"
+    log.write_rows(out / log.HELD_OUT, log.HELD_OUT_COLUMNS, [{"step": step, "loss": 9} for step in (1, 3)])
+    (out / "train_state.pt").unlink()
+    assert call(monkeypatch, capsys, flags(workshop, out, **more))[0] == 0
+    assert log.read_held_out(out) == rows, "what is made again is written again"
+
+
 def test_a_control_that_is_half_done_goes_on(out, workshop, monkeypatch, capsys):
     """Killed in the control's second step: the student is finished, the control ends with the same bits."""
     before = weights(out / "control")
@@ -535,6 +555,18 @@ def test_time_left_covers_what_follows(monkeypatch):
         now[0] += seconds  # the first unit takes long, and is forgotten as soon as there is another
         left.advance()
         assert left.seconds() == pytest.approx(expected)
+
+
+def test_when_the_time_left_can_be_told(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    for seconds, units in ((1, 4), (21, 1), (15, 2)):
+        left = progress.TimeLeft(total=10, done=2)
+        for unit in range(units):
+            assert not left.is_reliable(), (seconds, unit)
+            now[0] += seconds
+            left.advance()
+        assert left.is_reliable(), seconds
 
 
 def test_the_line_is_shortened_to_the_terminal():
