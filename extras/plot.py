@@ -30,7 +30,7 @@ from model import load
 from support.card import formula
 from support.cli import InputError, format_table, new_parser, run_cli, user_path
 from support.files import replaced
-from support.log import COLUMNS, read_log
+from support.log import COLUMNS, read_held_out, read_log
 from support.state import CHANGES_NOTHING, read_settings
 from support.tokenizer import load_tokenizer
 
@@ -45,10 +45,11 @@ STYLE = {
     "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "grid.color": GREY, "grid.alpha": 0.25,
     "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
 
-LINES = {  # column of log.csv: its name in the picture, its colour
+LINES = {  # column of log.csv, or what else there is: its name in the picture, its colour
     "loss": ("student's loss", GREY),
     "clm": ("student's CLM", BLUE),
     "teacher_clm": ("teacher's CLM,\nthe bar to reach", ORANGE),
+    "held_out": ("student's CLM on\nheld-out text", BLUE),
     "control": ("control's CLM,\nwithout the teacher", PURPLE),
     "kl": ("student's KL\nto the teacher", GREEN),
 }
@@ -65,6 +66,10 @@ def draw_loss(folder):
     means = {name: running_mean(values) for name, (_, values) in curves.items()}
     for name, (steps, values) in curves.items():
         label, colour = LINES[name]
+        if name == "held_out":  # few values, and each is a mean already
+            axes.plot(steps, values, "o:", color=colour, linewidth=1, markersize=4, zorder=3, label=label)
+            means[name] = values
+            continue
         # Noise without antialiasing: with it, it would be half of the file.
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.6, antialiased=False)
         axes.plot(steps, means[name], color=colour, linewidth=1.8, zorder=3, label=label)
@@ -93,6 +98,10 @@ def curves_of(folder):
     if is_multiple(log["loss"], log["kl"]) or is_multiple(log["loss"], log["clm"]):
         curves.pop("loss", None)
 
+    steps, losses = held_out_of(folder, log)
+    if losses:
+        curves["held_out"] = np.array(steps), np.array(losses)
+
     if Path(folder, "control", "log.csv").exists():
         # Its steps can have more tokens: it stands where the student had read as many.
         control = read_columns(Path(folder, "control"))
@@ -119,29 +128,38 @@ def running_mean(values):
 
 # ------------------------------------------------------------------------------------ several runs
 def draw_runs(folders):
-    """Two Axes, by step and by second of training: the student's CLM of each run, and a diamond for its loss
-    on held-out text, where its card has it."""
+    """Two Axes, by step and by second of training, with two losses of each run on the text itself: a line on
+    the text that it trained on, and marks on held-out text, those of --eval-interval and the card's."""
     figure = new_figure()
     both = figure.subplots(1, 2, sharey=True)
     looks = itertools.product(("-", "--", ":"), (BLUE, ORANGE, GREEN, PURPLE))
 
     for folder, (dashes, colour) in zip(folders, itertools.cycle(looks), strict=False):
         log = read_columns(folder)
-        held_out = read_card(folder).get("loss")
+        steps, losses = held_out_of(folder, log)
+        final = read_card(folder).get("loss")
         for axes, x in zip(both, (log["step"], seconds_of(log)), strict=True):
-            axes.plot(x, running_mean(log["clm"]), dashes, color=colour, linewidth=1.8, label=str(folder))
-            if held_out:
-                axes.plot(x[-1], float(held_out), "D", color=colour, markersize=6, clip_on=False, zorder=3)
+            axes.plot(x, running_mean(log["clm"]), dashes, color=colour, linewidth=1.2, label=str(folder))
+            axes.plot(np.interp(steps, log["step"], x), losses, "o", color=colour, markersize=4, zorder=3)
+            if final:
+                axes.plot(x[-1], float(final), "D", color=colour, markersize=6, clip_on=False, zorder=3)
 
     both[0].set(xlabel="steps", ylabel="student's CLM, nats per token")
     both[1].set(xlabel="seconds of training")
     for axes in both:
         axes.set_xlim(left=0)
         axes.grid()
-    figure.suptitle("lines: training text, running mean;  diamonds: held-out text, at the end", fontsize=10)
+    figure.suptitle("lines: training text, running mean;  dots: held-out text;  diamonds: at the end",
+                    fontsize=10)
     figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center",
                   ncols=min(4, len(folders)), frameon=False, labelcolor="linecolor")
     return both
+
+
+def held_out_of(folder, log):
+    """Steps of a run's log after which it was scored on held-out text, and the losses."""
+    rows = [row for row in read_held_out(folder) if row["step"] <= log["step"][-1]]
+    return [row["step"] for row in rows], [row["loss"] for row in rows]
 
 
 def seconds_of(log):

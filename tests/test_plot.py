@@ -17,7 +17,7 @@ from model import GPT2, load, student_from
 from support.card import write_card
 from support.chunked_loss import Losses
 from support.cli import format_table, run_cli
-from support.log import COLUMNS, shown
+from support.log import COLUMNS, HELD_OUT, HELD_OUT_COLUMNS, shown, write_rows
 from support.runtime import Ranks
 from support.tokenizer import load_tokenizer
 
@@ -123,6 +123,20 @@ def test_each_line_is_named_once_at_its_end_and_no_two_names_touch(folder):
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("steps", "nats per token")
 
 
+def validated(folder, *points):
+    """held-out.csv as --eval-interval leaves it: pairs (step, loss)."""
+    write_rows(folder / HELD_OUT, HELD_OUT_COLUMNS,
+               [dict(zip(HELD_OUT_COLUMNS, point, strict=True)) for point in points])
+
+
+def test_held_out_losses_are_drawn_as_they_are(folder):
+    validated(folder, (20, 3.5), (40, 3.25), (80, 3.0))  # the last one of steps that a kill has taken
+    axes = plot.draw_loss(folder)
+    line, = (line for line in axes.lines if line.get_marker() == "o")
+    assert [*line.get_xdata()] == [20, 40] and [*line.get_ydata()] == [3.5, 3.25]
+    assert line.get_label() in [text.get_text() for text in axes.texts]
+
+
 @pytest.mark.parametrize("n", [2, 39, 40, 100])
 def test_running_mean(n):
     values = np.random.default_rng(0).normal(size=n)
@@ -187,7 +201,12 @@ def three(tmp_path):
 
 
 def test_runs_by_step_and_by_second(three):
+    validated(three[0], (20, 3.5), (40, 3.25))
     by_step, by_second = plot.draw_runs(three)
+    for axes, x in ((by_step, [20, 40]), (by_second, [5, 10])):
+        dots, = ([*zip(*line.get_data(), strict=True)] for line in axes.lines
+                 if line.get_marker() == "o" and len(line.get_xdata()))
+        assert dots == [*zip(x, (3.5, 3.25), strict=True)]
     for folder, steps in zip(three, (60, 80, 20), strict=True):
         log = list(csv.DictReader((folder / "log.csv").open()))
         means = plot.running_mean(np.array([float(row["clm"]) for row in log]))
@@ -200,7 +219,7 @@ def test_runs_by_step_and_by_second(three):
     for axes, ends in ((by_step, (60, 80)), (by_second, (15, 20))):
         diamonds = [(*line.get_xdata(), *line.get_ydata()) for line in axes.lines if line.get_marker() == "D"]
         assert diamonds == [(ends[0], 3.25), (ends[1], 2.75)], "held-out losses of those that have one"
-    colours = {line.get_color() for line in by_step.lines if line.get_marker() != "D"}
+    colours = {line.get_color() for line in by_step.lines if line.get_marker() == "None"}
     assert len(colours) == 3
     assert [text.get_text() for text in by_step.figure.legends[0].get_texts()] == [*map(str, three)]
     by_step.figure.draw_without_rendering()
