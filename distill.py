@@ -334,17 +334,19 @@ def close(args, networks, corpus, tokenizer, ranks):
         [*networks.values()], corpus, tokenizer.vocab_size, args, autocast(args, ranks.device),
         lambda found: watched(found, "scoring   ", batches))
     rows = dict(zip(networks, scores, strict=True))
-    table = format_table([{"model": name, **row} for name, row in rows.items()])
-    write_card(args, ranks, table)
+    table = [{"model": name, **row} for name, row in rows.items()]
+    write_card(args, ranks, format_table(table))
 
+    # Without the parameters, which the plan has said, it fits into 80 columns.
+    narrow = [{column: value for column, value in row.items() if column != "parameters"} for row in table]
     paragraphs = [
-        table,
+        format_table(narrow),
         closing.verdict(rows, args),
         closing.unknown_text(args, rows, held_out_text(corpus, tokenizer, args.eval_tokens)),
         "" if args.compile else closing.show_texts(networks, corpus, tokenizer),
-        closing.next_steps(args, networks, corpus),
     ]
-    print("\n" + "\n\n".join(filter(None, paragraphs)))
+    print("\n" + "\n\n".join(filter(None, paragraphs)) + "\n", flush=True)
+    print(closing.next_steps(args, networks, corpus, closing.picture(args)))
 
 
 def held_out_text(corpus, tokenizer, n_tokens):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from support.files import replaced
-from support.log import read_log
+from support.log import read_log, seconds_of
 
 DIVERGENCES = {
     "forward": "KL(teacher || student",
@@ -89,9 +89,8 @@ def write_card(args, ranks, table):
                  "inherited": INHERITED}
 
     rows = read_log(Path(args.out, "log.csv"))
-    seconds = sum(row["tokens"] / row["tokens_per_second"] for row in rows)
     about["tokens"] = int(sum(row["tokens"] for row in rows))
-    about["hours"] = seconds / 3600
+    about["hours"] = seconds_of(rows) / 3600
     about["ranks"] = ranks.world
     about["hardware"] = f"{platform.machine()} CPU"
     if ranks.device.type == "cuda":

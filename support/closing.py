@@ -3,16 +3,22 @@
   verdict        the table in words: what the teacher was worth, against how good a control
   unknown_text   whether the teacher knows this text, and what to do if it does not
   show_texts     how each model goes on from the same words
+  picture        loss.png, where it can be drawn
   next_steps     commands to paste
 """
+import importlib.util
 import lzma
 import shlex
 import shutil
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import torch
 
-from support.options import CONTROLS_TRIED, control_of, is_shipped_demo
+from support.log import read_log, seconds_of
+from support.options import CONTROLS_TRIED, ROOT, control_of, is_shipped_demo
 
 
 # ------------------------------------------------------------------------------------ what the table means
@@ -43,9 +49,9 @@ def effort(args):
     alone = control_of(args)
     had = f"The control had rate {alone.lr:g} and {sequences(alone)} sequences a step"
     if is_shipped_demo(args):
-        return f"{had}, the best of {CONTROLS_TRIED} settings that were tried: docs/atlas.md"
+        return f"{had},\nthe best of {CONTROLS_TRIED} settings that were tried: docs/atlas.md"
     if args.control_lr is None and args.control_batch_size is None:
-        return f"{had}, the student's; --control-lr gives it a rate of its own."
+        return f"{had},\nthe student's; --control-lr gives it a rate of its own."
     return f"{had}."
 
 
@@ -112,7 +118,7 @@ def show_texts(networks, corpus, tokenizer):
         if corpus.eot in written:
             written = written[:written.index(corpus.eot)]
         lines.append(f"the {name:13} {tokenizer.decode(written)}")
-    return "\n".join(one_line(line, width) for line in lines)
+    return "\n".join(two_lines(line, width) for line in lines)
 
 
 def document(corpus, before=16, after=40):
@@ -125,16 +131,36 @@ def document(corpus, before=16, after=40):
     return ids[start:start + before], ids[start + before:start + before + after]
 
 
-def one_line(text, width):
-    """A text on one line of the terminal: runs of white space become a space (but for the first ones)."""
+def two_lines(text, width):
+    """A text on at most two lines of the terminal, the second one indented as the first; what is left over is
+    left out. Runs of white space become a space, but for those that set off the first words."""
     head, text = text[:18], " ".join(text[18:].split())
-    line = head + "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return line if len(line) < width else line[:width - 4] + "..."
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return head + "\n".join(textwrap.wrap(text, max(width - 1, 40), initial_indent=18 * " ",
+                                          subsequent_indent=18 * " ", max_lines=2, placeholder=" ..."))[18:]
 
 
 # ------------------------------------------------------------------------------------ what to do next
-def next_steps(args, networks, corpus):
-    """Commands to paste: compare, see, score, and the same on text of one's own."""
+WORTH_A_PICTURE = 60  # seconds of training; drawing takes a few
+
+
+def picture(args):
+    """The path of the run's loss.png, drawn now; None where matplotlib is missing, or after a short run.
+
+    A process of its own draws it, as nothing that trains may need matplotlib, or fail because of it.
+    """
+    if seconds_of(read_log(Path(args.out, "log.csv"))) < WORTH_A_PICTURE:
+        return None
+    if not importlib.util.find_spec("matplotlib") or not (ROOT / "extras" / "plot.py").exists():
+        return None
+    path = Path(args.out, "loss.png")
+    command = [sys.executable, "-m", "extras.plot", str(Path(args.out).resolve())]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True)
+    return path if done.returncode == 0 and path.exists() else None
+
+
+def next_steps(args, networks, corpus, drawn):
+    """Commands to paste: compare, see, score, and the same on text of one's own. `drawn`: of `picture`."""
     models = [args.out, *([str(Path(args.out, "control"))] if "control" in networks else [])]
     compared = models[1:]
     if "teacher" in networks:
@@ -145,7 +171,9 @@ def next_steps(args, networks, corpus):
               + (" --compare " + quote(*compared) if compared else "")),
              ("perplexity", f"python eval_ppl.py {quote(*models)} --data {quote(corpus.path)}"),
              ("a picture", f"python -m extras.plot {quote(args.out)}")]
-    if "teacher" in networks and Path(__file__).parent.parent.joinpath("extras", "play.py").exists():
+    if drawn:
+        steps[-1] = ("a picture", f"{drawn} has it")
+    if "teacher" in networks and (ROOT / "extras" / "play.py").exists():
         steps.append(("token by token", f"python -m extras.play {quote(args.out)}"))
     if args.recipe == "demo":
         steps.append(("your own text", "python distill.py --data my_texts/ --out mine"))

@@ -53,6 +53,11 @@ def read_rows(path, columns, positive=()):
     return rows
 
 
+def seconds_of(rows):
+    """Seconds of training in the steps of a log."""
+    return sum(row["tokens"] / row["tokens_per_second"] for row in rows)
+
+
 def write_rows(path, columns, rows):
     """A .csv that is whole or not there."""
     with replaced(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:

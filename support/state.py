@@ -19,7 +19,7 @@ from support.options import control_of
 
 RUN_FILES = ("args.json", "log.csv", "held-out.csv", "train_state.pt", "config.json",
              "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-             "README.md")
+             "README.md", "loss.png")
 
 # Flags that may differ between a run and its resumption: what is learned does not depend on them.
 CHANGES_NOTHING = ("recipe", "role", "out", "resume", "overwrite", "device", "data_folder", "workers",

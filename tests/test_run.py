@@ -709,13 +709,13 @@ def test_the_verdict(losses, said):
 
 
 @pytest.mark.parametrize("argv, said", [
-    ([], "rate 0.0006 and 8 sequences a step, the best of 10 settings that were tried: docs/atlas.md"),
+    ([], "rate 0.0006 and 8 sequences a step,\nthe best of 10 settings that were tried: docs/atlas.md"),
     (["--control-lr", "3e-4"], "rate 0.0003 and 8 sequences a step."),
     (["--seed", "3", "--out", "x"], "the best of 10 settings that were tried: docs/atlas.md"),
     (["--steps", "60"], "rate 0.0006 and 8 sequences a step."),  # nobody tuned it for these
     (["--data", "my_texts"], "rate 0.0006 and 8 sequences a step."),
     (["--betas", "0.8", "0.9"], "rate 0.0006 and 8 sequences a step."),
-    (["--teacher", "t", "--student-layers", "2"], "rate 0.0005 and 128 sequences a step, the student's; "
+    (["--teacher", "t", "--student-layers", "2"], "rate 0.0005 and 128 sequences a step,\nthe student's; "
      "--control-lr gives it a rate of its own."),
     (["--teacher", "t", "--student-layers", "2", "--control-batch-size", "2"], "and 32 sequences a step."),
 ])
@@ -757,13 +757,37 @@ def test_the_end_tells_the_story(out, workshop, tmp_path, monkeypatch, capsys):
     assert code == 0
     roles = re.compile("After the words|the (text has|teacher|student|control)  ")
     story = [line for line in printed.splitlines() if roles.match(line)]
-    assert len(story) == 5 and all(len(line) <= 80 for line in story)
-    shown = printed[printed.index("Next"):]
+    assert len(story) == 5
+    ending, _, shown = printed[printed.index("| model"):].partition("Next")
+    sentences = [line for line in ending.splitlines() if not line.startswith("  python")]
+    assert max(map(len, sentences)) <= 80
     assert "--model '" in shown and "python -m extras.plot '" in shown
     command, = re.findall("python (sample.py .*)", shown)
     argv = [sys.executable, *shlex.split(command), "--tokens", "2"]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True)
     assert done.returncode == 0 and done.stdout.count(b"---") >= 3
+
+
+def test_a_picture_where_it_can_be_drawn(workshop, tmp_path, monkeypatch, capsys):
+    """After a long run whose reader has matplotlib; otherwise the command for it."""
+    out = tmp_path / "my out"
+    monkeypatch.setattr(closing, "WORTH_A_PICTURE", 0)
+    printed = call(monkeypatch, capsys, flags(workshop, out))[1]
+    assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG" and f"  {out / 'loss.png'} has it" in printed
+    assert "extras.plot" not in printed
+
+    args = argparse.Namespace(out=str(out))
+    command = f"python -m extras.plot '{out}'"
+    corpus = argparse.Namespace(path="corpus")
+    (out / "log.csv").write_text("damaged")
+    assert closing.picture(args) is None, "the picture that is there is of another log"
+    monkeypatch.setattr(closing.importlib.util, "find_spec", lambda name: None)
+    assert closing.picture(args) is None
+    told = closing.next_steps(distill.parse_args(["--out", str(out)]), {}, corpus, None)
+    assert command in told
+
+    assert call(monkeypatch, capsys, flags(workshop, out, overwrite=True))[0] == 0
+    assert not (out / "loss.png").exists(), "it goes with its run"
 
 
 def test_a_folder_claimed_by_one_is_not_released_by_another(tmp_path):
