@@ -4,6 +4,7 @@ Read in this order:
   prepare    the text that --data names -> a Corpus on disk: the ids of all documents, one after the other
   Corpus     these ids, as arrays that stay on disk until they are read
   batch_at   batch number i of a run, as a function of its arguments
+  examples   how the tokens are cut
 
 The tokenizer is in support/tokenizer.py, what --data can name in support/documents.py, and how a corpus is
 written so that a kill loses nothing in support/corpus.py.
@@ -77,15 +78,17 @@ def batch_at(tokens, seed, index, batch_size, context, packing="constant", eot=N
     0 0 0 0 and the targets 8 -100 -100 -100. It is filled up on the right, where in a causal model no earlier
     token can look, so there is no need of an attention mask.
     """
-    cut = cut_documents if packing == "padded" else cut_blocks
-    starts, ends = cut(tokens, context, eot)
+    starts, _ = cut(tokens, context, packing, eot)
+    numbers = numbers_at(seed, index, batch_size, len(starts))
+    return examples(tokens, numbers, context, packing, eot)
 
-    ids = np.full((batch_size, context), eot or 0)  # (B, L)
-    targets = np.full((batch_size, context), -100)  # (B, L)
-    for row in range(batch_size):
-        # Each epoch takes each example once, in an order of its own.
-        epoch, position = divmod(index * batch_size + row, len(starts))
-        i = permutation(seed, epoch, len(starts))[position]
+
+def examples(tokens, numbers, context, packing, eot):
+    """Examples by their numbers: ids and targets, each (B, L) int64."""
+    starts, ends = cut(tokens, context, packing, eot)
+    ids = np.full((len(numbers), context), eot or 0)  # (B, L)
+    targets = np.full((len(numbers), context), -100)  # (B, L)
+    for row, i in enumerate(numbers):
         example = tokens[starts[i]:min(ends[i], starts[i] + context + 1)]
         n = len(example) - 1
         ids[row, :n] = example[:-1]
@@ -93,10 +96,36 @@ def batch_at(tokens, seed, index, batch_size, context, packing="constant", eot=N
     return ids, targets
 
 
+def numbers_at(seed, index, batch_size, n):
+    """Which of n examples batch number `index` has: each epoch takes each once, in an order of its own."""
+    numbers = []
+    for place in range(index * batch_size, (index + 1) * batch_size):
+        epoch, position = divmod(place, n)
+        numbers.append(permutation(seed, epoch, n)[position])
+    return numbers
+
+
 @functools.lru_cache(maxsize=4)  # a batch can lie across two epochs
 def permutation(seed, epoch, n):
     """The order of n examples in an epoch."""
     return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def cut(tokens, context, packing, eot):
+    """Starts and ends of all examples, which have at least two tokens each."""
+    return cut_documents(tokens, context, eot) if packing == "padded" else cut_blocks(tokens, context, eot)
+
+
+def target_offsets(tokens, context, packing, eot):
+    """If the targets of all examples stood in one line: where those of each begin, and where the last end.
+
+    For the documents of `batch_at`, cut after 4 targets: 0, 3, 4, 8.
+    """
+    starts, ends = cut(tokens, context, packing, eot)
+    if packing == "constant":
+        return range(0, len(starts) * context + 1, context)
+    n_targets = np.minimum(ends - starts - 1, context)
+    return np.concatenate(([0], n_targets.cumsum()))
 
 
 def cut_blocks(tokens, context, eot):
