@@ -17,6 +17,8 @@ References: Hinton et al. 2015 (arXiv 1503.02531), Sanh et al. 2019 (arXiv 1910.
 Shapes: B sequences in a micro-batch, L tokens in a sequence, N = B * L tokens, C width, V vocabulary.
 T is the temperature, and nothing else.
 """
+import support.start  # noqa: F401  (first: Ctrl-C ends in one line while PyTorch loads)
+
 import argparse
 import copy
 import math
@@ -26,10 +28,10 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from data import batch_at, load_tokenizer, prepare
+from data import batch_at, examples, load_tokenizer, numbers_at, prepare, target_offsets
 from model import build, load, spread_layers, student_from
 from sample import draw
-from support import closing, options
+from support import closing, options, teacher_cache
 from support.card import print_plan, write_card
 from support.chunked_loss import Losses, LossSettings, chunked_losses, cosine_distance, distillation_loss
 from support.cli import InputError, format_table, pick_device, run_cli
@@ -37,7 +39,7 @@ from support.options import RECIPES
 from support.outlook import check_memory, work_to_follow
 from support.progress import watched
 from support.run import Run
-from support.runtime import Ranks, autocast, keep_memory, pick_precision, stop_at_once
+from support.runtime import Ranks, autocast, keep_memory, pick_precision, stop_at_once, to_device
 from support.scoring import held_out_batches, validate
 from support.state import RunFolder, read_settings
 from support.tokenizer import shared_vocabulary
@@ -115,13 +117,14 @@ LOSSES = {"chunked": chunked_losses, "plain": plain_losses}  # what --loss names
 def train(args, student, teacher, corpus, vocab_size, ranks, later=0.0):
     """Train the student for args.steps. All that is needed to go on after a crash lies in args.out.
 
-    teacher: None to learn from the text alone. vocab_size: V, the entries that both models have. ranks: the
+    teacher: None to learn from the text alone, or from args.teacher_cache. vocab_size: V, the entries that both models have. ranks: the
     processes among which the micro-batches of a step are shared. later: how much work follows, counted in
     micro-batches; with it the time left is that of all.
     """
     losses_of = LOSSES[args.loss]
     settings = LossSettings.of(args)
     teacher_head = teacher.head_weight[:vocab_size] if teacher else None  # (V, C_t)
+    answers = open_cache(args, corpus, ranks.device)
     optimizer = make_optimizer(student, args)
     student.train()
 
@@ -138,6 +141,8 @@ def train(args, student, teacher, corpus, vocab_size, ranks, later=0.0):
                 # Teacher: it only answers, so nothing is kept for a backward pass.
                 with torch.no_grad(), autocast(args, ranks.device):
                     teacher_hidden = teacher.hidden(ids).flatten(0, 1) if teacher else None  # (N, C_t)
+                if answers:  # it gave them before the run: a few draws from each distribution, on disk
+                    teacher_hidden = answers(index)
 
                 # Student, and the loss: how far its distribution of each next token is from the teacher's.
                 with autocast(args, ranks.device):
@@ -152,8 +157,9 @@ def train(args, student, teacher, corpus, vocab_size, ranks, later=0.0):
                 run.after_micro_batch(step)
 
             # Divide once, by the tokens that counted in all micro-batches of all ranks.
-            mean_losses, tokens = mean_over_tokens(sums, ranks)
-            gradient_norm = divide_and_clip(student, tokens, args.grad_clip, ranks)
+            sums = ranks.sum(sums)
+            gradient_norm = divide_and_clip(student, sums[TOKENS], args.grad_clip, ranks)
+            mean_losses, tokens, gradient_norm = mean_over_tokens(sums, gradient_norm)
 
             # Step.
             lr = lr_at(step, args)
@@ -172,7 +178,7 @@ def micro_batch(corpus, index, args, device):
 
     # Dropout, like the data, is a function of (seed, index): resumed or on more ranks, a run draws the same.
     torch.manual_seed(run_seed(args, index))
-    return torch.from_numpy(ids).to(device), torch.from_numpy(targets).to(device).flatten()
+    return to_device(ids, device), to_device(targets, device).flatten()
 
 
 def run_seed(args, index):
@@ -206,11 +212,18 @@ def students_text(student, ids, index, args):
     return text[:, :-1], targets.flatten()
 
 
-def mean_over_tokens(sums, ranks):
-    """Sums of Losses over this rank's tokens -> (mean Losses per counted token, tokens), of all ranks."""
-    totals = Losses(*ranks.sum(sums).tolist())
-    tokens = max(totals.tokens, 1)
-    return Losses(*(total / tokens for total in totals)), tokens
+TOKENS = Losses._fields.index("tokens")
+
+
+def mean_over_tokens(sums, gradient_norm):
+    """Sums of Losses (a tensor), length of the gradient -> (mean Losses per counted token, tokens, length).
+
+    The numbers of a step leave the device here, all at once: to read one is to wait until a GPU has done all
+    that it was told so far.
+    """
+    *totals, gradient_norm = torch.cat((sums, gradient_norm.view(1))).tolist()
+    tokens = max(totals[TOKENS], 1)
+    return Losses(*(total / tokens for total in totals)), tokens, gradient_norm
 
 
 def make_optimizer(student, args):
@@ -226,12 +239,13 @@ def make_optimizer(student, args):
 
 
 def divide_and_clip(student, tokens, limit, ranks):
-    """.grad: from the sum over this rank's tokens to the mean over all tokens, no longer than `limit` (0: as
-    long as it is). Returns its length before that."""
+    """.grad: from the sum over this rank's tokens to the mean over all `tokens` (a tensor), no longer than
+    `limit` (0: as long as it is). Returns its length before that, a tensor."""
+    factor = 1 / tokens.clamp(min=1)
     for parameter in student.parameters():
         ranks.sum(parameter.grad)
-        parameter.grad.mul_(1 / tokens)
-    return torch.nn.utils.clip_grad_norm_(student.parameters(), limit or torch.inf).item()
+        parameter.grad.mul_(factor)
+    return torch.nn.utils.clip_grad_norm_(student.parameters(), limit or torch.inf)
 
 
 def take_step(optimizer, lr):
@@ -298,6 +312,9 @@ def distil(args, ranks):
     networks = {"teacher": teacher} if teacher else {}
     control = copy.deepcopy(student) if args.control and teacher else None
     training, scoring = work_to_follow(args, teacher, student, control, ranks)
+    if args.teacher_cache:
+        cache_teacher(args, teacher, corpus, tokenizer.vocab_size, ranks)
+        networks["teacher"] = teacher = None  # the cache answers for it; its memory is the student's
     networks["student"] = train(
         args, student, teacher, corpus, tokenizer.vocab_size, ranks, training + scoring)
     export(student, tokenizer, args.out, ranks)
@@ -312,7 +329,32 @@ def distil(args, ranks):
         export(control, tokenizer, control_args.out, ranks)
 
     if ranks.is_first:
+        if args.teacher_cache:
+            networks["teacher"] = load(args.teacher, ranks.device, teacher_dtype(args)).requires_grad_(False)
         close(args, networks, corpus, tokenizer, ranks)
+
+
+def cache_teacher(args, teacher, corpus, vocab_size, ranks):
+    """Have what the teacher says of the corpus in the folder args.teacher_cache; see support/teacher_cache.py."""
+    cut = args.seq_len, args.packing, corpus.eot
+    offsets = target_offsets(corpus.train, *cut)
+    wanted = teacher_cache.wanted_header(args, teacher, corpus, vocab_size, offsets)
+
+    def answers_of(numbers):
+        ids, targets = examples(corpus.train, numbers, *cut)
+        return teacher_cache.answers_to(teacher, ids, targets, numbers, args, wanted)
+
+    teacher_cache.make(args.teacher_cache, wanted, answers_of, offsets, ranks)
+
+
+def open_cache(args, corpus, device):
+    """A function from the number of a micro-batch to the Draws of its targets, or None without a cache."""
+    if not args.teacher_cache:
+        return None
+    offsets = target_offsets(corpus.train, args.seq_len, args.packing, corpus.eot)
+    cache = teacher_cache.TeacherCache(args.teacher_cache, offsets)
+    n_examples = len(offsets) - 1
+    return lambda index: cache.draws(numbers_at(args.seed, index, args.batch_size, n_examples), device)
 
 
 def warn_of_unknown_text(args, teacher, corpus, tokenizer):
@@ -366,12 +408,11 @@ def load_models(args, device):
                              "distributions cannot be compared token by token; choose a student of the "
                              "teacher's family")
 
-    # The teacher's weights, which nobody updates, are held in the precision in which it computes. One that
-    # gives its layers away is read in float32, so that the student starts from weights that are not rounded.
-    teacher_dtype = torch.bfloat16 if args.precision.startswith("bf16") else torch.float32
+    # A teacher that gives its layers away is read in float32, so that the student starts from weights that
+    # are not rounded.
     teacher = None
     if args.teacher != "none":
-        teacher = load(args.teacher, dtype=teacher_dtype if args.student else torch.float32)
+        teacher = load(args.teacher, dtype=teacher_dtype(args) if args.student else torch.float32)
     student = first_student(args, teacher)
     if args.seq_len is None:
         contexts = [network.context for network in (teacher, student) if network]
@@ -382,11 +423,16 @@ def load_models(args, device):
     student.set_dropout(args.dropout, on_attention)
     student = student.to(device, torch.bfloat16 if args.precision == "bf16-pure" else torch.float32)
     if teacher:
-        teacher = teacher.to(device, teacher_dtype).requires_grad_(False)
+        teacher = teacher.to(device, teacher_dtype(args)).requires_grad_(False)
     if args.compile:
         for block in [*student.blocks, *(teacher.blocks if teacher else ())]:
             block.compile()
     return tokenizer, teacher, student
+
+
+def teacher_dtype(args):
+    """The teacher's weights, which nobody updates, are held in the precision in which it computes."""
+    return torch.bfloat16 if args.precision.startswith("bf16") else torch.float32
 
 
 def first_student(args, teacher):

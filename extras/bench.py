@@ -89,7 +89,7 @@ def ours(folder, args):
     if args.peer == "ours-compile":
         for block in [*student.blocks, *teacher.blocks]:
             block.compile()
-    settings = LossSettings(T, KD, CLM, chunk_size=args.chunk_size)
+    settings = LossSettings(T, KD, CLM, chunk_size=args.chunk_size, compile=args.peer == "ours-compile")
 
     def loss(ids, targets):
         with torch.no_grad():
@@ -172,7 +172,7 @@ def step(folder, args):
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
     ranks = Ranks(args.device)
     ids, targets = (x.to(args.device) for x in batch(args, student.config.vocab_size))
-    tokens = targets.numel()
+    tokens = torch.tensor(targets.numel(), device=args.device)
 
     def one_step():
         with autocast(args, ranks.device):
@@ -184,7 +184,7 @@ def step(folder, args):
             torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item() / (tokens if peer.is_sum else 1)
+        return loss.item() / (targets.numel() if peer.is_sum else 1)
 
     _, first_loss = timed(args.device, one_step)
     seconds = [timed(args.device, one_step)[0] for _ in range(args.steps)]
@@ -565,8 +565,8 @@ def parse_args(argv=None):
     add("--precision", choices=["bf16", "fp32"], default="bf16",
         help="bf16 is autocast, with weights in float32")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if there is one")
-    add("--chunk-size", type=count, default=512, metavar="N",
-        help="tokens whose logits exist at a time, in ours; lower needs less memory")
+    add("--chunk-size", type=count, metavar="N",
+        help="tokens whose logits exist at a time, in ours; lower needs less memory (default: as distill.py)")
 
     add = parser.add_argument_group("how often").add_argument
     add("--rounds", type=count, default=5, metavar="N",

@@ -5,6 +5,7 @@ Read distill.plain_loss first: it is the definition, and the tests hold this fil
   distillation_loss         the loss from hidden states, for use on its own
   chunked_losses            the same with all that the log shows, as the training loop calls it
   ChunkedLoss               chunk by chunk: logits, their gradient, and the two gradients that are kept
+  answers_in_chunks         the teacher's part: its logits, or what a cache holds in their place
   loss_and_gradient_        value and gradient of the loss, for a few rows of logits
   divergence_and_gradient_  the derivations: what d divergence / d logits is
 
@@ -17,12 +18,15 @@ This is the one file where tensors are changed in place. Each place says what th
 Shapes: N tokens, n tokens of a chunk, C width, V vocabulary.
 References: Hinton et al. 2015 (arXiv 1503.02531), section 2.
 """
+import functools
 import math
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
+
+from support.sparse_loss import Draws, kl_and_gradient_, some_rows
 
 DIVERGENCES = ("forward", "reverse", "jsd")
 
@@ -36,7 +40,8 @@ class LossSettings:
     cos_weight: float = 0.0
     divergence: str = "forward"  # or "reverse", "jsd": see distill.plain_loss
     jsd_weight: float = 0.5  # of the teacher in the mixture that jsd compares both with
-    chunk_size: int = 512  # tokens whose logits exist at a time; changes memory and time, not the loss
+    chunk_size: int | None = None  # tokens whose logits exist at a time; changes no value. None: by device
+    compile: bool = False  # let torch.compile fuse the work on logits; for GPUs
 
     def __post_init__(self):
         if self.divergence not in DIVERGENCES:
@@ -75,9 +80,15 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
 
 
 def chunked_losses(student_hidden, student_head, teacher_hidden, teacher_head, targets, settings):
-    """`distillation_loss` with all that the log shows. Without a teacher (None) only the CLM is left."""
+    """`distillation_loss` with all that the log shows.
+
+    In place of teacher_hidden there may be Draws of what a teacher said earlier (support/sparse_loss.py), or
+    None, which leaves only the CLM; with either, teacher_head is None.
+    """
     if teacher_head is not None and len(teacher_head) != len(student_head):
         raise ValueError(f"heads of {len(student_head)} and {len(teacher_head)} rows: pass what they share")
+    if isinstance(teacher_hidden, Draws) and (settings.divergence != "forward" or settings.cos_weight):
+        raise ValueError("draws can replace a teacher in the forward KL, and in no other term")
     loss, kl, clm, teacher_clm = ChunkedLoss.apply(
         student_hidden, student_head, teacher_hidden, teacher_head, targets, settings)
 
@@ -90,10 +101,8 @@ def chunked_losses(student_hidden, student_head, teacher_hidden, teacher_head, t
 
 def cosine_distance(student_hidden, teacher_hidden, targets):
     """Sum of 1 - cos(student's, teacher's final hidden state) over counted tokens (Sanh et al. 2019)."""
-    counted = targets != -100
-    student = student_hidden[counted].float()
-    teacher = teacher_hidden[counted].float()
-    return (1 - F.cosine_similarity(student, teacher, dim=-1)).sum()
+    distance = 1 - F.cosine_similarity(student_hidden.float(), teacher_hidden.float(), dim=-1)  # (N,)
+    return distance.masked_fill(targets == -100, 0.0).sum()
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -103,11 +112,10 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx, student_hidden, student_head, teacher_hidden, teacher_head, targets, settings):
         dtype = matmul_dtype(student_hidden)
         device = targets.device
-        chunk_size = settings.chunk_size
+        chunk_size = settings.chunk_size or default_chunk_size(device)
         V = len(student_head)
 
         student_weight = student_head.to(dtype)  # (V, C_s)
-        teacher_weight = None if teacher_head is None else teacher_head.to(dtype)  # (V, C_t)
         grad_hidden = torch.zeros_like(student_hidden)
         grad_head = torch.zeros_like(student_head, dtype=torch.float32)
         sums = torch.zeros(4, device=device)  # divergence, kl, clm, teacher's clm
@@ -119,22 +127,20 @@ class ChunkedLoss(torch.autograd.Function):
         on_cpu = device.type == "cpu"
         few = max(1, 2**20 // V) if on_cpu else chunk_size
         head_rows = 4096 if on_cpu else V
+        rows_function = compiled_rows_function() if settings.compile else loss_and_gradient_
 
         counted = (targets != -100).nonzero().flatten()
-        for rows in counted.split(chunk_size):
+        chunks = counted.split(chunk_size)
+        answers = answers_in_chunks(teacher_hidden, teacher_head, chunks, logits[1])
+        for rows, t in zip(chunks, answers, strict=True):
             n = len(rows)
             x = student_hidden[rows].to(dtype)  # (n, C_s)
             y = targets[rows, None]  # (n, 1)
 
             s = torch.mm(x, student_weight.T, out=logits[0, :n])  # (n, V)
-            t = None
-            if teacher_weight is not None:
-                t = torch.mm(teacher_hidden[rows].to(dtype), teacher_weight.T, out=logits[1, :n])  # (n, V)
-
             for start in range(0, n, few):
                 part = slice(start, start + few)
-                t_part = None if t is None else t[part]
-                sums += loss_and_gradient_(s[part], t_part, y[part], settings)
+                sums += rows_function(s[part], some_rows(t, part), y[part], settings)
 
             # By now s is d loss / d logits. Logits are x @ head.T, so the chain rule is two products; that
             # for the head is summed in float32.
@@ -158,8 +164,27 @@ class ChunkedLoss(torch.autograd.Function):
         return grad_hidden.mul_(grad_loss), grad_head.mul_(grad_loss), *nothing
 
 
+def answers_in_chunks(teacher_hidden, teacher_head, chunks, memory):
+    """What the teacher says of each chunk of tokens: logits (n, V), for which `memory` is used again and
+    again; or Draws of n tokens, if its answers are draws; or None, without a teacher."""
+    if teacher_hidden is None:
+        yield from [None] * len(chunks)
+    elif isinstance(teacher_hidden, Draws):
+        n_tokens = [len(rows) for rows in chunks]
+        if sum(n_tokens) != len(teacher_hidden.ids):
+            raise ValueError(f"draws for {len(teacher_hidden.ids)} tokens, but {sum(n_tokens)} have a target")
+        for parts in zip(*(tensor.split(n_tokens) for tensor in teacher_hidden), strict=True):
+            yield Draws(*parts)
+    else:
+        teacher_weight = teacher_head.to(memory.dtype)  # (V, C_t)
+        for rows in chunks:
+            x = teacher_hidden[rows].to(memory.dtype)  # (n, C_t)
+            yield torch.mm(x, teacher_weight.T, out=memory[:len(rows)])
+
+
 def loss_and_gradient_(s, t, y, settings):
-    """Logits s, t (n, V), targets y (n, 1) -> sums (divergence, kl, clm, teacher's clm), (4,).
+    """Logits s, t (n, V), targets y (n, 1) -> sums (divergence, kl, clm, teacher's clm), (4,). In place of t
+    there may be Draws, or None.
 
     s becomes d loss / d s. With q = softmax(s / T), p = softmax(t / T) and D a divergence of the two:
 
@@ -178,7 +203,12 @@ def loss_and_gradient_(s, t, y, settings):
     grad.scatter_add_(1, y, torch.full_like(total, -settings.clm_weight))
 
     divergence = kl = teacher_clm = torch.zeros_like(clm)
-    if t is not None:
+    if isinstance(t, Draws):
+        teacher_clm = t.clm.sum()
+        kl, grad_z = kl_and_gradient_(t, z_s, e_s, sum_s)
+        divergence = kl
+        grad.add_(grad_z, alpha=settings.kd_weight * T)
+    elif t is not None:
         z_t, e_t, unsoftened = exponentials(t, T)
         sum_t = e_t.sum(-1, keepdim=True)
         teacher_clm = (unsoftened.sum(-1, keepdim=True).log() - T * z_t.gather(1, y)).sum()
@@ -191,6 +221,12 @@ def loss_and_gradient_(s, t, y, settings):
 
     s.copy_(grad)  # the logits have served; their memory, in the dtype of the products, holds the gradient
     return torch.stack((divergence, kl, clm, teacher_clm))
+
+
+@functools.cache
+def compiled_rows_function():
+    """loss_and_gradient_ as one or two kernels, instead of one for each line of it."""
+    return torch.compile(loss_and_gradient_, dynamic=False)
 
 
 def divergence_and_gradient_(p, q, z_t, z_s, log_ratio, settings):
@@ -220,8 +256,8 @@ def divergence_and_gradient_(p, q, z_t, z_s, log_ratio, settings):
 
     # log(m / q) = log(w * p / q + 1 - w), and log(m / p) likewise: finite, even where p or q is 0.
     w = settings.jsd_weight
-    log_w = torch.tensor(math.log(w), device=p.device)
-    log_rest = torch.tensor(math.log(1 - w), device=p.device)
+    log_w = p.new_full((), math.log(w))
+    log_rest = p.new_full((), math.log(1 - w))
     log_m_q = torch.logaddexp(log_p_q + log_w, log_rest)  # (n, V)
     log_m_p = torch.logaddexp(log_rest - log_p_q, log_w)  # (n, V)
     from_teacher = -(p * log_m_p).sum()  # KL(p || m)
@@ -241,6 +277,12 @@ def exponentials(logits, T):
     e = z.exp()
     unsoftened = e**T if T >= 1 else (T * z).exp()
     return z, e, unsoftened
+
+
+def default_chunk_size(device):
+    """Tokens whose logits exist at a time. A GPU has work enough at 512; 1,024 halve what it spends on adding
+    the head's gradients up, and cost another 0.9 GB at 50,000 entries."""
+    return 512 if device.type == "cpu" else 1024
 
 
 def matmul_dtype(tensor):

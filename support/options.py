@@ -63,6 +63,7 @@ CONTROLS_TRIED = 10  # settings of the demo's control that were tried before it 
 count = checked(int, "a whole number from 1 to 1,000,000,000", lambda n: 1 <= n <= 10**9)
 count_or_0 = checked(int, "a whole number from 0 to 1,000,000,000", lambda n: 0 <= n <= 10**9)
 LARGEST_MICRO_BATCH = 2**28  # tokens; no machine has memory for as many
+draws = checked(int, "a whole number from 1 to 10,000", lambda n: 1 <= n <= 10**4)
 seed = checked(int, "a whole number from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63)
 positive = checked(float, "above 0", lambda x: 0 < x < math.inf)
 passes = checked(float, "above 0 and at most 1,000,000", lambda x: 0 < x <= 10**6)
@@ -94,6 +95,12 @@ def add_model_flags(group):
     add = group.add_argument
     add("--teacher", type=user_path, metavar="MODEL",
         help="Hub id or folder of the model to learn from, or `none` to train on the text alone")
+    add("--teacher-cache", type=user_path, metavar="DIR",
+        help="let the teacher answer once for the whole corpus, and keep that in a folder; students then learn "
+             "from it without a teacher in memory (docs/teacher-cache.md)")
+    add("--cache-draws", type=draws, default=12, metavar="K",
+        help="tokens drawn from each of the teacher's distributions for the cache; more take more room, with "
+             "less noise in the gradient")
     add("--student-layers", metavar="LAYERS",
         help="make the student of the teacher's layers: how many, evenly spread, or which, as "
              "0,2,4,7,9,11. Keeping the first and the last works best")
@@ -144,8 +151,9 @@ def add_loss_flags(group):
     add("--loss", choices=["chunked", "plain"], default="chunked",
         help="plain: train with plain_loss as it stands in distill.py, by autograd; slower and larger, "
              "for a loss of your own")
-    add("--chunk-size", type=count, default=512, metavar="N",
-        help="tokens whose logits exist at a time in the chunked loss; lower needs less memory")
+    add("--chunk-size", type=count, metavar="N",
+        help="tokens whose logits exist at a time in the chunked loss; lower needs less memory (default: 512 "
+             "on a CPU, 1024 on a GPU)")
 
 
 def add_optimisation_flags(group):
@@ -256,6 +264,7 @@ def check(args):
     if args.on_policy and args.packing == "padded":
         raise InputError("--on-policy cuts examples in half, and padded ones are of any length: "
                          "use --packing constant")
+    check_cache(args)
     if args.kd_weight + args.clm_weight + args.cos_weight == 0:
         raise InputError("all weights of the loss are 0: nothing would be learned; raise one of them")
 
@@ -268,11 +277,28 @@ def check(args):
                          f"{tokens:,} tokens; take at most {LARGEST_MICRO_BATCH:,}, and more --grad-accum")
 
 
+def check_cache(args):
+    """Refuse what draws from the teacher cannot give."""
+    if not args.teacher_cache:
+        args.cache_draws = None  # so that it is no setting of the run
+        return
+    needs = {
+        "--teacher, as somebody has to answer": args.teacher != "none",
+        "--divergence forward, the only one that is linear in the teacher": args.divergence == "forward",
+        "--on-policy 0, as the teacher answers before there is a student": not args.on_policy,
+        "--cos-weight 0, as no hidden states are kept": not args.cos_weight,
+        "--loss chunked, as plain_loss takes whole distributions": args.loss == "chunked",
+    }
+    for need, met in needs.items():
+        if not met:
+            raise InputError(f"--teacher-cache needs {need}")
+
+
 def is_shipped_demo(args):
     """Whether all that decides what is learned is the demo's, so that its tuning holds; but for the seed."""
     shipped = parse_args("", [])
     free = {"recipe", "role", "out", "resume", "overwrite", "device", "data_folder", "workers", "precision",
-            "seed", "student_layers", "eval_interval", "eval_tokens", "save_interval", "chunk_size"}
+            "seed", "student_layers", "cache_draws", "eval_interval", "eval_tokens", "save_interval", "chunk_size"}
     same_layers = args.student_layers in (shipped.student_layers, "0,2,5")
     return same_layers and all(getattr(args, name) == value
                                for name, value in vars(shipped).items() if name not in free)
@@ -294,5 +320,7 @@ def control_of(args):
         "batch_size": batch_size,
         "steps": max(1, round(args.steps * args.batch_size / batch_size)),
         "on_policy": 0.0,
+        "teacher_cache": None,
+        "cache_draws": None,
     }
     return argparse.Namespace(**vars(args) | changes)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from support.chunked_loss import default_chunk_size
 from support.cli import InputError
 from support.log import read_log
 from support.options import control_of
@@ -32,8 +33,11 @@ def memory_needed(args, teacher, student, vocab_size):
     P = student.num_parameters()
     held = P * (4 * master + (number if args.precision == "bf16" else 0))
     if teacher:
-        held += teacher.num_parameters() * number
         held += P * master if args.control else 0  # the control waits in memory
+    if args.teacher_cache:
+        teacher = None  # it has answered before
+    if teacher:
+        held += teacher.num_parameters() * number
 
     # What a block keeps for its backward pass: 16 rows of width C as products take them, and 6 as the stream
     # is held; of the teacher, a few rows of the layer that it is at. Dropout on attention needs all pairs.
@@ -49,7 +53,7 @@ def memory_needed(args, teacher, student, vocab_size):
     if args.loss == "plain":
         loss = N * vocab_size * (2 * number + (7 if teacher else 4) * 4)
     else:
-        rows = min(args.chunk_size, N)
+        rows = min(args.chunk_size or default_chunk_size(student.head_weight.device), N)
         few = rows if student.head_weight.device.type != "cpu" else min(rows, max(1, 2**20 // vocab_size))
         loss = rows * vocab_size * 2 * number + few * vocab_size * 8 * 4 + 2 * vocab_size * C * 4
     return held + activations + loss
@@ -128,7 +132,7 @@ def work_to_follow(args, teacher, student, control, ranks):
     A backward pass takes twice what its forward pass does; the teacher only goes forward.
     """
     alone = 3 * flops_per_token(student)
-    ahead = flops_per_token(teacher) if teacher else 0
+    ahead = flops_per_token(teacher) if teacher and not args.teacher_cache else 0
     unit = (alone + ahead) * args.batch_size * args.seq_len
 
     networks = [network for network in (teacher, student, control) if network is not None]

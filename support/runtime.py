@@ -2,6 +2,7 @@
 
   Ranks           one process, or the many that torchrun started
   keep_memory     a CPU's memory allocator, told not to clear the same pages again and again
+  to_device       a batch on its way to a GPU, which nobody waits for
   pick_precision  what --precision auto means on this device; autocast does what it says
   stop_signals    Ctrl-C and SIGTERM, noted so that the loop can stop where nothing is lost
   stop_at_once    the same outside of the loop, where there is nothing to lose
@@ -43,7 +44,8 @@ class Ranks:
             if self.device.type == "cuda":
                 self.device = torch.device("cuda", int_from_env("LOCAL_RANK"))
                 torch.cuda.set_device(self.device)
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            # One way for tensors on GPUs, another for flags that the host alone needs to know.
+            backend = "cuda:nccl,cpu:gloo" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(days=1))  # rank 0 may tokenise for hours
         except (RuntimeError, ValueError) as error:  # more processes than GPUs, nobody at MASTER_ADDR, ...
             reason = str(error).splitlines()[0]
@@ -66,10 +68,11 @@ class Ranks:
         return tensor
 
     def any(self, flag):
-        """Whether `flag` is true on some rank; all ranks must ask."""
+        """Whether `flag` is true on some rank; all ranks must ask. It goes from host to host, so that no
+        device has to finish what it is doing."""
         if self.world == 1:
             return bool(flag)
-        return self.sum(torch.tensor(float(bool(flag)), device=self.device)).item() > 0
+        return self.sum(torch.tensor(float(bool(flag)))).item() > 0
 
     @contextlib.contextmanager
     def first_goes_first(self):
@@ -103,6 +106,14 @@ def keep_memory():
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation of its own for any tensor
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink
+
+
+def to_device(array, device):
+    """A numpy array -> a tensor on the device. A GPU fetches it from pinned memory while the host goes on."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def bf16_is_fast(device):

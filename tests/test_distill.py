@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import distill
 from model import GPT2, GPTNeoX, load
-from support import runtime, state
+from support import chunked_loss, runtime, state
 from support.chunked_loss import LossSettings
 from support.cli import InputError, run_cli
 
@@ -312,6 +313,47 @@ def test_the_log_has_the_sums_of_the_definition(workshop, tmp_path, monkeypatch,
     assert int(row["tokens"]) == tokens < 4 * 2 * 16
     logged = [float(row[name]) for name in ("loss", "kl", "clm", "teacher_clm")]
     assert logged == pytest.approx((sums / tokens).tolist(), rel=1e-4)
+
+
+READS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__")
+
+
+def test_a_step_reads_little_back_from_the_device(workshop, tmp_path, monkeypatch, capsys):
+    """On a GPU each of these waits until all is done: one a micro-batch, and one a step for the log."""
+    reads = []
+
+    def count(name, real):
+        def counted(*args, **kwargs):
+            reads.append(name)
+            return real(*args, **kwargs)
+        monkeypatch.setattr(torch.Tensor, name, counted)
+
+    for name in READS:
+        count(name, getattr(torch.Tensor, name))
+
+    def reads_of(steps, micro_batches):
+        reads.clear()
+        changes = {"steps": steps, "grad-accum": micro_batches, "save-interval": 100}
+        call(monkeypatch, capsys, flags(workshop, tmp_path / f"{steps}x{micro_batches}", **changes))
+        return len(reads)
+
+    assert reads_of(3, 6) - reads_of(3, 4) <= 3 * 2 * 1
+    assert reads_of(5, 2) - reads_of(3, 2) <= 2 * (2 * 1 + 1)
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+def test_the_compiled_loss_is_the_loss(monkeypatch, divergence):
+    """Traced as for a GPU, though run without its compiler."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    chunked_loss.compiled_rows_function.cache_clear()
+    inputs = loss_inputs()
+    found = []
+    for compiled in (False, True):
+        settings = LossSettings(divergence=divergence, chunk_size=16, compile=compiled)
+        losses = chunked_loss.chunked_losses(*inputs, settings)
+        found.append([*losses, *torch.autograd.grad(losses.loss, inputs[:2])])
+    chunked_loss.compiled_rows_function.cache_clear()
+    assert all(close(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_accumulation_does_not_change_the_step(workshop, tmp_path, monkeypatch, capsys):
