@@ -14,6 +14,8 @@ Shapes: B sequences in a batch, L tokens in a sequence.
     python data.py --data my_texts/
     python data.py --data openwebtext --tokenizer gpt2 --max-tokens 1e9
 """
+import support.start  # noqa: F401  (first: Ctrl-C ends in one line while PyTorch loads)
+
 import functools
 from pathlib import Path
 

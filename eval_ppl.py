@@ -19,6 +19,8 @@ The guide: huggingface.co/docs/transformers/perplexity.
 The harness: github.com/EleutherAI/lm-evaluation-harness, its tasks wikitext and lambada_openai.
 Shapes: M models, B windows, L tokens of a window. NLL: negative log-likelihood, summed, in nats.
 """
+import support.start  # noqa: F401  (first: Ctrl-C ends in one line while PyTorch loads)
+
 import itertools
 import json
 import math

@@ -10,6 +10,8 @@ Read in this order:
 
 Shapes: B continuations, L tokens so far, V vocabulary.
 """
+import support.start  # noqa: F401  (first: Ctrl-C ends in one line while PyTorch loads)
+
 import math
 import sys
 from functools import partial

@@ -9,6 +9,8 @@
   lookalike      the file or folder here that a misspelt name probably means
   format_table   rows of figures as Markdown
 """
+from support.start import loaded
+
 import argparse
 import codecs
 import contextlib
@@ -37,6 +39,7 @@ def run_cli(main):
     Exit codes: 2 after an InputError or where the system refuses (a full disk, no permission), each one line
     on stderr; 130 after Ctrl-C; 141 where who reads the output has gone (`| head`), without a word.
     """
+    loaded()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's streams have no encoding to fail in
             stream.reconfigure(errors="spell")

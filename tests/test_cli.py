@@ -1,5 +1,6 @@
 """support/cli.py: how commands end, what flags refuse and how --help looks."""
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,29 @@ def start(what, **settings):
 
 
 # ------------------------------------------------------------------------------------ how commands end
+@pytest.mark.parametrize("command", [["distill.py"], ["data.py"], ["sample.py"], ["eval_ppl.py"],
+                                     ["-m", "extras.plot"]])
+def test_ctrl_c_while_libraries_load(tmp_path, command):
+    """One line and no traceback, whichever library it is that takes its time."""
+    for library in ("torch", "numpy"):
+        (tmp_path / f"{library}.py").write_text("import time; print('loading', flush=True); time.sleep(60)")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    loading = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    assert loading.stdout.readline() == b"loading\n"
+    loading.send_signal(signal.SIGINT)
+    assert loading.communicate(timeout=30) == (b"", b"\nstopped by SIGINT\n")
+    assert loading.returncode == 130
+
+
+def test_ctrl_c_belongs_to_who_imports_a_lesson_file():
+    code = "import signal, data; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    assert done.stdout == "True\n", done.stderr
+
+
 @pytest.mark.parametrize("what, unbuffered", [
     ("1", ""), ("1", "1"), ("100000", ""), ("100000", "1"), ("--help", "")])
 def test_a_closed_pipe_ends_silently(what, unbuffered):
