@@ -3,13 +3,13 @@
     python -m extras.atlas                  what is not finished yet
     python -m extras.atlas --only control   those whose name contains "control"
     python -m extras.atlas --list           what there is, and what is done
-    python -m extras.atlas --draw           two pictures, and a table
 
 Read in this order:
   plan       the runs, as data: a name, and the flags that make it differ from BASE
   one_run    distill.py's own functions, and a row of figures
   main       skips what docs/atlas.jsonl has, adds to it what it makes
-  arms, draw_budgets, draw_divergences   rows -> the table and the pictures
+
+What is made of the rows is in extras/atlas_page.py.
 
 Each run is `python distill.py` with the flags that its row names. Losses are on the modules that the demo
 holds out (131,733 tokens), in nats per token. Seconds are of training alone, and mean something only where
@@ -30,11 +30,10 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import distill
-from extras.plot import BLUE, GREEN, ORANGE, PURPLE, new_figure, save
 from sample import draw
 from support import options
 from support.card import formula
-from support.cli import InputError, format_table, new_parser, pick_device, run_cli
+from support.cli import InputError, new_parser, pick_device, run_cli
 from support.runtime import Ranks, autocast, keep_memory
 from support.scoring import validate
 
@@ -227,91 +226,12 @@ def finished():
     return {row["name"]: row for row in rows}
 
 
-# ------------------------------------------------------------------------------------ what came of it
-# Seconds for 1,024 tokens on a quiet machine, two threads (docs/speed.md).
-STEP_SECONDS = {"student": 0.138, "control": 0.085}
-DIVERGENCES = {  # arm: its name in the picture
-    "student 600 steps": "forward",
-    "reverse": "reverse",
-    "jsd": "jsd",
-    "on-policy half": "forward,\non-policy",
-}
-MEASURES = {  # column of a row: its name in the picture
-    "loss": "held-out loss",
-    "kl": "KL(teacher || student)",
-    "reverse_kl": "KL(student || teacher)",
-    "teacher_nll_of_samples": "teacher's loss on\nthe student's texts",
-    "distinct_3": "different 3-grams\nin these texts",
-}
-
-
-def arms(rows):
-    """{"reverse, seed 0": row, ...} -> {"reverse": [its rows, by seed]}; a name without a seed stays."""
-    found = {}
-    for name, row in rows.items():
-        found.setdefault(name.partition(", seed ")[0], []).append(row)
-    return found
-
-
-def table(rows):
-    """Every arm: mean and range of its losses, KL and agreement, over its seeds."""
-    lines = []
-    for arm, of in arms(rows).items():
-        losses = [row["loss"] for row in of]
-        spread = f"{min(losses):.3f} to {max(losses):.3f}" if len(of) > 1 else ""
-        lines.append({"arm": arm, "seeds": len(of), "loss": f"{sum(losses) / len(of):.4f}", "range": spread,
-                      "KL": f"{sum(row['kl'] for row in of) / len(of):.4f}",
-                      "same top-1": f"{sum(row['same_top_1'] for row in of) / len(of):.3f}",
-                      "flags": f"`{of[0]['flags']}`"})
-    return format_table(lines)
-
-
-def draw_budgets(rows):
-    """Held-out loss over seconds of training, student and control, each budget a run of its own."""
-    figure = new_figure()
-    axes = figure.subplots()
-    for who, colour in (("student", BLUE), ("control", PURPLE)):
-        name = "student {} steps" if who == "student" else "control for {} steps"
-        points = {steps: arms(rows).get(name.format(steps), []) for steps in BUDGETS}
-        points = {steps: of for steps, of in points.items() if of}
-        seconds = [steps * STEP_SECONDS[who] for steps in points]
-        means = [sum(row["loss"] for row in of) / len(of) for of in points.values()]
-        axes.plot(seconds, means, "o-", color=colour, label=who)
-        for x, y, steps in zip(seconds, means, points, strict=True):
-            axes.annotate(f"{steps}", (x, y), (0, 7), textcoords="offset points", color=colour, fontsize=8)
-    teacher = next(iter(rows.values()))["teacher_loss"]
-    axes.axhline(teacher, color=ORANGE, linewidth=1.2, label="teacher")
-    axes.set(xscale="log", xlabel="seconds of training on two CPU cores (steps beside the points)",
-             ylabel="held-out loss, nats per token")
-    axes.xaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}")
-    axes.legend(frameon=False, labelcolor="linecolor")
-    axes.grid()
-    return figure
-
-
-def draw_divergences(rows):
-    """What each divergence is good for: five measures, a point for each seed."""
-    figure = new_figure(height=3.2)
-    panels = figure.subplots(1, len(MEASURES))
-    for axes, (column, title) in zip(panels, MEASURES.items(), strict=True):
-        for x, arm in enumerate(DIVERGENCES):
-            values = [row[column] for row in arms(rows).get(arm, []) if column in row]
-            axes.plot([x] * len(values), values, "o", color=(BLUE, ORANGE, GREEN, PURPLE)[x], alpha=0.8)
-        axes.set_title(title, fontsize=8)
-        axes.set_xticks(range(len(DIVERGENCES)), DIVERGENCES.values(), rotation=60, fontsize=8)
-        axes.margins(x=0.15)
-        axes.grid(axis="y")
-        axes.tick_params(axis="y", labelsize=8)
-    return figure
-
-
+# ------------------------------------------------------------------------------------ the command
 def parse_args(argv=None):
     parser = new_parser(__doc__)
     parser.add_argument("--only", default="", metavar="TEXT", help="only runs with this in their name")
     parser.add_argument("--list", action="store_true",
                         help="show all runs, and what those that are done came to")
-    parser.add_argument("--draw", action="store_true",
-                        help="write the pictures into assets/, print the table")
     parser.add_argument("--backwards", action="store_true",
                         help="from the last run to the first: for a second process beside another")
     return parser.parse_args(argv)
@@ -326,13 +246,6 @@ def main():
         done = finished()
         for name, flags in runs.items():
             print(f"{done[name]['loss']:.4f}" if name in done else "      ", name, "|", flags)
-        return
-
-    if args.draw:
-        rows = finished()
-        save(draw_budgets(rows), ROOT / "assets" / "atlas-budgets.png")
-        save(draw_divergences(rows), ROOT / "assets" / "atlas-divergences.png")
-        print(table(rows))
         return
 
     keep_memory()
