@@ -10,15 +10,18 @@ Read in this order:
 All of these files come from strangers. What they say is checked before it is believed, no code in them is run
 (a .bin is a pickle), and no file is opened outside of the model's own folder.
 """
+import contextlib
 import functools
 import json
 import os
 import re
+import sys
 import zipfile
 from pathlib import Path
 
 from support.cli import InputError, lookalike
 
+PATIENCE = 5  # seconds until the Hub counts as silent
 NO_NETWORK = "plain `python distill.py` needs no Hub"
 HUB_ERRORS = {  # class of an error of the Hub's clients -> what it means here; the first that fits
     "GatedRepoError": "is gated: accept its terms on the Hub, then set HF_TOKEN",
@@ -87,15 +90,15 @@ def check_hub_name(name):
 
 def download(name, filename, required):
     """Path of a file in the Hub's cache, fetched if it is not there; None if the model has no such file."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    cached = in_cache(name)
     try:
-        return Path(hf_hub_download(name, filename))
-    except LocalEntryNotFoundError as error:  # the Hub is silent
-        # Of a model that has been used before, the cache has what there is. Of another one, say so at once:
-        # each further question would take half a minute.
-        used_before = isinstance(try_to_load_from_cache(name, "config.json"), str)
-        if required or not used_before:
+        return Path(hf_hub_download(name, filename, local_files_only=cached and hub_is_silent()))
+    except LocalEntryNotFoundError as error:
+        # The Hub is silent. Of a model that has been used before, the cache has what there is. Of another
+        # one, say so at once: each further question would take half a minute.
+        if required or not cached:
             raise hub_error(f"{filename} of {name}", error) from error
         return None
     except EntryNotFoundError:
@@ -103,6 +106,35 @@ def download(name, filename, required):
     except Exception as error:  # of a dozen classes, from two HTTP libraries
         near = lookalike(name)
         raise hub_error(f"{name} (did you mean {near}?)" if near else name, error) from error
+
+
+def in_cache(name):
+    """Whether the Hub's cache has a model that was used before."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+    with contextlib.suppress(HFValidationError):
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
+@functools.cache
+def hub_is_silent():
+    """Whether the Hub cannot be reached: asked once, with little patience.
+
+    Its client would ask again for each file that the cache lacks, for 23 seconds, even if the model has no
+    such file. Where there is a network the cache alone is never believed: the model may have changed.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+    if constants.HF_HUB_OFFLINE:  # as the user wants it; the client knows
+        return True
+    try:
+        get_hf_file_metadata(hf_hub_url("gpt2", "config.json"), timeout=PATIENCE)
+    except HfHubHTTPError:  # an answer, too
+        return False
+    except Exception:  # of a dozen classes, from two HTTP libraries
+        print("note: the Hub cannot be reached; models come from its cache, as they were", file=sys.stderr)
+        return True
+    return False
 
 
 def read_json(path):

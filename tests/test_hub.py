@@ -131,7 +131,7 @@ def test_a_silent_hub_is_asked_once_about_a_new_model(tmp_path):
 import huggingface_hub
 from support.hub import fetch
 asked, real = [], huggingface_hub.hf_hub_download
-huggingface_hub.hf_hub_download = lambda *args: asked.append(args) or real(*args)
+huggingface_hub.hf_hub_download = lambda *args, **more: asked.append(args) or real(*args, **more)
 try:
     fetch("someone/model", "model.safetensors", required=False)
 except ValueError as error:
@@ -140,6 +140,38 @@ except ValueError as error:
     env = {**os.environ, "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", script], env=env, text=True, capture_output=True)
     assert result.stdout.startswith("1 model.safetensors of someone/model is neither here"), result.stderr
+
+
+def test_without_network_a_model_comes_from_the_cache_and_nobody_waits(hub):
+    """Files that it lacks are not asked for again and again; that the cache is believed, is said."""
+    folder = hub.root / "models" / "someone" / "used"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("before")
+    fetch("someone/used", "config.json")
+    (folder / "config.json").write_text("now")
+    script = """
+import time
+from support.hub import fetch
+def sleep(seconds):
+    raise SystemExit("it waits")
+time.sleep = sleep
+print(fetch("someone/used", "config.json").read_text(), fetch("someone/used", "x.json", required=False))
+try:
+    fetch("someone/used", "model.safetensors")
+except ValueError as error:
+    print(error)
+"""
+    def run_with(**changes):
+        env = {**os.environ, **hub.env, "PYTHONPATH": str(REPO), **changes}
+        return subprocess.run([sys.executable, "-c", script], env=env, text=True, capture_output=True)
+
+    silent = run_with(HF_ENDPOINT="http://127.0.0.1:9")
+    assert silent.stdout.startswith("before None\nmodel.safetensors of someone/used is neither here nor")
+    assert silent.stderr.count("the Hub cannot be reached; models come from its cache") == 1
+    assert run_with(HF_HUB_OFFLINE="1").stdout == silent.stdout
+    there = run_with()
+    assert there.stdout.startswith("now None\nmodel.safetensors of someone/used is not on the Hub")
+    assert there.stderr == ""
 
 
 def test_the_stand_in_stops(tmp_path):
