@@ -78,6 +78,12 @@ def tuning():
     runs["tune student linear schedule lr 1.5e-3"] = f"{DEMO} --schedule linear --lr 1.5e-3"
     runs["tune student constant rate"] = f"{DEMO} --schedule constant"
     runs["tune student constant rate, weights averaged"] = f"{DEMO} --schedule constant"
+
+    # Is what was best at the demo's length best at others, too?
+    runs["tune student 150 steps lr 2e-3"] = f"{DEMO} --steps 150 --lr 2e-3"
+    for lr in ("4e-4", "1e-3"):
+        runs[f"tune control for 150 steps lr {lr}"] = f"{BEST_CONTROL} --steps 75 --lr {lr}"
+        runs[f"tune control for 1200 steps lr {lr}"] = f"{BEST_CONTROL} --steps 600 --lr {lr}"
     return runs
 
 
