@@ -117,9 +117,9 @@ LOSSES = {"chunked": chunked_losses, "plain": plain_losses}  # what --loss names
 def train(args, student, teacher, corpus, vocab_size, ranks, later=0.0):
     """Train the student for args.steps. All that is needed to go on after a crash lies in args.out.
 
-    teacher: None to learn from the text alone, or from args.teacher_cache. vocab_size: V, the entries that both models have. ranks: the
-    processes among which the micro-batches of a step are shared. later: how much work follows, counted in
-    micro-batches; with it the time left is that of all.
+    teacher: None to learn from the text alone, or from args.teacher_cache. vocab_size: V, the entries that
+    both models have. ranks: the processes among which the micro-batches of a step are shared. later: how much
+    work follows, counted in micro-batches; with it the time left is that of all.
     """
     losses_of = LOSSES[args.loss]
     settings = LossSettings.of(args)
@@ -335,7 +335,7 @@ def distil(args, ranks):
 
 
 def cache_teacher(args, teacher, corpus, vocab_size, ranks):
-    """Have what the teacher says of the corpus in the folder args.teacher_cache; see support/teacher_cache.py."""
+    """Have what the teacher says of the whole corpus in the folder args.teacher_cache."""
     cut = args.seq_len, args.packing, corpus.eot
     offsets = target_offsets(corpus.train, *cut)
     wanted = teacher_cache.wanted_header(args, teacher, corpus, vocab_size, offsets)

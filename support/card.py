@@ -22,8 +22,10 @@ DIVERGENCES = {
 def formula(args):
     """The loss with its numbers: "loss = 0.5 * 2² * KL(teacher || student, T = 2) + 0.5 * CLM"."""
     T = f"{args.temperature:g}"
+    cached = getattr(args, "teacher_cache", None)  # settings of older runs have none
+    draws = f", {args.cache_draws} draws" if cached else ""
     terms = {
-        f"{T}² * {DIVERGENCES[args.divergence]}, T = {T})": args.kd_weight,
+        f"{T}² * {DIVERGENCES[args.divergence]}, T = {T}{draws})": args.kd_weight,
         "CLM": args.clm_weight,
         "(1 - cos)": args.cos_weight,
     }

@@ -96,8 +96,8 @@ def add_model_flags(group):
     add("--teacher", type=user_path, metavar="MODEL",
         help="Hub id or folder of the model to learn from, or `none` to train on the text alone")
     add("--teacher-cache", type=user_path, metavar="DIR",
-        help="let the teacher answer once for the whole corpus, and keep that in a folder; students then learn "
-             "from it without a teacher in memory (docs/teacher-cache.md)")
+        help="let the teacher answer once for the whole corpus, and keep that in a folder; students then "
+             "learn from it without a teacher in memory (docs/teacher-cache.md)")
     add("--cache-draws", type=draws, default=12, metavar="K",
         help="tokens drawn from each of the teacher's distributions for the cache; more take more room, with "
              "less noise in the gradient")
@@ -298,7 +298,8 @@ def is_shipped_demo(args):
     """Whether all that decides what is learned is the demo's, so that its tuning holds; but for the seed."""
     shipped = parse_args("", [])
     free = {"recipe", "role", "out", "resume", "overwrite", "device", "data_folder", "workers", "precision",
-            "seed", "student_layers", "cache_draws", "eval_interval", "eval_tokens", "save_interval", "chunk_size"}
+            "seed", "student_layers", "eval_interval", "eval_tokens", "save_interval", "chunk_size",
+            "cache_draws"}
     same_layers = args.student_layers in (shipped.student_layers, "0,2,5")
     return same_layers and all(getattr(args, name) == value
                                for name, value in vars(shipped).items() if name not in free)

@@ -18,6 +18,7 @@ from support.cli import InputError
 from support.log import read_log
 from support.options import control_of
 from support.progress import in_words
+from support.teacher_cache import CHUNK_TOKENS
 
 GB = 1e9
 
@@ -34,8 +35,12 @@ def memory_needed(args, teacher, student, vocab_size):
     held = P * (4 * master + (number if args.precision == "bf16" else 0))
     if teacher:
         held += P * master if args.control else 0  # the control waits in memory
+    answering = 0
     if args.teacher_cache:
-        teacher = None  # it has answered before
+        # The teacher answers before the first step, while the student waits, and is not there afterwards.
+        answering = P * master + teacher.num_parameters() * number
+        answering += CHUNK_TOKENS * teacher.config.width * 12 * number + 512 * vocab_size * 5 * 4
+        teacher = None
     if teacher:
         held += teacher.num_parameters() * number
 
@@ -56,7 +61,7 @@ def memory_needed(args, teacher, student, vocab_size):
         rows = min(args.chunk_size or default_chunk_size(student.head_weight.device), N)
         few = rows if student.head_weight.device.type != "cpu" else min(rows, max(1, 2**20 // vocab_size))
         loss = rows * vocab_size * 2 * number + few * vocab_size * 8 * 4 + 2 * vocab_size * C * 4
-    return held + activations + loss
+    return max(held + activations + loss, answering)
 
 
 def memory_there(device):

@@ -39,13 +39,13 @@ def some_rows(answers, rows):
 def draw_tokens(p, offsets, n_draws):
     """Distributions p (n, V), offsets (n, 1) uniform in (0, 1] -> ids (n, K) of K draws from each.
 
-    Say that the probabilities lie side by side and fill the line from 0 to 1. The K points u / K, (1 + u) / K,
+    Say that the probabilities lie side by side and fill the line from 0 to 1. The points u / K, (1 + u) / K,
     (2 + u) / K, ... have one random offset u, and each draws the token on whose piece it lies. For p = 0.5,
-    0.3, 0.2, K = 4 and u = 0.1 the points are 0.025, 0.275, 0.525 and 0.775, and the ids 0, 0, 1, 1.
+    0.3, 0.2, K = 4 and u = 0.1 they are 0.025, 0.275, 0.525 and 0.775, which gives the ids 0, 0, 1, 1.
 
-    A token comes K * p times on average, as if each point were drawn alone. But its count is K * p rounded down
-    or up, never further away, so most of the noise that likely tokens would make is gone (systematic sampling,
-    Madow and Madow 1944).
+    A token comes K * p times on average, as if each point were drawn alone. But its count is K * p rounded
+    down or up, never further away, so most of the noise that likely tokens would make is gone (systematic
+    sampling, Madow and Madow 1944).
     """
     ends = p.cumsum(-1)  # (n, V): where the pieces end; the last one not exactly at 1
     points = (torch.arange(n_draws, device=p.device) + offsets) / n_draws  # (n, K)
