@@ -16,6 +16,7 @@ import errno
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import sys
@@ -238,6 +239,7 @@ class Build:
 def build(part, wanted, source, tokenizer, max_tokens, workers):
     """Write a corpus into the folder `part`, from where a killed build of it stopped."""
     limit = max_tokens or sys.maxsize
+    size = source.size()
     with Build(part, wanted) as corpus, progress_bar(source.name) as bar:
         todo = itertools.islice(source.documents, corpus.numbers["documents"], None)
         for batch, encoded in tokenized(batched(todo), tokenizer, workers):
@@ -248,7 +250,7 @@ def build(part, wanted, source, tokenizer, max_tokens, workers):
                     corpus.add(split, text, ids)
             corpus.numbers["documents"] += len(batch)
 
-            show(bar, corpus, source.size, max_tokens)
+            show(bar, corpus, size, max_tokens)
             if corpus.tokens("train") >= limit:
                 break
             if time.monotonic() > corpus.saved + SAVE_SECONDS:
@@ -272,16 +274,16 @@ def progress_bar(name):
 def show(bar, corpus, size, max_tokens):
     """Move the bar. It ends where the budget or the data will be used up, whichever comes first.
 
-    The tokens in the data are estimated from its `size` in bytes, if that is known, and the text so far.
+    The tokens in the data follow from its `size`, if that is known, and the text so far; if not, nobody can
+    say whether the budget will be used up, and the bar has no end.
     """
     tokens = sum(corpus.tokens(split) for split in SPLITS)
-    read = sum(corpus.numbers[split]["bytes"] for split in SPLITS)
-    ends = []
-    if max_tokens:
-        ends.append(max_tokens + corpus.tokens("val"))
-    if size and read:
-        ends.append(max(tokens, round(tokens * size / read)))
-    bar.total = min(ends) if ends else None
+    end = math.inf
+    if size and (read := sum(corpus.numbers[split][size.unit] for split in SPLITS)):
+        end = max(tokens, tokens * size.amount / read)
+        if max_tokens:
+            end = min(end, max_tokens + corpus.tokens("val"))
+    bar.total = round(end) if end < math.inf else None
     bar.update(tokens - bar.n)
 
 

@@ -11,6 +11,7 @@ What is inside of a file is support/readers.py's matter, and support/wikitext.py
 import contextlib
 import hashlib
 import itertools
+import math
 import operator
 import os
 import platform
@@ -20,14 +21,15 @@ import sysconfig
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from support.cli import InputError, lookalike
 from support.hub import hub_error
-from support.readers import PACKED, READERS, ending, read_file, text_of
+from support.readers import PACKED, READERS, ending, read_file, rows_of_parquet, text_of
 from support.wikitext import wikitext_articles
 
 HUB_DATA = {"openwebtext": "Skylion007/openwebtext", "pile": "EleutherAI/the_pile_deduplicated",
@@ -43,16 +45,25 @@ class Source(NamedTuple):
     """What a name of data stands for."""
     identity: dict  # changes when the data does; "files", which stands for their content, may be in it
     documents: Iterable  # pairs ("train" or "val", text) in a fixed order, read as they are taken
-    size: int | None  # bytes of text, where that is known before all is read; of .jsonl, of the whole file
     name: str  # for people, and for the name of a folder
+    size: Callable  # () -> Size, or None where nobody knows before all is read
+
+
+class Size(NamedTuple):
+    """How much there is to read. Text lies in .jsonl with more around it, so of that it is a little less."""
+    amount: float
+    unit: str  # "bytes" or "documents"
+
+
+ENDLESS = Size(math.inf, "bytes")  # more than a run asks for
 
 
 def open_data(data, text_column="text"):
     """What --data stands for, as a Source. Before its first document is taken, no file is opened."""
     if data == "stdlib":
         identity = {"data": data, "python": platform.python_version()}
-        size = sum(path.stat().st_size for _, path in stdlib_modules())
-        return Source(identity, stdlib_split(), size, data)
+        size = partial(size_of, [path for _, path in stdlib_modules()])
+        return Source(identity, stdlib_split(), data, size)
     if data not in HUB_DATA and os.path.exists(data):
         return open_local(Path(data), text_column)
     if data not in HUB_DATA and os.path.lexists(data):
@@ -66,7 +77,8 @@ def open_data(data, text_column="text"):
         hint = f" (did you mean {guess}?)" if guess else ""
         raise InputError(f"no data {data}{hint}: there is {DATA_CHOICES}")
     identity = {"data": data, "text_column": text_column}
-    return Source(identity, read_hub(name[1], name[2], text_column), None, plain_name(data))
+    size = ENDLESS if data in ("openwebtext", "pile") else None
+    return Source(identity, read_hub(name[1], name[2], text_column), plain_name(data), lambda: size)
 
 
 def plain_name(text):
@@ -202,11 +214,20 @@ def open_local(path, text_column):
     stamps = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     digest = hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
     identity = {"data": str(path.resolve()), "text_column": text_column, "files": digest}
-    size = sum(stat.st_size for _, stat in stats)
-    known = all(Path(name).suffix.lower() not in (*PACKED, ".parquet") for name, _ in stats)
+    documents = local_documents(path, files, text_column, sum(stat.st_size for _, stat in stats))
+    size = partial(size_of, files.train + files.val)
+    return Source(identity, documents, plain_name(path.resolve().name), size)
 
-    documents = local_documents(path, files, text_column, size)
-    return Source(identity, documents, size if known else None, plain_name(path.resolve().name))
+
+def size_of(files):
+    """The Size of files: of .parquet their rows, of what is not packed its bytes."""
+    kinds = {file.suffix.lower() for file in files}
+    with contextlib.suppress(Exception):  # what is wrong with a file is said when it is read
+        if kinds == {".parquet"}:
+            return Size(sum(map(rows_of_parquet, files)), "documents")
+        if kinds.isdisjoint((*PACKED, ".parquet")):
+            return Size(sum(file.stat().st_size for file in files), "bytes")
+    return None
 
 
 def local_documents(path, files, text_column, size):

@@ -200,6 +200,12 @@ def read_parquet(path, column):
         raise InputError(f"{path} cannot be read as parquet: {' '.join(str(error).split())[:300]}") from error
 
 
+def rows_of_parquet(path):
+    """How many rows a file has: it says so at its end."""
+    from pyarrow.parquet import read_metadata
+    return read_metadata(path).num_rows
+
+
 READERS = {".txt": read_txt, ".md": read_txt, ".jsonl": read_jsonl, ".json": read_json,
            ".parquet": read_parquet}
 
