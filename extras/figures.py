@@ -2,30 +2,39 @@
 
     python -m extras.figures              assets/layers, token, gradient.png
     python -m extras.figures --run out    also loss and distribution.png
+    python -m extras.figures --texts      the student's texts as it learns
 
 Read in this order:
   draw_layers    which of the teacher's layers a student is made of
   work_token     one prediction with three tokens, worked out: logits, softmax, KL, gradient
   draw_gradient  why the loss has T²: the size of the gradient at T = 0.5 to 16, with it and without
+  demo_students  the demo's student after 0, 100 and 600 steps
 
 The third is measured, with the shipped teacher and the demo's student before its first step, on 1,024 tokens
 of held-out modules; the others are drawn from numbers that stand here.
 """
+import copy
 import math
+import sys
+import tempfile
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.nn import functional as F
 
+import distill
 from distill import plain_loss
 from extras import plot
 from extras.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, new_figure
 from model import load, spread_layers, student_from
+from sample import DEFAULT_PROMPT
 from support.chunked_loss import LossSettings
 from support.cli import format_table, new_parser, run_cli, user_path
 from support.documents import stdlib_split
 from support.options import DEMO_TEACHER
+from support.state import RunFolder
 from support.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -224,12 +233,46 @@ def draw_gradient(sizes):
     return axes
 
 
+# ------------------------------------------------------------------------------------ texts on the way
+SHOWN_STEPS = (0, 100, 600)
+
+
+def demo_students(folder):
+    """{steps: the demo's student after as many}, all of one run of `python distill.py --no-control`."""
+    students = {}
+
+    def keep(run_folder, corpus, student, optimizer, steps):
+        """In place of saving the state, which comes every 100 steps."""
+        if steps in SHOWN_STEPS:
+            students[steps] = copy.deepcopy(student).eval()
+
+    command = ["distill.py", "--no-control", "--out", str(folder)]
+    with mock.patch.object(RunFolder, "save", keep), mock.patch.object(sys, "argv", command):
+        distill.main()
+    teacher = load(DEMO_TEACHER)
+    students[0] = plot.student_before(plot.settings_of(folder), teacher)
+    return {steps: students[steps] for steps in SHOWN_STEPS} | {"teacher": teacher}
+
+
+@torch.no_grad()
+def print_texts(students, prompt=DEFAULT_PROMPT, tokens=40):
+    """How each goes on from a prompt, always with the likeliest token."""
+    tokenizer = load_tokenizer(DEMO_TEACHER)
+    ids = torch.tensor([tokenizer.encode(prompt)])  # (1, L)
+    for steps, student in students.items():
+        name = "the teacher" if steps == "teacher" else f"after {steps} steps"
+        print(f"--- {name}\n{tokenizer.decode(student.generate(ids, tokens)[0].tolist())}")
+
+
 # ------------------------------------------------------------------------------------ the command
 def parse_args(argv=None):
     parser = new_parser(__doc__, "python -m extras.figures [options]")
     add = parser.add_argument_group("what is drawn").add_argument
     add("--run", type=user_path, metavar="DIR",
         help="also loss.png and distribution.png, of this run of distill.py; the README's are the demo's")
+    add("--texts", action="store_true",
+        help="instead, train the demo's student once more, without its control, and print what it writes "
+             "after 0, 100 and 600 steps")
     add = parser.add_argument_group("where to").add_argument
     add("--folder", type=user_path, default=str(ROOT / "assets"), metavar="DIR", help="of the pictures")
     return parser.parse_args(argv)
@@ -237,6 +280,11 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
+    if args.texts:
+        with tempfile.TemporaryDirectory() as folder:
+            print_texts(demo_students(Path(folder, "out")))
+        return
+
     folder = Path(args.folder)
     plot.save(draw_layers()[0].figure, folder / "layers.png")
     plot.save(draw_token()[0].figure, folder / "token.png")

@@ -3,8 +3,12 @@ import sys
 
 import pytest
 import torch
+from test_distill import flags
+from test_distill import workshop as workshop  # the fixture
 
+import distill
 from extras import bench, figures, lambada, plot
+from model import load, student_from
 
 
 def test_one_token_on_paper():
@@ -57,6 +61,32 @@ def test_t_squared_is_why_the_gradient_stays(monkeypatch):
     assert scaled == pytest.approx([T**2 * size for T, size in zip((1, 8, 16), plain, strict=True)], rel=1e-3)
     assert plain[2] / plain[1] == pytest.approx(1 / 4, rel=0.15)
     assert 0.1 < plain[0] < sizes["CLM"] < 1.5  # of q - p and of q - onehot: lengths of at most sqrt(2)
+
+
+def test_students_on_the_way_to_what_the_run_ends_with(workshop, tmp_path, monkeypatch, capsys):
+    honest = distill.main
+
+    def small():
+        sys.argv += flags(workshop, tmp_path / "out", steps=3, **{"save-interval": 1})
+        honest()
+    monkeypatch.setattr(distill, "main", small)
+    monkeypatch.setattr(figures, "DEMO_TEACHER", workshop / "teacher")
+    monkeypatch.setattr(figures, "SHOWN_STEPS", (0, 1, 3))
+
+    students = figures.demo_students(tmp_path / "out")
+    assert [*students] == [0, 1, 3, "teacher"]
+    teacher = load(workshop / "teacher")
+    first, last = student_from(teacher, [0, 3]), load(tmp_path / "out")
+    for steps, expected in ((0, first), (3, last), ("teacher", teacher)):
+        for name, tensor in students[steps].state_dict().items():
+            assert torch.equal(tensor, expected.state_dict()[name]), (steps, name)
+    assert not torch.equal(students[1].head_weight, first.head_weight)
+    assert not torch.equal(students[1].head_weight, last.head_weight) and not students[1].training
+
+    capsys.readouterr()
+    figures.print_texts(students)
+    said = capsys.readouterr().out
+    assert said.count("def read_config(path):") == 4 and "--- after 1 steps" in said
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
