@@ -209,7 +209,7 @@ def add_running_flags(group):
              "steps (default: --batch-size)")
     add("--seed", type=seed, default=0, metavar="N", help="of data order, dropout and random weights")
     add("--eval-interval", type=count_or_0, default=0, metavar="N",
-        help="steps between validations; 0: only at the end")
+        help="steps between validations, whose losses go to held-out.csv; 0: only at the end")
     add("--save-interval", type=count, default=100, metavar="N", help="steps between saves of the state")
 
 
