@@ -75,7 +75,10 @@ def tuning():
     runs["tune student cosine of hidden states"] = f"{STUDENT} --lr 1e-3 --cos-weight 1"
     runs["tune student beta2 0.99"] = f"{DEMO} --betas 0.9 0.99"
     runs["tune student linear schedule"] = f"{DEMO} --schedule linear"
-    runs["tune student linear schedule lr 1.5e-3"] = f"{DEMO} --schedule linear --lr 1.5e-3"
+    for lr in ("1.5e-3", "2e-3"):
+        runs[f"tune student linear schedule lr {lr}"] = f"{DEMO} --schedule linear --lr {lr}"
+    for lr in ("6e-4", "1e-3"):
+        runs[f"tune control linear schedule lr {lr}"] = f"{BEST_CONTROL} --steps 300 --schedule linear --lr {lr}"
     runs["tune student constant rate"] = f"{DEMO} --schedule constant"
     runs["tune student constant rate, weights averaged"] = f"{DEMO} --schedule constant"
 
