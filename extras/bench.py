@@ -4,6 +4,7 @@
     python -m extras.bench --only step --rounds 1   a first look
     python -m extras.bench --only step --precision fp32 --batch-size 4
     python -m extras.bench --only step --peers ours --against ../before
+    python -m extras.bench --only step --peers ours --no-exact --shape pythia
 
 Read in this order:
   PEERS           who is compared, each a function that loads two models and says how it computes the loss
@@ -56,11 +57,14 @@ CLIP = 1.0
 
 TINY = {"vocab_size": 512, "width": 64, "n_head": 2}
 PYTHIA = {"vocab_size": 50304, "context": 2048}
+PYTHIA_160M = GPTNeoX.config(**PYTHIA, width=768, n_layer=12, n_head=12)
 SHAPES = {  # --shape: class, teacher, student
     "tiny": (GPT2, GPT2.config(**TINY, n_layer=4), GPT2.config(**TINY, n_layer=2)),
     "gpt2": (GPT2, GPT2.config(), GPT2.config(n_layer=6)),
-    "pythia": (GPTNeoX, GPTNeoX.config(**PYTHIA, width=768, n_layer=12, n_head=12),
-               GPTNeoX.config(**PYTHIA, width=512, n_layer=6, n_head=8)),
+    "gpt2-medium": (GPT2, GPT2.config(width=1024, n_layer=24, n_head=16),
+                    GPT2.config(width=1024, n_layer=12, n_head=16)),
+    "pythia": (GPTNeoX, PYTHIA_160M, GPTNeoX.config(**PYTHIA, width=512, n_layer=6, n_head=8)),
+    "pythia-410m": (GPTNeoX, GPTNeoX.config(**PYTHIA, width=1024, n_layer=24, n_head=16), PYTHIA_160M),
 }
 
 # What glibc and PyTorch can be told about large tensors: to keep their memory, and to use huge pages.
@@ -461,15 +465,16 @@ def spread(values, form=".2f"):
 
 
 def print_steps(folder, args, contenders):
-    """Both tables of the step: what it costs, and how exact it is."""
+    """Both tables of the step: what it costs and, if that is asked for, how exact it is."""
     top = child(folder, args, "ceiling")["flops"]
-    exact = child(folder, args, "reference")
+    exact = child(folder, args, "reference") if args.exact else None
     runs = measure_steps(folder, args, contenders)
     print(f"\nA step of {args.batch_size} x {args.seq_len} tokens, {args.shape}, {args.precision}: "
           f"{args.rounds} rounds of {args.steps} steps. The largest matrix product reaches "
           f"{top / 1e9:,.0f} GFLOP/s.\n")
-    print(format_table(cost_rows(runs, args, top)), end="\n\n")
-    print(format_table(exactness_rows(folder, runs, args, exact)), flush=True)
+    print(format_table(cost_rows(runs, args, top)), flush=True)
+    if exact:
+        print("\n" + format_table(exactness_rows(folder, runs, args, exact)), flush=True)
 
     cores = os.cpu_count() or 1
     loads = [run["load"] for rounds in runs.values() for run in rounds if run["load"] is not None]
@@ -553,13 +558,17 @@ def parse_args(argv=None):
     add("--against", type=user_path, metavar="FOLDER",
         help="also the steps of `ours` in another checkout of this project, such as the commit before "
              "a change")
+    add("--exact", action=argparse.BooleanOptionalAction, default=True,
+        help="also hold losses and gradients against float64, which takes minutes and memory for large "
+             "models")
     add("--tuned", action=argparse.BooleanOptionalAction, default=False,
         help="each peer once more, in an environment in which large tensors keep their memory: what the "
              "usual code could gain without a change")
 
     add = parser.add_argument_group("the step").add_argument
     add("--shape", choices=SHAPES, default="gpt2",
-        help="gpt2: 12 layers teach 6; pythia: 160m teaches 70m; tiny: to try this command")
+        help="gpt2: 12 layers teach 6; gpt2-medium: 24 teach 12; pythia: 160m teaches 70m; pythia-410m: "
+             "it teaches 160m; tiny: to try this command")
     add("--batch-size", type=count, default=2, metavar="N", help="sequences of a step")
     add("--seq-len", type=count, default=1024, metavar="N", help="tokens of a sequence")
     add("--precision", choices=["bf16", "fp32"], default="bf16",

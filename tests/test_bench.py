@@ -109,6 +109,25 @@ def test_spread(values, shown):
     assert bench.spread(values) == shown
 
 
+def test_shapes_are_those_of_the_published_models():
+    found = {}
+    for shape, (model_class, *configs) in bench.SHAPES.items():
+        with torch.device("meta"):
+            found[shape] = [model_class(config).num_parameters() for config in configs]
+    del found["tiny"]
+    assert found == {"gpt2": [124_439_808, 81_912_576], "gpt2-medium": [354_823_168, 203_668_480],
+                     "pythia": [162_322_944, 70_426_624], "pythia-410m": [405_334_016, 162_322_944]}
+
+
+def test_time_alone(monkeypatch, capsys):
+    """--no-exact: nothing is computed in float64."""
+    found = {"ceiling": {"flops": 1e12}, "step": {"seconds": [2.0], "loss": 7.5, "peak": 5e12}}
+    monkeypatch.setattr(bench, "child", lambda folder, args, task, contender=None: found[task])
+    bench.print_steps(None, settings(exact=False), [bench.Contender("ours")])
+    out = capsys.readouterr().out
+    assert "tokens/s" in out and "float64" not in out
+
+
 # ------------------------------------------------------------------------------------ the command
 def test_the_tables_from_any_folder_and_against_another_checkout(tmp_path):
     """The other checkout's bench is one that lies at its top, as it once did; it gets what it needs."""
