@@ -15,9 +15,7 @@ Each run is `python distill.py` with the flags that its row names. Losses are on
 holds out (131,733 tokens), in nats per token. Seconds are of training alone, and mean something only where
 nothing else ran; losses do not depend on that.
 """
-import json
 import shlex
-import subprocess
 import tempfile
 import time
 from contextlib import contextmanager, nullcontext
@@ -30,6 +28,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import distill
+from extras.results import add_row, commit, read_rows
 from sample import draw
 from support import options
 from support.card import formula
@@ -218,21 +217,9 @@ def sample_figures(teacher, student, corpus, n=64, length=128):
     return {"teacher_nll_of_samples": nll, "distinct_3": len(triples) / (n * (length - 2))}
 
 
-def commit():
-    """The commit whose code this is, with a + if it has been changed since."""
-    def git(*command):
-        return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
-    return (git("rev-parse", "--short", "HEAD") or "?") + ("+" if changed else "")
-
-
 def finished():
     """{name: row} of what RESULTS has."""
-    if not RESULTS.exists():
-        return {}
-    rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-    return {row["name"]: row for row in rows}
+    return read_rows(RESULTS)
 
 
 # ------------------------------------------------------------------------------------ the command
@@ -262,9 +249,7 @@ def main():
         if name in finished():  # read again each time: another process may be at work
             continue
         row = one_run(name, flags)
-        RESULTS.parent.mkdir(exist_ok=True)
-        with open(RESULTS, "a", encoding="utf-8") as file:  # a line each, so a kill costs one run
-            file.write(json.dumps(row) + "\n")
+        add_row(RESULTS, row)
         print(f"{row['loss']:.4f} {row['seconds']:6.0f} s  {name}", flush=True)
 
 

@@ -17,7 +17,6 @@ story, and tests/test_wrong_losses.py shows that our loss makes none of them.
 
 Shapes: B sequences, L tokens of each, N = B * L, C width, V vocabulary. T is the temperature.
 """
-import json
 import math
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch.nn import functional as F
 
 import distill
 from extras import atlas
+from extras.results import add_row, commit, read_rows
 from support.chunked_loss import Losses, LossSettings
 from support.cli import InputError, format_table, new_parser, run_cli
 from support.runtime import Ranks, autocast, keep_memory
@@ -266,7 +266,7 @@ def one_run(name):
         stack.enter_context(mock.patch.dict(distill.LOSSES, plain=losses_of))
         stack.enter_context(mock.patch.object(distill, "load_corpus", load_short_corpus))
         screen = on_the_screen(losses_of, flags)
-        row = {"name": name, "flags": f"{COMMON} {flags}", "commit": atlas.commit()}
+        row = {"name": name, "flags": f"{COMMON} {flags}", "commit": commit()}
         if name in SAME_GRADIENT:
             return row | screen | {"ends as": SAME_GRADIENT[name]}
         try:
@@ -298,14 +298,6 @@ def on_the_screen(losses_of, flags):
 
 
 # ------------------------------------------------------------------------------------ results
-def finished():
-    """{name: row} of what RESULTS has."""
-    if not RESULTS.exists():
-        return {}
-    rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-    return {row["name"]: row for row in rows}
-
-
 def table(done):
     """The rows that are done, in the order of RUNS, as Markdown."""
     def show(value):
@@ -339,7 +331,7 @@ def main():
     names = [name for name in RUNS if args.only in name]
     if not names:
         raise InputError(f"--only {args.only}: no run has this in its name; there are {', '.join(RUNS)}")
-    done = finished()
+    done = read_rows(RESULTS)
     if args.table and not done:
         raise InputError("--table: no run is done yet; without --table they are made")
 
@@ -348,9 +340,7 @@ def main():
             continue
         keep_memory()
         done[name] = one_run(name)
-        RESULTS.parent.mkdir(exist_ok=True)
-        with open(RESULTS, "a", encoding="utf-8") as file:  # a line each, so a kill costs one run
-            file.write(json.dumps(done[name]) + "\n")
+        add_row(RESULTS, done[name])
     print(table(done))
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import distill
 from extras import wrong_losses
+from extras.results import read_rows
 from support.chunked_loss import LossSettings
 
 DOC = REPO / "docs" / "wrong-losses.md"
@@ -207,7 +208,7 @@ def test_short_documents_are_the_same_text():
 
 # ------------------------------------------------------------------------------------ the page
 def test_the_page_has_the_table_of_the_results():
-    done = wrong_losses.finished()
+    done = read_rows(wrong_losses.RESULTS)
     assert set(done) == set(wrong_losses.RUNS)
     assert wrong_losses.table(done) in DOC.read_text(encoding="utf-8")
 

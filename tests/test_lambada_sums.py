@@ -1,4 +1,4 @@
-"""extras/lambada.py with a plan and models made small: what it measures, and that it goes on after a stop."""
+"""extras/lambada_sums.py with a plan and models made small: what it measures, and that it can be stopped."""
 import json
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import distill
-from extras import lambada
+from extras import lambada_sums as lambada
 from support.cli import run_cli
 
 ROOT = Path(__file__).parent.parent

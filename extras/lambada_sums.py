@@ -1,7 +1,7 @@
 """DistilPythia's open question, in small: why did its student get worse? (lambada perplexity 140.8 -> 420.7)
 
-    python -m extras.lambada          half an hour on a CPU; can be stopped
-    python -m extras.lambada --list   which runs there are, what is done
+    python -m extras.lambada_sums         half an hour on a CPU; can be stopped
+    python -m extras.lambada_sums --list  which runs there are, what is done
 
 DistilPythia again, at a fiftieth of its size, with the shipped teacher. The student, a GPT-NeoX, has half of
 its layers and two thirds of its width, as pythia-70m has of pythia-160m. It is trained on text alone, then
@@ -297,7 +297,7 @@ def print_results(results):
 
 
 def parse_flags(argv=None):
-    parser = new_parser(__doc__, "python -m extras.lambada [options]")
+    parser = new_parser(__doc__, "python -m extras.lambada_sums [options]")
     add = parser.add_argument_group("what is done").add_argument
     add("--list", action="store_true", help="show the plan and what is done, and start nothing")
     return parser.parse_args(argv)
