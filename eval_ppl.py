@@ -31,7 +31,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from data import Corpus
 from model import DTYPES, GPT2, load
@@ -48,6 +47,7 @@ from support.cli import (
 )
 from support.documents import open_data
 from support.hub import hub_error
+from support.progress import open_bar
 from support.readers import READERS, ending, read_file, text_of
 from support.scoring import SCORES, compare, score
 from support.tokenizer import load_tokenizer
@@ -237,7 +237,7 @@ def evaluate(models, texts, args, tokenizer):
 def score_windows(models, windows, args, vocab_size):
     """SCORES of each model in each window: (M, 5, windows)."""
     scores = torch.zeros(len(models), len(SCORES), len(windows), dtype=torch.float64)
-    for i in tqdm(range(0, len(windows), args.batch_size), args.protocol, unit="batch"):
+    for i in open_bar(range(0, len(windows), args.batch_size), args.protocol, unit="batch"):
         ids, targets = collate(windows[i:i + args.batch_size], args.device)
         sums = score(models.values(), ids, targets, vocab_size)  # (M, 5, B)
         for name, nll in zip(models, sums[:, 0], strict=True):

@@ -29,6 +29,7 @@ import numpy as np
 
 from support.cli import InputError
 from support.files import replaced
+from support.progress import open_bar
 
 SPLITS = ("train", "val")
 COUNTS = ("documents", "tokens", "bytes")
@@ -267,8 +268,7 @@ def build(part, wanted, source, tokenizer, max_tokens, workers):
 
 
 def progress_bar(name):
-    from tqdm import tqdm
-    return tqdm(desc=name, unit=" tokens", unit_scale=True, dynamic_ncols=True)
+    return open_bar(title=name, unit=" tokens", unit_scale=True)
 
 
 def show(bar, corpus, size, max_tokens):

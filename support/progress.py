@@ -2,6 +2,7 @@
 
   Progress    the line: `distilling   12/600  1:40 left  loss 1.203  CLM 3.881  teacher's 3.040`
   watched     the same around things that are taken one by one
+  open_bar    for what has no figures to show: tqdm's, or lines where there is no terminal
   TimeLeft    from the units of work that are done to the seconds that all the rest takes
   clock       7265 seconds -> "2:01:05", for the line; in_words: "2.0 hours", for sentences
 
@@ -137,6 +138,27 @@ def watched(items, title, total):
         yield item
         line.advance(f"{i}/{total}", [])
     line.close()
+
+
+def open_bar(items=None, title="", **settings):
+    """A bar of tqdm on a terminal; in a file or a pipe, of what takes longer, a line every half a minute."""
+    from tqdm import tqdm
+    if sys.stderr is not None and sys.stderr.isatty():
+        return tqdm(items, title, dynamic_ncols=True, **settings)
+    return tqdm(items, title, file=Lines(), mininterval=PLAIN_SECONDS, delay=PLAIN_SECONDS,
+                bar_format="{l_bar}{r_bar}", **settings)
+
+
+class Lines:
+    """A file for tqdm whose text goes to stderr as lines, without carriage returns."""
+
+    def write(self, text):
+        if text.strip() and sys.stderr is not None:
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.write(text.strip() + "\n")
+
+    def flush(self):
+        pass
 
 
 def clock(seconds):

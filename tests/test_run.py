@@ -596,6 +596,17 @@ class Terminal:
         pass
 
 
+@pytest.mark.parametrize("is_one", [True, False])
+def test_a_bar_is_lines_where_there_is_no_terminal(monkeypatch, is_one):
+    monkeypatch.setattr(sys, "stderr", Terminal(is_one))
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.01)
+    for _ in progress.open_bar(range(3), "texts", unit="text"):
+        time.sleep(0.02)
+    written = sys.stderr.text
+    assert "3/3" in written and "texts" in written
+    assert is_one or "\r" not in written and written.count("\n") > 1
+
+
 def test_a_terminal_is_redrawn_and_a_file_gets_lines(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
