@@ -139,11 +139,11 @@ class MLP(nn.Module):
         super().__init__()
         self.up = nn.Linear(config.width, config.mlp_width)
         self.down = nn.Linear(config.mlp_width, config.width)
-        self.gelu = GELU[config.activation]
+        self.gelu_form = GELU[config.activation]
 
     def forward(self, x):
         """x (B, L, C) -> (B, L, C)."""
-        return self.down(F.gelu(self.up(x), approximate=self.gelu))
+        return self.down(F.gelu(self.up(x), approximate=self.gelu_form))
 
 
 class Block(nn.Module):
@@ -177,9 +177,8 @@ class GPT(nn.Module):
     """Blocks between an embedding and a head. Subclasses say how positions get in, and how disks hold it."""
 
     # What a subclass says about itself.
-    MODEL_TYPE: str  # in config.json
+    MODEL_TYPE: str  # in config.json; the column of TENSORS and of FIELDS with its names
     HF_CLASS: str  # its class in transformers
-    COLUMN: int  # the column of TENSORS and of FIELDS with its names
     DEFAULTS: dict  # fields of Config that mean this when config.json leaves them out
 
     def embed_at(self, ids, past):
@@ -285,9 +284,9 @@ class GPT(nn.Module):
     def checkpoint_names(self):
         """{name of our tensor: its name in checkpoints}, from TENSORS."""
         theirs = {}
-        for ours, columns in TENSORS.items():
+        for ours, both in TENSORS.items():
             for i in range(len(self.blocks)):
-                theirs[ours.format(i)] = columns[self.COLUMN].format(i)
+                theirs[ours.format(i)] = getattr(both, self.MODEL_TYPE).format(i)
 
         names = {}
         for name in self.state_dict():
@@ -315,7 +314,7 @@ class GPT(nn.Module):
             "torch_dtype": str(self.embed.weight.dtype).removeprefix("torch."),
         }
         for name, value in asdict(self.config).items():
-            if theirs := FIELDS[name][self.COLUMN]:
+            if theirs := getattr(FIELDS[name], self.MODEL_TYPE):
                 config[theirs] = value
         for name, content in (("generation_config.json", ends), ("config.json", config | ends)):
             with replaced(Path(folder, name)) as file:
@@ -327,7 +326,6 @@ class GPT2(GPT):
     """Learned positions, sequential residual, tanh GELU, tied head."""
     MODEL_TYPE = "gpt2"
     HF_CLASS = "GPT2LMHeadModel"
-    COLUMN = 0
     DEFAULTS = {"vocab_size": 50257, "context": 1024, "width": 768, "n_layer": 12, "n_head": 12, "eos": 50256}
 
     def __init__(self, config):
@@ -355,7 +353,6 @@ class GPTNeoX(GPT):
     """Rotary positions, parallel residual, exact GELU, a head of its own."""
     MODEL_TYPE = "gpt_neox"
     HF_CLASS = "GPTNeoXForCausalLM"
-    COLUMN = 1
     DEFAULTS = {"activation": "gelu", "tied_head": False, "eos": 0, "parallel": True, "rotary_share": 0.25}
 
     def __init__(self, config):
@@ -385,26 +382,33 @@ class GPTNeoX(GPT):
 
 
 # ----------------------------------------------------------------------------------------- names on disk
-TENSORS = {  # our module: its name in checkpoints of GPT-2, of GPT-NeoX
-    "embed": ("transformer.wte", "gpt_neox.embed_in"),
-    "positions": ("transformer.wpe", ""),
-    "blocks.{}.norm1": ("transformer.h.{}.ln_1", "gpt_neox.layers.{}.input_layernorm"),
-    "blocks.{}.attention.qkv": ("transformer.h.{}.attn.c_attn",
-                                "gpt_neox.layers.{}.attention.query_key_value"),
-    "blocks.{}.attention.out": ("transformer.h.{}.attn.c_proj", "gpt_neox.layers.{}.attention.dense"),
-    "blocks.{}.norm2": ("transformer.h.{}.ln_2", "gpt_neox.layers.{}.post_attention_layernorm"),
-    "blocks.{}.mlp.up": ("transformer.h.{}.mlp.c_fc", "gpt_neox.layers.{}.mlp.dense_h_to_4h"),
-    "blocks.{}.mlp.down": ("transformer.h.{}.mlp.c_proj", "gpt_neox.layers.{}.mlp.dense_4h_to_h"),
-    "norm": ("transformer.ln_f", "gpt_neox.final_layer_norm"),
-    "head": ("lm_head", "embed_out"),
+class Names(NamedTuple):
+    """What checkpoints call a tensor, "" where they have no such thing."""
+    gpt2: str
+    gpt_neox: str
+
+
+TENSORS = {  # by our module
+    "embed": Names("transformer.wte", "gpt_neox.embed_in"),
+    "positions": Names("transformer.wpe", ""),
+    "blocks.{}.norm1": Names("transformer.h.{}.ln_1", "gpt_neox.layers.{}.input_layernorm"),
+    "blocks.{}.attention.qkv": Names("transformer.h.{}.attn.c_attn",
+                                     "gpt_neox.layers.{}.attention.query_key_value"),
+    "blocks.{}.attention.out": Names("transformer.h.{}.attn.c_proj", "gpt_neox.layers.{}.attention.dense"),
+    "blocks.{}.norm2": Names("transformer.h.{}.ln_2", "gpt_neox.layers.{}.post_attention_layernorm"),
+    "blocks.{}.mlp.up": Names("transformer.h.{}.mlp.c_fc", "gpt_neox.layers.{}.mlp.dense_h_to_4h"),
+    "blocks.{}.mlp.down": Names("transformer.h.{}.mlp.c_proj", "gpt_neox.layers.{}.mlp.dense_4h_to_h"),
+    "norm": Names("transformer.ln_f", "gpt_neox.final_layer_norm"),
+    "head": Names("lm_head", "embed_out"),
 }
 PREFIX = r"^(transformer|gpt_neox)\."  # which some files lack, such as those of `gpt2`
 IGNORED = r"(^|\.)(attn|attention)\.(bias|masked_bias|rotary_emb\.inv_freq)$"  # causal masks, frequencies
 
+
 class Field(NamedTuple):
     """What config.json calls a field of Config ("" where it has no such thing), and what it may hold."""
     gpt2: str
-    neox: str
+    gpt_neox: str
     kind: type | str
     low: float | None = None
     high: float | None = None
@@ -447,7 +451,7 @@ def read_config(path):
 
     found = {}
     for name, field in FIELDS.items():
-        theirs = field[architecture.COLUMN]
+        theirs = getattr(field, architecture.MODEL_TYPE)
         if theirs not in raw or (theirs == "n_inner" and raw[theirs] is None):  # null: 4 * width
             continue
         check_value(f"{path}: {theirs}", raw[theirs], field.kind, field.low, field.high)
@@ -456,7 +460,7 @@ def read_config(path):
     fields = {**architecture.DEFAULTS, **found}
     for name in ("vocab_size", "context", "width", "n_layer", "n_head"):
         if name not in fields:
-            raise InputError(f"{path} lacks {FIELDS[name][architecture.COLUMN]}")
+            raise InputError(f"{path} lacks {getattr(FIELDS[name], architecture.MODEL_TYPE)}")
     try:
         return architecture, Config(**fields)
     except InputError as error:
@@ -492,7 +496,8 @@ def load(name_or_dir, device="cpu", dtype=torch.float32):
     empty = model.state_dict()
     names = model.checkpoint_names()
     ours = {re.sub(PREFIX, "", theirs): name for name, theirs in names.items()}
-    ours.setdefault(TENSORS["head"][model.COLUMN] + ".weight", "embed.weight")  # some hold a tied head, too
+    head = getattr(TENSORS["head"], model.MODEL_TYPE) + ".weight"
+    ours.setdefault(head, "embed.weight")  # some hold a tied head, too
 
     state = {}
     for path in weight_files(name_or_dir):
