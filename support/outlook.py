@@ -24,44 +24,83 @@ GB = 1e9
 
 
 # ------------------------------------------------------------------------------------ memory
+# What is held at once, in numbers for each token, counted in model.Block and in the losses.
+ROWS_OF_PRODUCTS = 16  # x C: what a block's products take and give, kept for its backward pass
+ROWS_OF_STREAM = 6  # x C: the stream around them and in its norms, in the precision of the weights
+ROWS_OF_TEACHER = 12  # x C: of the one layer that the teacher is at, as nothing of it is kept
+ATTENTION_COPIES = 3  # x L x heads: all pairs, kept only for dropout on attention
+PLAIN_LOGITS = 7  # x V, in float32: logits, their softmax and their gradients; without a teacher
+PLAIN_LOGITS_ALONE = 4
+CHUNK_LOGITS = 8  # x V, in float32, of the tokens that the chunked loss is at
+ANSWER_LOGITS = 5  # x V, in float32, of the tokens that a teacher's cache is at
+ANSWER_CHUNK = 512  # how many these are
+
+
 def memory_needed(args, teacher, student, vocab_size):
-    """Bytes at the peak of a step: what is held for the whole run, what backward needs, and the loss."""
-    number = 2 if args.precision.startswith("bf16") else 4  # bytes of what products take and give
-    master = 2 if args.precision == "bf16-pure" else 4  # bytes of the student's weights and all that follows
-    N = args.batch_size * args.seq_len
-
-    # Weights, their gradients and AdamW's two averages; autocast adds a copy of the weights.
-    P = student.num_parameters()
-    held = P * (4 * master + (number if args.precision == "bf16" else 0))
-    if teacher:
-        held += P * master if args.control else 0  # the control waits in memory
+    """Bytes at the peak: what is held for the whole run, what backward needs, and the loss."""
     answering = 0
+    held = memory_of_student(args, student)
+    if teacher and args.control:
+        held += student.num_parameters() * bytes_of_weights(args)  # the control waits in memory
     if args.teacher_cache:
-        # The teacher answers before the first step, while the student waits, and is not there afterwards.
-        answering = P * master + teacher.num_parameters() * number
-        answering += CHUNK_TOKENS * teacher.config.width * 12 * number + 512 * vocab_size * 5 * 4
-        teacher = None
+        answering = memory_of_answers(args, teacher, student, vocab_size)
+        teacher = None  # it answers before the first step, and is not there afterwards
     if teacher:
-        held += teacher.num_parameters() * number
+        held += teacher.num_parameters() * bytes_of_products(args)
+    step = memory_of_activations(args, teacher, student) + memory_of_loss(args, teacher, student, vocab_size)
+    return max(held + step, answering)
 
-    # What a block keeps for its backward pass: 16 rows of width C as products take them, and 6 as the stream
-    # is held; of the teacher, a few rows of the layer that it is at. Dropout on attention needs all pairs.
-    C = student.config.width
-    block = N * C * (16 * number + 6 * master)
+
+def bytes_of_products(args):
+    """Of a number that matrix products take or give."""
+    return 2 if args.precision.startswith("bf16") else 4
+
+
+def bytes_of_weights(args):
+    """Of a weight of the student, and of all that follows it."""
+    return 2 if args.precision == "bf16-pure" else 4
+
+
+def memory_of_student(args, student):
+    """Weights, their gradients and AdamW's two averages; autocast adds a copy of the weights."""
+    copy = bytes_of_products(args) if args.precision == "bf16" else 0
+    return student.num_parameters() * (4 * bytes_of_weights(args) + copy)
+
+
+def memory_of_answers(args, teacher, student, vocab_size):
+    """The teacher that fills a cache, while the student waits."""
+    number = bytes_of_products(args)
+    models = student.num_parameters() * bytes_of_weights(args) + teacher.num_parameters() * number
+    hidden = CHUNK_TOKENS * teacher.config.width * ROWS_OF_TEACHER * number
+    return models + hidden + ANSWER_CHUNK * vocab_size * ANSWER_LOGITS * 4
+
+
+def memory_of_activations(args, teacher, student):
+    """What the blocks keep for the backward pass."""
+    number = bytes_of_products(args)
+    N = args.batch_size * args.seq_len
+    block = N * student.config.width * (ROWS_OF_PRODUCTS * number + ROWS_OF_STREAM * bytes_of_weights(args))
     if student.blocks[0].attention.dropout.p:
-        block += 3 * N * args.seq_len * student.config.n_head * number
+        block += ATTENTION_COPIES * N * args.seq_len * student.config.n_head * number
+
     activations = len(student.blocks) * block
     if teacher:
-        activations += N * teacher.config.width * 12 * number
+        activations += N * teacher.config.width * ROWS_OF_TEACHER * number
+    return activations
 
-    # The loss: whole logits and their like (plain), or those of a chunk and the gradient of the head.
+
+def memory_of_loss(args, teacher, student, vocab_size):
+    """Whole logits and their like (plain), or those of a chunk and the gradient of the head."""
+    number = bytes_of_products(args)
+    N = args.batch_size * args.seq_len
     if args.loss == "plain":
-        loss = N * vocab_size * (2 * number + (7 if teacher else 4) * 4)
-    else:
-        rows = min(args.chunk_size or default_chunk_size(student.head_weight.device), N)
-        few = rows if student.head_weight.device.type != "cpu" else min(rows, max(1, 2**20 // vocab_size))
-        loss = rows * vocab_size * 2 * number + few * vocab_size * 8 * 4 + 2 * vocab_size * C * 4
-    return max(held + activations + loss, answering)
+        return N * vocab_size * (2 * number + (PLAIN_LOGITS if teacher else PLAIN_LOGITS_ALONE) * 4)
+
+    device = student.head_weight.device
+    rows = min(args.chunk_size or default_chunk_size(device), N)
+    few = rows if device.type != "cpu" else min(rows, max(1, 2**20 // vocab_size))  # as in chunked_loss.py
+    head_gradient = 2 * vocab_size * student.config.width * 4
+    return rows * vocab_size * 2 * number + few * vocab_size * CHUNK_LOGITS * 4 + head_gradient
 
 
 def memory_there(device):
@@ -153,16 +192,16 @@ def work_to_follow(args, teacher, student, control, ranks):
 
 LONG_SECONDS = 2 * 3600  # a run on a CPU that takes longer gets an advice
 SHORT_SECONDS = 30 * 60  # what is advised
+SHORT_STEPS = 600  # of it, as in the demo
+SHORT_LENGTH = 256  # tokens of a sequence, at most
+LEAST_PER_STEP = 512  # tokens; smaller steps are mostly noise
 
 
 def advice(args, seconds, ranks):
-    """Flags with which what takes `seconds` in all would take SHORT_SECONDS on this machine.
-
-    As in the demo, about 600 steps; of at least 512 tokens, as smaller ones are mostly noise.
-    """
+    """Flags with which what takes `seconds` in all would take SHORT_SECONDS on this machine."""
     tokens = args.steps * args.grad_accum * args.batch_size * args.seq_len * SHORT_SECONDS / seconds
-    L = min(args.seq_len, 256)
-    per_step = min(max(tokens / 600, 512), args.grad_accum * args.batch_size * args.seq_len)
+    L = min(args.seq_len, SHORT_LENGTH)
+    per_step = min(max(tokens / SHORT_STEPS, LEAST_PER_STEP), args.grad_accum * args.batch_size * args.seq_len)
     examples = max(1, round(per_step / L))
 
     batch_size = max(1, min(args.batch_size, examples // ranks.world))
