@@ -199,9 +199,10 @@ LEAST_PER_STEP = 512  # tokens; smaller steps are mostly noise
 
 def advice(args, seconds, ranks):
     """Flags with which what takes `seconds` in all would take SHORT_SECONDS on this machine."""
-    tokens = args.steps * args.grad_accum * args.batch_size * args.seq_len * SHORT_SECONDS / seconds
+    step_tokens = args.grad_accum * args.batch_size * args.seq_len
+    tokens = args.steps * step_tokens * SHORT_SECONDS / seconds
     L = min(args.seq_len, SHORT_LENGTH)
-    per_step = min(max(tokens / SHORT_STEPS, LEAST_PER_STEP), args.grad_accum * args.batch_size * args.seq_len)
+    per_step = min(max(tokens / SHORT_STEPS, LEAST_PER_STEP), step_tokens)
     examples = max(1, round(per_step / L))
 
     batch_size = max(1, min(args.batch_size, examples // ranks.world))

@@ -675,6 +675,7 @@ def test_advice_is_always_possible(seconds, shape):
 def test_memory_is_estimated_and_refused(monkeypatch):
     args = distill.parse_args(["--teacher", "gpt2", "--student-layers", "6"])
     args.seq_len, args.precision = 1024, "fp32"
+    args.chunk_size = 512  # a CPU's; these models are on none
     with torch.device("meta"):
         teacher, student = (GPT2(GPT2.config(n_layer=layers)) for layers in (12, 6))
     needed = outlook.memory_needed(args, teacher, student, 50257)
