@@ -399,14 +399,7 @@ def held_out_text(corpus, tokenizer, n_tokens):
 
 def load_models(args, device):
     """(tokenizer, teacher or None, student), checked against each other and in the run's precision."""
-    tokenizer = load_tokenizer(args.student or args.teacher)
-    if args.student and args.teacher != "none":
-        # Compared are the ids that both have: one of the two may know more special tokens, such as [PAD].
-        tokenizer.vocab_size = shared_vocabulary(load_tokenizer(args.teacher), tokenizer)
-        if not tokenizer.vocab_size:
-            raise InputError(f"{args.student} and {args.teacher} have different tokenizers: their "
-                             "distributions cannot be compared token by token; choose a student of the "
-                             "teacher's family")
+    tokenizer = common_tokenizer(args)
 
     # A teacher that gives its layers away is read in float32, so that the student starts from weights that
     # are not rounded.
@@ -428,6 +421,19 @@ def load_models(args, device):
         for block in [*student.blocks, *(teacher.blocks if teacher else ())]:
             block.compile()
     return tokenizer, teacher, student
+
+
+def common_tokenizer(args):
+    """The student's tokenizer, with the ids that the teacher has, too; InputError if the two differ."""
+    tokenizer = load_tokenizer(args.student or args.teacher)
+    if args.student and args.teacher != "none":
+        # Compared are the ids that both have: one of the two may know more special tokens, such as [PAD].
+        tokenizer.vocab_size = shared_vocabulary(load_tokenizer(args.teacher), tokenizer)
+        if not tokenizer.vocab_size:
+            raise InputError(f"{args.student} and {args.teacher} have different tokenizers: their "
+                             "distributions cannot be compared token by token; choose a student of the "
+                             "teacher's family")
+    return tokenizer
 
 
 def teacher_dtype(args):

@@ -427,7 +427,7 @@ def child(folder, args, task, contender=None):
 
 
 def bench_of(checkout):
-    """The command that starts the bench of a checkout: in older ones it lies at the top."""
+    """The command that starts the bench of a checkout, which can be of a commit that has it at its top."""
     at_the_top = checkout / "bench.py"
     if at_the_top.exists():
         return [sys.executable, str(at_the_top)]

@@ -170,7 +170,7 @@ def seconds_of(log):
 def compare(folders):
     """A table of runs: the flags in which they differ, how long they took, where they ended."""
     settings = [read_settings(folder) or {} for folder in folders]
-    values = {}  # of each flag, among the runs that have it: older ones have fewer
+    values = {}  # of each flag, among the runs that have it: a run of another commit can have others
     for found in settings:
         for name in found.keys() - {*CHANGES_NOTHING, "steps"}:
             values.setdefault(name, set()).add(repr(found[name]))
@@ -286,7 +286,7 @@ def settings_of(folder):
     found = read_settings(folder)
     if found is None:
         raise InputError(f"{path}: {os.strerror(2)}; name the folder of a run, such as out")
-    found = {"divergence": "forward", **found}  # older runs had no other
+    found = {"divergence": "forward", **found}  # what a run did that does not say
 
     numbers = ("temperature", "kd_weight", "clm_weight", "cos_weight", "seed")
     texts = ("teacher", "divergence", "student", "student_layers", "student_init")
