@@ -139,21 +139,36 @@ def cut_blocks(tokens, context, eot):
     return range(0, n * context, context), range(context + 1, n * context + 2, context)
 
 
-DOCUMENTS = {}  # id of an array -> (that array, so that its id stays taken; starts; ends)
-
-
 def cut_documents(tokens, context, eot):
-    """Starts and ends of the documents that have any text, looked for once per array."""
-    if id(tokens) not in DOCUMENTS:
-        step = 2**24  # an array can be larger than memory
-        found = [i + np.flatnonzero(tokens[i:i + step] == eot) for i in range(0, len(tokens), step)]
-        starts = np.concatenate(found)
-        ends = np.append(starts[1:], len(tokens))
-        with_text = ends > starts + 1
-        if not with_text.any():
-            raise InputError(f"{len(tokens)} tokens with no document that has any text")
-        DOCUMENTS[id(tokens)] = tokens, starts[with_text], ends[with_text]
-    return DOCUMENTS[id(tokens)][1:]
+    """Starts and ends of the documents that have any text."""
+    return documents_in(SameArray(tokens), eot)
+
+
+class SameArray:
+    """An array as a key of a cache: equal to itself alone."""
+
+    def __init__(self, array):
+        self.array = array  # kept, so that its id stays taken
+
+    def __hash__(self):
+        return id(self.array)
+
+    def __eq__(self, other):
+        return self.array is other.array
+
+
+@functools.lru_cache(maxsize=4)  # to look through all tokens takes seconds
+def documents_in(key, eot):
+    """Starts and ends of the documents in the array of a SameArray."""
+    tokens = key.array
+    step = 2**24  # an array can be larger than memory
+    found = [i + np.flatnonzero(tokens[i:i + step] == eot) for i in range(0, len(tokens), step)]
+    starts = np.concatenate(found)
+    ends = np.append(starts[1:], len(tokens))
+    with_text = ends > starts + 1
+    if not with_text.any():
+        raise InputError(f"{len(tokens)} tokens with no document that has any text")
+    return starts[with_text], ends[with_text]
 
 
 def parse_args(argv=None):

@@ -85,6 +85,14 @@ def test_the_example_in_the_docstring():
         ([0, 0, 0, 0], [8, -100, -100, -100]), ([0, 1, 2, 3], [1, 2, 3, 4]), ([0, 5, 6, 0], [5, 6, 7, -100])]
 
 
+def test_documents_are_looked_for_once_in_each_array():
+    before = data.documents_in.cache_info().misses
+    arrays = [np.array([0, 5, 6, 0, 7], np.uint16) for _ in range(2)]  # equal, and not the same
+    for i in range(6):
+        batch_at(arrays[i % 2], 0, i, 1, 4, "padded", eot=0)
+    assert data.documents_in.cache_info().misses == before + 2
+
+
 def test_padded_batches_of_a_corpus(source, tok, tmp_path):
     corpus = prepare(source, tok, tmp_path)
     n = corpus.meta["train"]["documents"]
