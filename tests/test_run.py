@@ -314,7 +314,7 @@ def test_held_out_losses_are_kept_in_a_file_of_their_own(workshop, tmp_path, mon
     losses = [row["loss"] for row in rows]
     assert [*map(float, re.findall("step .: held-out loss (.*)", printed))] == pytest.approx(losses, abs=1e-4)
     table = next(line for line in printed.splitlines() if line.startswith("| student"))
-    assert float(table.split("|")[3]) == pytest.approx(losses[-1], abs=1e-4)
+    assert float(table.split("|")[2]) == pytest.approx(losses[-1], abs=1e-4)
 
     assert call(monkeypatch, capsys, flags(workshop, out, overwrite=True))[0] == 0
     assert log.read_held_out(out) == [], "the old run's go with it"
