@@ -316,8 +316,10 @@ def test_held_out_losses_are_kept_in_a_file_of_their_own(workshop, tmp_path, mon
     table = next(line for line in printed.splitlines() if line.startswith("| student"))
     assert float(table.split("|")[2]) == pytest.approx(losses[-1], abs=1e-4)
 
+    scored = weights(out)
     assert call(monkeypatch, capsys, flags(workshop, out, overwrite=True))[0] == 0
     assert log.read_held_out(out) == [], "the old run's go with it"
+    assert difference(scored, weights(out)) == 0, "to be scored on the way changes nothing"
     log.write_rows(out / log.HELD_OUT, log.HELD_OUT_COLUMNS, [{"step": step, "loss": 9} for step in (1, 3)])
     (out / "train_state.pt").unlink()
     assert call(monkeypatch, capsys, flags(workshop, out, **more))[0] == 0
