@@ -141,7 +141,7 @@ def train(args, student, teacher, corpus, vocab_size, ranks, later=0.0):
                 # Teacher: it only answers, so nothing is kept for a backward pass.
                 with torch.no_grad(), autocast(args, ranks.device):
                     teacher_hidden = teacher.hidden(ids).flatten(0, 1) if teacher else None  # (N, C_t)
-                if answers:  # it gave them before the run: a few draws from each distribution, on disk
+                if answers:  # with --teacher-cache it gave them before the run: draws, read from disk
                     teacher_hidden = answers(index)
 
                 # Student, and the loss: how far its distribution of each next token is from the teacher's.

@@ -111,8 +111,8 @@ def refuse_other(path, header, wanted):
         raise InputError(f"{path} is another cache, {made_of}: {'; '.join(differences)}. Choose another "
                          "--teacher-cache")
     if header["examples"] < wanted["examples"] or header["tokens"] < wanted["tokens"]:
-        raise InputError(f"{path} has answers for {header['tokens']:,} tokens of this text, and this run reads "
-                         f"{wanted['tokens']:,}: choose another --teacher-cache, or fewer --steps")
+        raise InputError(f"{path} has answers for {header['tokens']:,} tokens of this text, and this run "
+                         f"reads {wanted['tokens']:,}: choose another --teacher-cache, or fewer --steps")
 
 
 # ------------------------------------------------------------------------------------ making one

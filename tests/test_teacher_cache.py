@@ -319,7 +319,8 @@ def test_two_ranks_make_the_same_cache_and_learn_the_same(cache, workshop, tmp_p
     header = teacher_cache.read_header(cache)
     assert header["examples"] > teacher_cache.examples_of_chunk(header), "one for each rank"
     assert content(tmp_path / "two" / "cache") == content(cache)
-    curves = [[[float(row[name]) for name in ("loss", "kl", "teacher_clm", "tokens")] for row in log_rows(out)]
+    columns = ("loss", "kl", "teacher_clm", "tokens")
+    curves = [[[float(row[name]) for name in columns] for row in log_rows(out)]
               for out in (tmp_path / "out", tmp_path / "two" / "out")]
     for one, two in zip(*curves, strict=True):
         assert one == pytest.approx(two, rel=1e-5)
