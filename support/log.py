@@ -161,7 +161,9 @@ def not_written(path, error):
 
 def figures(losses, speed):
     """What the progress line shows of a step, the most important first."""
-    found = [f"loss {losses.loss:.3f}", f"CLM {losses.clm:.3f}"]
+    found = [f"loss {losses.loss:.3f}"]
+    if losses.clm != losses.loss:  # text alone has only one
+        found.append(f"CLM {losses.clm:.3f}")
     if losses.teacher_clm:
         found.append(f"teacher's {losses.teacher_clm:.3f}")
     found.append(f"{speed:,} tok/s")

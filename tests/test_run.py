@@ -650,6 +650,10 @@ def test_long_steps_show_their_micro_batches(tmp_path, monkeypatch):
         "distilling", "1/9", "40:00 left", "loss 1.000", "CLM 3.000", "teacher's 4.000"]
 
 
+def test_text_alone_shows_one_loss():
+    assert log.figures(Losses(3.0, 0.0, 3.0, 0.0, 0.0, 5), 7) == ["loss 3.000", "7 tok/s"]
+
+
 def test_a_run_of_days_says_so_and_what_to_change():
     args = distill.parse_args(["--teacher", "gpt2", "--student-layers", "6"])
     args.seq_len = 1024
