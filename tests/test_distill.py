@@ -286,7 +286,9 @@ def test_a_run_leaves_a_model_its_log_and_its_settings(workshop, tmp_path, monke
     assert [line.split()[1] for line in table] == ["model", "teacher", "student", "control"]
     assert json.loads((out / "args.json").read_text())["steps"] == 3
     card = (out / "README.md").read_text()
-    assert table[2] in card and "KL(teacher || student" in card
+    cells = [cell.strip() for cell in table[2].strip("|").split("|")]
+    assert all(f" {cell} |" in card for cell in cells)  # which also has the number of parameters
+    assert "KL(teacher || student" in card
     assert len(load(out).blocks) == 2
     assert difference(weights(out), load(workshop / "teacher").state_dict() | weights(out)) == 0
 
