@@ -140,16 +140,16 @@ def train(args, student, teacher, corpus, vocab_size, ranks, later=0.0):
 
                 # Teacher: it only answers, so nothing is kept for a backward pass.
                 with torch.no_grad(), autocast(args, ranks.device):
-                    teacher_hidden = teacher.hidden(ids).flatten(0, 1) if teacher else None  # (N, C_t)
+                    teacher_says = teacher.hidden(ids).flatten(0, 1) if teacher else None  # (N, C_t)
                 if answers:  # with --teacher-cache it gave them before the run: draws, read from disk
-                    teacher_hidden = answers(index)
+                    teacher_says = answers(index)
 
                 # Student, and the loss: how far its distribution of each next token is from the teacher's.
                 with autocast(args, ranks.device):
                     student_hidden = student.hidden(ids).flatten(0, 1)  # (N, C_s)
                     student_head = student.head_weight[:vocab_size]  # (V, C_s)
                     losses = losses_of(
-                        student_hidden, student_head, teacher_hidden, teacher_head, targets, settings)
+                        student_hidden, student_head, teacher_says, teacher_head, targets, settings)
 
                 # Backward: the loss is a sum over tokens, and its gradients add up in .grad.
                 losses.loss.backward()
