@@ -1,7 +1,7 @@
 """Is it copying that breaks? DistilPythia's collapse on LAMBADA (140.8 -> 420.7), asked of models that copy.
 
-    python -m extras.lambada                what is not finished yet; stop and start as you like
-    python -m extras.lambada --only seed 0  those whose name contains "seed 0"
+    python -m extras.lambada                what is not done yet
+    python -m extras.lambada --only routed  those whose name contains "routed"
     python -m extras.lambada --list         what there is, and what is done
 
 LAMBADA's last word can mostly be copied from its passage, and distillation is known to weaken the heads that
@@ -79,6 +79,8 @@ ARMS = {
     "routed": "--loss plain",  # see routed_losses
     "bf16-pure": "--precision bf16-pure",
     "published, lr 1e-3": "--lr 1e-3",
+    "text alone, lr 1e-3": "--kd-weight 0 --clm-weight 1 --lr 1e-3",
+    "other text, lr 1e-3": f"--kd-weight 0 --clm-weight 1 --data {OUT}/prose --lr 1e-3",
     "published, long": "--steps 1024",
     "text alone, long": "--kd-weight 0 --clm-weight 1 --steps 1024",
 }
@@ -196,7 +198,7 @@ def origin():
 
 # ------------------------------------------------------------------------------------ the command
 def parse_args(argv=None):
-    parser = new_parser(__doc__)
+    parser = new_parser(__doc__, "python -m extras.lambada [options]")
     parser.add_argument("--only", default="", metavar="TEXT", help="only runs with this in their name")
     parser.add_argument("--list", action="store_true",
                         help="show all runs, and what those that are done came to")

@@ -1,6 +1,6 @@
 """A LAMBADA of our own: passages of held-out code whose last word can be copied, and hardly guessed.
 
-    python -m extras.lambada_items OUT-FOLDER/teacher    choose them anew, print what became of how many
+    python -m extras.lambada_items out-lambada/teacher    choose them anew
 
 Read in this order:
   candidates   places in the held-out modules whose word stands earlier in the passage, not in the last line
@@ -132,7 +132,7 @@ def write_items(items):
 
 
 def parse_args(argv=None):
-    parser = new_parser(__doc__)
+    parser = new_parser(__doc__, "python -m extras.lambada_items TEACHER")
     parser.add_argument("teacher", type=user_path, help="the folder of the model that is asked")
     return parser.parse_args(argv)
 

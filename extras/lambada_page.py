@@ -1,0 +1,215 @@
+"""What docs/lambada.md shows of docs/lambada.jsonl: two tables, and a picture.
+
+    python -m extras.lambada_page    print the tables, draw assets/lambada.png
+
+Read in this order:
+  arms_table, shares_table   rows -> Markdown
+  Change                     what a run did to the words of our LAMBADA, and what of it was copying
+  interval                   by drawing items and seeds again
+  draw                       change over steps, and arm by arm
+"""
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from extras.lambada import ARMS, MARKS, RESULTS
+from extras.plot import BLUE, GREEN, ORANGE, PURPLE, new_figure, save
+from extras.results import read_rows
+from support.cli import InputError, format_table, new_parser, run_cli
+
+PICTURE = Path(__file__).parent.parent / "assets" / "lambada.png"
+DRAWS = 2000  # of items and seeds
+
+
+class State(NamedTuple):
+    """An arm after so many steps: the figures of each of its seeds."""
+    arm: str
+    steps: int
+    seeds: list
+
+    @property
+    def label(self):
+        return f"{self.arm}, {self.steps} steps" if self.arm.endswith("long") else self.arm
+
+
+def all_states(rows):
+    """In the order of the plan; a long arm gives one for each of its marks."""
+    found = {}
+    for arm in ARMS:
+        for name, row in rows.items():
+            if name.startswith(f"{arm}, seed "):
+                for steps, figures in row["states"].items():
+                    found.setdefault((arm, int(steps)), []).append(figures)
+    return [State(arm, steps, seeds) for (arm, steps), seeds in found.items()]
+
+
+# ------------------------------------------------------------------------------------ what was copying
+class Change(NamedTuple):
+    """What training did, in nats for each word (seeds, items); positive is worse.
+
+    total: to the word. elsewhere: to the word where nothing can be copied, as it is exchanged wherever it
+    stood before. The rest, total - elsewhere, is what the model lost of the help that standing there gives.
+    """
+    total: np.ndarray
+    elsewhere: np.ndarray
+
+    @property
+    def copying(self):
+        return self.total - self.elsewhere
+
+
+def change(before, seeds):
+    """From the figures of the student before, and of each seed after."""
+    def of(column):
+        return np.array([figures[column] for figures in seeds]) - np.array(before[column])
+    return Change(of("items"), of("items exchanged"))
+
+
+def interval(values, of=np.mean):
+    """95% of what a statistic of `values`, arrays (seeds, items), comes to where both are drawn again."""
+    rng = np.random.default_rng(0)
+    n_seeds, n_items = values[0].shape
+    found = []
+    for _ in range(DRAWS):
+        seeds = rng.integers(n_seeds, size=n_seeds)
+        items = rng.integers(n_items, size=n_items)
+        found.append(of(*(value[np.ix_(seeds, items)] for value in values)))
+    return np.percentile(found, (2.5, 97.5))
+
+
+# ------------------------------------------------------------------------------------ tables
+def arms_table(rows):
+    """Mean over seeds of what a model was asked, its least and its most behind it."""
+    columns = {  # of the figures: (heading, digits)
+        "perplexity": ("perplexity", 2),
+        "lambada perplexity": ("LAMBADA", 0),
+        "lambada accuracy": ("accuracy", 3),
+        "copy names": ("names copied", 3),
+        "copy random 64": ("random copied", 3),
+        "loss pair": ("loss, pair seen", 3),
+        "loss new": ("loss, new", 3),
+    }
+    models = [State(who, 0, [rows[who]["states"]["0"]]) for who in ("teacher", "student")]
+    lines = []
+    for state in models + all_states(rows):
+        line = {"": state.label, "seeds": len(state.seeds) if state.steps else "-"}
+        for column, (heading, digits) in columns.items():
+            line[heading] = mean_and_range([figures[column] for figures in state.seeds], digits)
+        lines.append(line)
+    return format_table(lines)
+
+
+def mean_and_range(values, digits):
+    text = f"{np.mean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def shares_table(rows):
+    """By how much each arm changed the text and the words, what of the latter is copying, and how it compares
+    with text alone: the same steps, rate and seeds."""
+    before = rows["student"]["states"]["0"]
+    states = all_states(rows)
+    lines = []
+    for state in states:
+        found = change(before, state.seeds)
+        copying = with_interval(found.copying)
+        lines.append({
+            "": state.label,
+            "text, a token": f"{np.mean([seed['loss'] for seed in state.seeds]) - before['loss']:+.3f}",
+            "LAMBADA, a word": with_interval(found.total),
+            "of it copying": copying,
+            "elsewhere": f"{found.elsewhere.mean():+.3f}",
+            "copying's share": share_of_copying(found),
+            "against text alone": against_text_alone(state, states, before),
+        })
+    return format_table(lines)
+
+
+def with_interval(values):
+    low, high = interval([values])
+    return f"{values.mean():+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def share_of_copying(found):
+    """None is told where the change itself may be nothing."""
+    low, high = interval([found.total])
+    if low * high <= 0:
+        return "-"
+    least, most = interval([found.copying, found.total], lambda part, whole: part.mean() / whole.mean())
+    return f"{found.copying.mean() / found.total.mean():.0%} ({least:.0%} to {most:.0%})"
+
+
+def against_text_alone(state, states, before):
+    """The change, less that of the arm that had the text alone; "-" where there is none to compare with."""
+    _, _, rest = state.arm.rpartition(", ")
+    control = f"text alone, {rest}" if rest in ("long", "lr 1e-3") else "text alone"
+    for other in states:
+        same_size = len(other.seeds) == len(state.seeds) and other.steps == state.steps
+        if other.arm == control != state.arm and same_size:
+            return with_interval(change(before, state.seeds).total - change(before, other.seeds).total)
+    return "-"
+
+
+# ------------------------------------------------------------------------------------ the picture
+def draw(rows):
+    """Left: LAMBADA and text over steps, with the teacher and without. Right: copying and the rest by arm."""
+    figure = new_figure()
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.2))
+    before = rows["student"]["states"]["0"]
+    draw_steps(left, rows, before)
+    draw_arms(right, rows, before)
+    return figure
+
+
+def draw_steps(axes, rows, before):
+    for arm, colour in (("published, long", BLUE), ("text alone, long", PURPLE)):
+        states = [state for state in all_states(rows) if state.arm == arm]
+        steps = [state.steps for state in states]
+        words = [change(before, state.seeds).total.mean(1) for state in states]
+        tokens = [[seed["loss"] - before["loss"] for seed in state.seeds] for state in states]
+        name = arm.removesuffix(", long")
+        axes.fill_between(steps, [min(w) for w in words], [max(w) for w in words], color=colour, alpha=0.2)
+        axes.plot(steps, [np.mean(w) for w in words], "o-", color=colour, label=f"{name}: LAMBADA, a word")
+        axes.plot(steps, [np.mean(t) for t in tokens], "s--", color=colour, label=f"{name}: text, a token")
+    axes.axhline(0, linewidth=0.8)
+    axes.set(xscale="log", xlabel="steps", ylabel="change, nats (above 0: worse)")
+    axes.set_xticks(MARKS, MARKS)
+    axes.minorticks_off()
+    axes.legend(frameon=False, labelcolor="linecolor", fontsize=7)
+    axes.grid()
+
+
+def draw_arms(axes, rows, before):
+    states = [state for state in all_states(rows) if not state.arm.endswith("long")]
+    changes = [change(before, state.seeds) for state in states]
+    places = np.arange(len(states))
+    for shift, part, colour in ((-0.2, "copying", ORANGE), (0.2, "elsewhere", GREEN)):
+        values = [getattr(found, part) for found in changes]
+        bounds = np.array([interval([value]) for value in values]).T  # (2, arms)
+        means = np.array([value.mean() for value in values])
+        axes.errorbar(means, places + shift, xerr=[means - bounds[0], bounds[1] - means], fmt="o",
+                      color=colour, label=part, capsize=2)
+    axes.axvline(0, linewidth=0.8)
+    axes.set_yticks(places, [state.label for state in states])
+    axes.invert_yaxis()
+    axes.set(xlabel="change of LAMBADA, nats a word, after 64 steps")
+    axes.legend(frameon=False, labelcolor="linecolor")
+    axes.grid(axis="x")
+
+
+def parse_args(argv=None):
+    return new_parser(__doc__, "python -m extras.lambada_page").parse_args(argv)
+
+
+def main():
+    parse_args()
+    rows = read_rows(RESULTS)
+    if "student" not in rows:
+        raise InputError(f"{RESULTS} has no runs yet: python -m extras.lambada makes them")
+    print(arms_table(rows) + "\n\n" + shares_table(rows) + "\n")
+    save(draw(rows), PICTURE)
+
+
+if __name__ == "__main__":
+    run_cli(main)
