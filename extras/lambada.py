@@ -69,7 +69,7 @@ BASE = ("--recipe distilpythia --seq-len 256 --batch-size 4 --grad-accum 1 --pre
         "--save-interval 10000")
 MARKS = (4, 16, 64, 256, 1024)  # steps at which a run is asked; the published one had 64
 SEEDS = (0, 1, 2)
-ARMS = {
+SHORT_ARMS = {
     "published": "",
     "T 1": "--temperature 1",
     "teacher alone": "--kd-weight 1 --clm-weight 0",
@@ -81,6 +81,8 @@ ARMS = {
     "published, lr 1e-3": "--lr 1e-3",
     "text alone, lr 1e-3": "--kd-weight 0 --clm-weight 1 --lr 1e-3",
     "other text, lr 1e-3": f"--kd-weight 0 --clm-weight 1 --data {OUT}/prose --lr 1e-3",
+}
+LONG_ARMS = {
     "published, long": "--steps 1024",
     "text alone, long": "--kd-weight 0 --clm-weight 1 --steps 1024",
 }
@@ -88,9 +90,9 @@ SURE = 0.5  # nats of entropy, below which a teacher's token is routed to the te
 
 
 def plan():
-    """All runs, in the order in which they are made: {name: flags}."""
+    """All runs, in the order in which they are made: {name: flags}. The long ones come last."""
     return {f"{arm}, seed {seed}": f"{flags} --seed {seed}".strip()
-            for seed in SEEDS for arm, flags in ARMS.items()}
+            for arms in (SHORT_ARMS, LONG_ARMS) for seed in SEEDS for arm, flags in arms.items()}
 
 
 # ------------------------------------------------------------------------------------ before distillation

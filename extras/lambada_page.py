@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from extras.lambada import ARMS, MARKS, RESULTS
+from extras.lambada import LONG_ARMS, MARKS, RESULTS, SHORT_ARMS
 from extras.plot import BLUE, GREEN, ORANGE, PURPLE, new_figure, save
 from extras.results import read_rows
 from support.cli import InputError, format_table, new_parser, run_cli
@@ -36,7 +36,7 @@ class State(NamedTuple):
 def all_states(rows):
     """In the order of the plan; a long arm gives one for each of its marks."""
     found = {}
-    for arm in ARMS:
+    for arm in SHORT_ARMS | LONG_ARMS:
         for name, row in rows.items():
             if name.startswith(f"{arm}, seed "):
                 for steps, figures in row["states"].items():
