@@ -70,10 +70,10 @@ def candidates(names, tokenizer):
                 yield {"text": f"{before} {word}", "module": path, "position": start, "drawn": word in known}
 
 
-def losses(model, texts, tokenizer):
+def losses(model, texts, tokenizer, args=ARGS):
     """Nats that a model needs for the last word of each text, and whether it is right in all its tokens."""
-    windows = [window for text in texts for window in lambada(text, tokenizer, ARGS)]
-    nll, _, _, right, tokens = score_windows({"model": model}, windows, ARGS, tokenizer.vocab_size)[0]
+    windows = [window for text in texts for window in lambada(text, tokenizer, args)]
+    nll, _, _, right, tokens = score_windows({"model": model}, windows, args, tokenizer.vocab_size)[0]
     return nll.numpy(), (right == tokens).numpy()
 
 

@@ -95,9 +95,9 @@ def names_twice(names, tokenizer, times=24):
         yield Window(window, len(tokenizer.encode(scored)), 0.0, 0.0)
 
 
-def copy_accuracy(model, windows, tokenizer):
+def copy_accuracy(model, windows, tokenizer, args=ARGS):
     """The share of the scored tokens that are the likeliest."""
-    scores = score_windows({"model": model}, [*windows], ARGS, tokenizer.vocab_size)[0]
+    scores = score_windows({"model": model}, [*windows], args, tokenizer.vocab_size)[0]
     _, _, _, right, tokens = scores.sum(-1).tolist()
     return right / tokens
 
