@@ -181,7 +181,7 @@ def draw_steps(axes, rows, before):
 
 
 def draw_arms(axes, rows, before):
-    states = [state for state in all_states(rows) if not state.arm.endswith("long")]
+    states = [state for state in all_states(rows) if not state.arm.endswith(("long", "lr 1e-3"))]
     changes = [change(before, state.seeds) for state in states]
     places = np.arange(len(states))
     for shift, part, colour in ((-0.2, "copying", ORANGE), (0.2, "elsewhere", GREEN)):

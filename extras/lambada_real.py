@@ -53,8 +53,9 @@ def ask(model, tokenizer, texts, args):
             found[f"{what} ({len(of)}): perplexity"] = math.exp(min(700, nll.mean()))
             found[f"{what}: accuracy"] = float(right.mean())
 
-    windows = random_twice(64, tokenizer)
-    found["64 random tokens twice: copied"] = copy_accuracy(model, windows, tokenizer, args)
+    n = min(64, model.context // 2)
+    windows = random_twice(n, tokenizer)
+    found[f"{n} random tokens twice: copied"] = copy_accuracy(model, windows, tokenizer, args)
     return found
 
 
