@@ -78,6 +78,8 @@ SHORT_ARMS = {
     "other text": f"--kd-weight 0 --clm-weight 1 --data {OUT}/prose",
     "routed": "--loss plain",  # see routed_losses
     "bf16-pure": "--precision bf16-pure",
+    "published, warm-up": "--warmup 0.25",
+    "published, larger steps": "--grad-accum 4",
     "published, lr 1e-3": "--lr 1e-3",
     "text alone, lr 1e-3": "--kd-weight 0 --clm-weight 1 --lr 1e-3",
     "other text, lr 1e-3": f"--kd-weight 0 --clm-weight 1 --data {OUT}/prose --lr 1e-3",

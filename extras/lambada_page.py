@@ -113,42 +113,36 @@ def shares_table(rows):
     lines = []
     for state in states:
         found = change(before, state.seeds)
-        copying = with_interval(found.copying)
-        lines.append({
+        line = {
             "": state.label,
             "text, a token": f"{np.mean([seed['loss'] for seed in state.seeds]) - before['loss']:+.3f}",
             "LAMBADA, a word": with_interval(found.total),
-            "of it copying": copying,
+            "of it copying": with_interval(found.copying),
             "elsewhere": f"{found.elsewhere.mean():+.3f}",
-            "copying's share": share_of_copying(found),
-            "against text alone": against_text_alone(state, states, before),
-        })
+            "LAMBADA less text alone's": "-",
+            "copying less text alone's": "-",
+        }
+        if control := control_of(state, states):
+            alone = change(before, control.seeds)
+            line["LAMBADA less text alone's"] = with_interval(found.total - alone.total)
+            line["copying less text alone's"] = with_interval(found.copying - alone.copying)
+        lines.append(line)
     return format_table(lines)
+
+
+def control_of(state, states):
+    """The arm that had the text alone, for as many steps at the same rate, with as many seeds; or None."""
+    rest = state.arm.rpartition(", ")[2]
+    arm = f"text alone, {rest}" if rest in ("long", "lr 1e-3") else "text alone"
+    for other in states:
+        if other.arm == arm != state.arm and other.steps == state.steps:
+            return other if len(other.seeds) == len(state.seeds) else None
+    return None
 
 
 def with_interval(values):
     low, high = interval([values])
     return f"{values.mean():+.3f} ({low:+.3f} to {high:+.3f})"
-
-
-def share_of_copying(found):
-    """None is told where the change itself may be nothing."""
-    low, high = interval([found.total])
-    if low * high <= 0:
-        return "-"
-    least, most = interval([found.copying, found.total], lambda part, whole: part.mean() / whole.mean())
-    return f"{found.copying.mean() / found.total.mean():.0%} ({least:.0%} to {most:.0%})"
-
-
-def against_text_alone(state, states, before):
-    """The change, less that of the arm that had the text alone; "-" where there is none to compare with."""
-    _, _, rest = state.arm.rpartition(", ")
-    control = f"text alone, {rest}" if rest in ("long", "lr 1e-3") else "text alone"
-    for other in states:
-        same_size = len(other.seeds) == len(state.seeds) and other.steps == state.steps
-        if other.arm == control != state.arm and same_size:
-            return with_interval(change(before, state.seeds).total - change(before, other.seeds).total)
-    return "-"
 
 
 # ------------------------------------------------------------------------------------ the picture
