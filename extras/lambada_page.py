@@ -80,29 +80,27 @@ def interval(values, of=np.mean):
 
 # ------------------------------------------------------------------------------------ tables
 def arms_table(rows):
-    """Mean over seeds of what a model was asked, its least and its most behind it."""
-    columns = {  # of the figures: (heading, digits)
-        "perplexity": ("perplexity", 2),
-        "lambada perplexity": ("LAMBADA", 0),
-        "lambada accuracy": ("accuracy", 3),
-        "copy names": ("names copied", 3),
-        "copy random 64": ("random copied", 3),
-        "loss pair": ("loss, pair seen", 3),
-        "loss new": ("loss, new", 3),
+    """Means over seeds of what a model was asked; of the two perplexities the least and the most, too."""
+    columns = {  # of the figures: (heading, digits, whether with its range)
+        "perplexity": ("perplexity", 2, True),
+        "lambada perplexity": ("LAMBADA", 0, True),
+        "lambada accuracy": ("accuracy", 3, False),
+        "copy names": ("names copied", 3, False),
+        "copy random 64": ("random copied", 3, False),
+        "loss pair": ("loss, pair seen", 3, False),
+        "loss new": ("loss, new", 3, False),
     }
     models = [State(who, 0, [rows[who]["states"]["0"]]) for who in ("teacher", "student")]
     lines = []
     for state in models + all_states(rows):
-        line = {"": state.label, "seeds": len(state.seeds) if state.steps else "-"}
-        for column, (heading, digits) in columns.items():
-            line[heading] = mean_and_range([figures[column] for figures in state.seeds], digits)
+        line = {"": state.label}
+        for column, (heading, digits, ranged) in columns.items():
+            values = [figures[column] for figures in state.seeds]
+            line[heading] = f"{np.mean(values):.{digits}f}"
+            if ranged and len(values) > 1:
+                line[heading] += f" ({min(values):.{digits}f} to {max(values):.{digits}f})"
         lines.append(line)
     return format_table(lines)
-
-
-def mean_and_range(values, digits):
-    text = f"{np.mean(values):.{digits}f}"
-    return text if len(values) == 1 else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def shares_table(rows):

@@ -2,7 +2,6 @@
 import json
 import re
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -376,14 +375,13 @@ def test_help_fits_into_80_columns(module, monkeypatch, capsys):
 
 
 def test_the_command_for_the_real_models_parses():
-    """The one command of docs/lambada.md that decides it: its flags exist and go together."""
+    """The one command of docs/lambada.md that decides it: its flags exist, and its names fit together."""
     page = (lambada.ROOT / "docs" / "lambada.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^python (distill|eval_ppl)\.py (.*)$", page, re.M)
-    assert {script for script, _ in commands} == {"distill", "eval_ppl"}
-    for script, flags in commands:
-        args = SimpleNamespace(distill=distill, eval_ppl=eval_ppl).__dict__[script].parse_args(flags.split())
-        if script == "distill":
-            distill.options.check(args)
+    command, = re.findall(r"^python distill.py (.*) && python -m extras.lambada_real (.*)$", page, re.M)
+    args = distill.parse_args(command[0].split())
+    distill.options.check(args)
+    asked = lambada_real.parse_args(command[1].split()).models
+    assert asked == [args.student, distill.options.control_of(args).out, args.out]
 
 
 # ------------------------------------------------------------------------------------ models as they are
