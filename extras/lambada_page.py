@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from extras.lambada import LONG_ARMS, MARKS, RESULTS, SHORT_ARMS
-from extras.plot import BLUE, GREEN, ORANGE, PURPLE, new_figure, save
+from extras.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, new_figure, save
 from extras.results import read_rows
 from support.cli import InputError, format_table, new_parser, run_cli
 
@@ -164,7 +164,7 @@ def draw_steps(axes, rows, before):
         axes.fill_between(steps, [min(w) for w in words], [max(w) for w in words], color=colour, alpha=0.2)
         axes.plot(steps, [np.mean(w) for w in words], "o-", color=colour, label=f"{name}: LAMBADA, a word")
         axes.plot(steps, [np.mean(t) for t in tokens], "s--", color=colour, label=f"{name}: text, a token")
-    axes.axhline(0, linewidth=0.8)
+    axes.axhline(0, color=GREY, linewidth=0.8)
     axes.set(xscale="log", xlabel="steps", ylabel="change, nats (above 0: worse)")
     axes.set_xticks(MARKS, MARKS)
     axes.minorticks_off()
@@ -182,10 +182,10 @@ def draw_arms(axes, rows, before):
         means = np.array([value.mean() for value in values])
         axes.errorbar(means, places + shift, xerr=[means - bounds[0], bounds[1] - means], fmt="o",
                       color=colour, label=part, capsize=2)
-    axes.axvline(0, linewidth=0.8)
+    axes.axvline(0, color=GREY, linewidth=0.8)
     axes.set_yticks(places, [state.label for state in states])
     axes.invert_yaxis()
-    axes.set(xlabel="change of LAMBADA, nats a word, after 64 steps")
+    axes.set(xlabel="change of LAMBADA, nats a word, 64 steps")
     axes.legend(frameon=False, labelcolor="linecolor")
     axes.grid(axis="x")
 
