@@ -57,7 +57,7 @@ CPU = torch.device("cpu")
 # learns to do without the others, and then gets used to the rate at which it will be distilled. A step of
 # AdamW is as large as its rate: pythia-70m's rate fell from 1e-3 to 1e-4, and DistilPythia took 1e-4.
 TEXT_ALONE = "--teacher none --seq-len 256 --batch-size 8 --grad-accum 1 --precision bf16 --eval-tokens 20000"
-WARM_START = {  # folder: (what it starts from, flags)
+WARM_START = {  # folder in OUT: (what it starts from, flags)
     "teacher": ("demo", "--lr 1.5e-3 --warmup 0.05 --schedule linear --steps 500"),
     "student-1e-3": ("layers", "--lr 1e-3 --warmup 0.05 --schedule constant --steps 500 --seed 1"),
     "student": ("student-1e-3", "--lr 1e-4 --warmup 0 --schedule constant --steps 150 --seed 2"),
@@ -102,16 +102,16 @@ def warm_start():
     """Make text, teacher and student in OUT, unless they are there."""
     text = write_text(OUT / "text", load_tokenizer(options.DEMO_TEACHER))
     write_prose(OUT / "prose")
-    sources = {"demo": options.DEMO_TEACHER, "layers": OUT / "layers", "student-1e-3": OUT / "student-1e-3"}
-
     for folder, (source, flags) in WARM_START.items():
         if (OUT / folder / "model.safetensors").exists():
             continue
         if source == "layers":
-            cut_student(OUT / "teacher", sources[source])
-        where = ["--data", text, "--student", sources[source], "--out", OUT / folder, "--overwrite"]
-        subprocess.run([sys.executable, ROOT / "distill.py", *shlex.split(f"{TEXT_ALONE} {flags}"), *where],
-                       check=True)
+            cut_student(OUT / "teacher", OUT / "layers")
+
+        first = options.DEMO_TEACHER if source == "demo" else OUT / source
+        where = f"--student {first} --data {text} --out {OUT / folder} --overwrite"
+        command = shlex.split(f"{TEXT_ALONE} {flags} {where}")
+        subprocess.run([sys.executable, ROOT / "distill.py", *command], check=True)
 
 
 def cut_student(teacher, folder):

@@ -1,7 +1,9 @@
 """extras/lambada*.py: the text, the passages, what is measured, the routed objective, the plan, the page."""
 import json
 import re
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -281,6 +283,30 @@ def test_the_plan_is_made_and_goes_on(small, monkeypatch, capsys):
     assert line.split()[:5] == ["20.00", "100.0", "0.250", "routed,", "seed"]
 
 
+def test_teacher_and_student_are_made_by_the_command_line(tmp_path, monkeypatch):
+    """Each from the one before; the student with three of the teacher's layers. What is there stays."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lambada, "OUT", Path("made"))
+    monkeypatch.setattr(lambada.options, "DEMO_TEACHER", TEACHER)
+    monkeypatch.setattr(lambada, "write_text", lambda folder, tokenizer: folder)
+    monkeypatch.setattr(lambada, "write_prose", lambda folder: folder)
+    made = []
+
+    def distil(command, check):
+        args = distill.parse_args([*map(str, command[2:])])
+        distill.options.check(args)
+        made.append((args.student, args.out, args.lr))
+        shutil.copytree(args.student, args.out)
+
+    monkeypatch.setattr(lambada.subprocess, "run", distil)
+    lambada.warm_start()
+    assert made == [(TEACHER, "made/teacher", 1.5e-3), ("made/layers", "made/student-1e-3", 1e-3),
+                    ("made/student-1e-3", "made/student", 1e-4)]
+    assert len(load("made/student").blocks) == 3
+    lambada.warm_start()
+    assert len(made) == 3
+
+
 def test_a_long_run_is_asked_on_its_way():
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
@@ -304,8 +330,6 @@ def test_flags_of_the_real_plan(monkeypatch):
     assert {args.lr for args in seen} == {1e-4, 1e-3} and {args.warmup for args in seen} == {0.0, 0.25}
     assert {args.steps for args in seen} == {64, 1024}
     assert sum(args.precision == "bf16-pure" for args in seen) == 3
-    for _, flags in lambada.WARM_START.values():
-        distill.parse_args([*lambada.TEXT_ALONE.split(), *flags.split()])
 
 
 def test_a_name_that_no_run_has(monkeypatch, capsys):
