@@ -5,10 +5,12 @@
     python -m extras.bench --only step --precision fp32 --batch-size 4
     python -m extras.bench --only step --peers ours --against ../before
     python -m extras.bench --only step --peers ours --no-exact --shape pythia
+    python -m extras.bench --only step --peers ours,ours-cache,hf,script
 
 Read in this order:
   PEERS           who is compared, each a function that loads two models and says how it computes the loss
   step            in a process of its own: a few steps of one peer, their time, memory and loss
+  answering       how long the teacher takes to make a cache, for the peer that learns from one
   reference       the same loss by definition in float64, and a gradient; `gradient` holds a peer against it
   decode          greedy text, ours against transformers' generate
   tokenise        text into a corpus, ours against datasets.map and a memory map
@@ -49,10 +51,13 @@ from support.cli import InputError, format_table, new_parser, pick_device, run_c
 from support.documents import stdlib_documents
 from support.options import DEMO_TEACHER, count
 from support.runtime import Ranks, autocast, keep_memory
+from support.sparse_loss import Draws
+from support.teacher_cache import answers_to
 from support.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 T, KD, CLM = 2.0, 0.5, 0.5  # temperature and weights of the loss that all compute
+DRAWS = 12  # of the teacher, for each token of a cache
 CLIP = 1.0
 
 TINY = {"vocab_size": 512, "width": 64, "n_head": 2}
@@ -101,6 +106,28 @@ def ours(folder, args):
         student_hidden = student.hidden(ids).flatten(0, 1)
         losses = chunked_losses(student_hidden, student.head_weight, teacher_hidden, teacher.head_weight,
                                 targets.flatten(), settings)
+        return losses.loss
+    return Peer(student, loss, is_sum=True)
+
+
+def ours_cache(folder, args):
+    """This project with --teacher-cache: no teacher in memory, and draws for each token in its place.
+
+    Here they are any tokens, as time and memory do not depend on which. So the loss of this peer is held
+    against nothing; that what comes of true draws is right is tested in tests/test_teacher_cache.py.
+    """
+    if args.device == "cpu":
+        keep_memory()
+    student = load(folder / "student", args.device).train()
+    settings = LossSettings(T, KD, CLM, chunk_size=args.chunk_size)
+
+    def loss(ids, targets):
+        n = targets.numel()
+        zeros = torch.zeros(n, device=args.device)
+        drawn = torch.randint(student.config.vocab_size, (n, DRAWS), device=args.device)
+        draws = Draws(drawn, torch.full((n, DRAWS), 1 / DRAWS, device=args.device), zeros, zeros)
+        student_hidden = student.hidden(ids).flatten(0, 1)
+        losses = chunked_losses(student_hidden, student.head_weight, draws, None, targets.flatten(), settings)
         return losses.loss
     return Peer(student, loss, is_sum=True)
 
@@ -158,7 +185,8 @@ def hf_models(folder, args):
     return student, teacher.requires_grad_(False)
 
 
-PEERS = {"ours": ours, "ours-compile": ours, "hf": hf, "hf-compile": hf, "script": script}
+PEERS = {"ours": ours, "ours-compile": ours, "ours-cache": ours_cache, "hf": hf, "hf-compile": hf,
+         "script": script}
 
 
 # ------------------------------------------------------------------------------------ one step
@@ -213,7 +241,22 @@ def peak_bytes(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def step_flops(args):
+def answering(folder, args):
+    """Seconds in which the teacher answers for 1,000 tokens of a cache, of each time but the first."""
+    if args.device == "cpu":
+        keep_memory()
+    teacher = load(folder / "teacher", args.device, DTYPES[args.precision]).requires_grad_(False)
+    V = teacher.config.vocab_size
+    ids, targets = (x.numpy() for x in batch(args, V))
+    asked = argparse.Namespace(teacher="the teacher", temperature=T, precision=args.precision)
+    header = {"vocab_size": V, "draws": DRAWS}
+
+    answer = partial(answers_to, teacher, ids, targets, range(len(ids)), asked, header)
+    timed(args.device, answer)
+    return [timed(args.device, answer)[0] * 1000 / targets.size for _ in range(args.steps)]
+
+
+def step_flops(args, with_teacher=True):
     """Multiplications and additions in the matrix products of a step.
 
     Forward 2 for each weight and token, and for the student 4 more backward. Causal attention multiplies a
@@ -227,6 +270,8 @@ def step_flops(args):
         matrices = sum(p.numel() for p in network.blocks.parameters() if p.dim() == 2)
         attention = config.n_layer * 2 * config.width * args.seq_len / 2
         head = config.width * config.vocab_size
+        if per_weight == 2 and not with_teacher:
+            continue
         total += per_weight * args.batch_size * args.seq_len * (matrices + attention + head)
     return total
 
@@ -409,7 +454,7 @@ class Contender(NamedTuple):
         return self.peer + before + (", tuned" if self.tuned else "")
 
 
-TASKS = {task.__name__: task for task in (step, ceiling, reference, gradient, decode, tokenise)}
+TASKS = {task.__name__: task for task in (step, answering, ceiling, reference, gradient, decode, tokenise)}
 
 
 def child(folder, args, task, contender=None):
@@ -467,7 +512,8 @@ def spread(values, form=".2f"):
 def print_steps(folder, args, contenders):
     """Both tables of the step: what it costs and, if that is asked for, how exact it is."""
     top = child(folder, args, "ceiling")["flops"]
-    exact = child(folder, args, "reference") if args.exact else None
+    to_check = args.exact and any(contender.peer != "ours-cache" for contender in contenders)
+    exact = child(folder, args, "reference") if to_check else None
     runs = measure_steps(folder, args, contenders)
     print(f"\nA step of {args.batch_size} x {args.seq_len} tokens, {args.shape}, {args.precision}: "
           f"{args.rounds} rounds of {args.steps} steps. The largest matrix product reaches "
@@ -475,6 +521,8 @@ def print_steps(folder, args, contenders):
     print(format_table(cost_rows(runs, args, top)), flush=True)
     if exact:
         print("\n" + format_table(exactness_rows(folder, runs, args, exact)), flush=True)
+    if any(contender.peer == "ours-cache" for contender in contenders):
+        print_answering(folder, args)
 
     cores = os.cpu_count() or 1
     loads = [run["load"] for rounds in runs.values() for run in rounds if run["load"] is not None]
@@ -482,6 +530,15 @@ def print_steps(folder, args, contenders):
           f"the minute before, the last one of this bench included; there are {cores} cores.")
     if loads and max(loads) > 1.25 * cores:
         print("The machine was busy with something else: measure again when it is quiet.")
+
+
+def print_answering(folder, args):
+    load_before = machine_load()
+    seconds = child(folder, args, "answering")
+    print(f"\nFor a cache of {DRAWS} draws the teacher answers for 1,000 tokens in "
+          f"{statistics.median(seconds):.3g} s (range\n{spread(seconds, '.3g')}), load before "
+          f"{spread([load_before])}. The draws of ours-cache are any tokens, so its\n"
+          "loss is compared with none.", flush=True)
 
 
 def cost_rows(runs, args, top):
@@ -505,7 +562,7 @@ def cost_rows(runs, args, top):
             "time": f"{statistics.median(ratios):.2f}x",
             "by round": spread(ratios),
             "tokens/s": f"{tokens / median:,.0f}",
-            "of the ceiling": f"{step_flops(args) / median / top:.0%}",
+            "of the ceiling": f"{step_flops(args, contender.peer != 'ours-cache') / median / top:.0%}",
             "peak, GB": f"{max(run['peak'] for run in rounds) / 1e9:.2f}",
             "load before": spread([run["load"] for run in rounds]),
         })
@@ -516,7 +573,7 @@ def exactness_rows(folder, runs, args, exact):
     """Loss and gradient against float64. `exact`: the losses of `reference`."""
     rows = []
     for contender, rounds in runs.items():
-        if contender.tuned:  # computes the same
+        if contender.tuned or contender.peer == "ours-cache":  # the same loss; a loss of any draws
             continue
         error = "-"
         if contender.peer != "script":  # whose loss has fewer terms, so its gradient is another

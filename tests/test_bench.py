@@ -65,6 +65,15 @@ def test_all_peers_make_the_same_step(folder, monkeypatch):
     assert len(lengths) == 4 and lengths[:2] == pytest.approx(lengths[2:], rel=1e-5)
 
 
+def test_the_peer_without_a_teacher_computes_the_rest_of_the_loss(folder, monkeypatch):
+    """The part of the draws, which are any tokens, is turned off here; it counts otherwise."""
+    with_draws = bench.step(folder, settings("ours-cache"))["loss"]
+    monkeypatch.setattr(bench, "KD", 0.0)
+    exact = bench.reference(folder, settings())
+    without = bench.step(folder, settings("ours-cache"))["loss"]
+    assert without == pytest.approx(exact["loss"], rel=1e-6) and with_draws > 2 * without
+
+
 # ------------------------------------------------------------------------------------ what is measured
 def test_decoding_compares_the_same_text(folder):
     for of in bench.decode(folder, settings(), new_tokens=8).values():
@@ -76,7 +85,34 @@ def test_flops_of_a_step(monkeypatch):
     config = GPT2.config(vocab_size=10, width=4, n_head=2, n_layer=1)
     monkeypatch.setitem(bench.SHAPES, "tiny", (GPT2, config, config))
     layer, attention, head = 12 * 4 * 4, 2 * 4 * 64 / 2, 4 * 10
-    assert bench.step_flops(settings(batch_size=3)) == 3 * 64 * (layer + attention + head) * (2 + 6)
+    per_weight = 3 * 64 * (layer + attention + head)
+    assert bench.step_flops(settings(batch_size=3)) == per_weight * (2 + 6)
+    assert bench.step_flops(settings(batch_size=3), with_teacher=False) == per_weight * 6
+
+
+def test_a_step_from_a_cache(folder, monkeypatch, capsys):
+    """It has no teacher's FLOPs, nothing to hold it against, and a line about the making of a cache."""
+    found = {"ceiling": {"flops": 1e12}, "step": {"seconds": [2.0], "loss": 7.5, "peak": 5e12},
+             "answering": [0.25, 0.5, 0.125]}
+    monkeypatch.setattr(bench, "child", lambda folder, args, task, contender=None: found[task])
+    bench.print_steps(folder, settings(), [bench.Contender("ours-cache")])
+    out = capsys.readouterr().out
+    assert "float64" not in out
+    assert "12 draws the teacher answers for 1,000 tokens in 0.25 s (range 0.125 to 0.5" in out
+
+    monkeypatch.setattr(bench, "step_flops", lambda args, with_teacher=True: 1e12 if with_teacher else 5e11)
+    runs = {bench.Contender(peer): [{"seconds": [2.0], "peak": 1, "load": 1}]
+            for peer in ("ours", "ours-cache")}
+    assert [row["of the ceiling"] for row in bench.cost_rows(runs, settings(), 1e12)] == ["50%", "25%"]
+
+
+def test_answers_are_timed_by_1000_tokens(folder, monkeypatch):
+    """The first time warms up."""
+    seconds = iter([9.0, 2.0, 4.0])
+    rows = []
+    monkeypatch.setattr(bench, "timed", lambda device, answer: (next(seconds), rows.append(answer())))
+    assert bench.answering(folder, settings(steps=2, batch_size=4)) == [2000 / 256, 4000 / 256]
+    assert [row["ids"].shape for row in rows] == [(256, bench.DRAWS)] * 3
 
 
 def test_peers_take_turns_and_the_load_is_noted_before_each(folder, monkeypatch, capsys):

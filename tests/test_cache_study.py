@@ -161,9 +161,10 @@ def runs(tmp_path_factory):
         learned_from = []
         honest = ChunkedLoss.apply
 
-        def spy(student_hidden, student_head, teacher_hidden, *rest):
-            learned_from.append(getattr(teacher_hidden, "ids", torch.empty(0, 0)).shape[1])
-            return honest(student_hidden, student_head, teacher_hidden, *rest)
+        def spy(student_hidden, student_head, teacher_hidden, teacher_head, *rest):
+            n_ids = teacher_hidden.ids.shape[1] if teacher_head is None else 0
+            learned_from.append(n_ids)
+            return honest(student_hidden, student_head, teacher_hidden, teacher_head, *rest)
 
         patch.setattr(ChunkedLoss, "apply", spy)
         cache_study.main()
