@@ -98,7 +98,7 @@ def test_a_step_from_a_cache(folder, monkeypatch, capsys):
     bench.print_steps(folder, settings(), [bench.Contender("ours-cache")])
     out = capsys.readouterr().out
     assert "float64" not in out
-    assert "12 draws the teacher answers for 1,000 tokens in 0.25 s (range 0.125 to 0.5" in out
+    assert "1,000 tokens in 0.25 s (range\n0.125 to 0.5), load before" in out
 
     monkeypatch.setattr(bench, "step_flops", lambda args, with_teacher=True: 1e12 if with_teacher else 5e11)
     runs = {bench.Contender(peer): [{"seconds": [2.0], "peak": 1, "load": 1}]
