@@ -6,10 +6,9 @@
   write_text    both, as a folder that `--data` can name
   write_prose   other text: what the library says in English
 
-The demo's teacher knows by heart which words follow each other in the library, and hardly copies: where a
-word of a passage is exchanged for another one throughout, it gets 3% of them right instead of 20%, and of
-random tokens that stand there twice 0.2%. Whether copying breaks cannot be asked of it. In this text a name
-says nothing, except where it stood before.
+The demo's teacher knows by heart which words follow each other in the library, and copies little: of random
+tokens that stand there twice it gets 0.2% right the second time. Whether copying breaks can hardly be asked of
+it. In this text a name says nothing, except where it stood before.
 """
 import ast
 import json
