@@ -7,8 +7,8 @@
   write_prose   other text: what the library says in English
 
 The demo's teacher knows by heart which words follow each other in the library, and copies little: of random
-tokens that stand there twice it gets 0.2% right the second time. Whether copying breaks can hardly be asked of
-it. In this text a name says nothing, except where it stood before.
+tokens that stand there twice it gets 0.2% right the second time. Whether copying breaks can hardly be asked
+of it. In this text a name says nothing, except where it stood before.
 """
 import ast
 import json
