@@ -1,9 +1,9 @@
 """What the teacher on disk is worth: students of the live teacher, of draws from it, of its likeliest tokens.
 
-    python -m extras.cache_study                    what is not finished yet, and the caches that it needs
-    python -m extras.cache_study --only "12 draws"  those whose name contains this
-    python -m extras.cache_study --list             what there is, and what is done
-    python -m extras.cache_study --table            the table of docs/teacher-cache.md
+    python -m extras.cache_study                  what is not finished yet
+    python -m extras.cache_study --only "seed 1"  those whose name contains this
+    python -m extras.cache_study --list           all, and what is done
+    python -m extras.cache_study --table          puts the table into its page
 
 Read in this order:
   ARMS               what is compared
@@ -11,9 +11,11 @@ Read in this order:
   calibration_error  whether a model is as often right as it says
   figures            all that is measured on the held-out text
   one_run            distill.py's own functions, and a row of figures
+  table              what came of it, for docs/teacher-cache.md
 
 Each run is `python distill.py` with the flags that its row names; what comes of it is a line of
-docs/teacher-cache.jsonl. Losses are in nats per token, on the modules that the demo holds out.
+docs/teacher-cache.jsonl. Caches that are not there are made first. Losses are in nats per token, on the
+modules that the demo holds out.
 
 Shapes: B sequences, L tokens of each, N = B * L, V vocabulary.
 Reference: Guo et al. 2017, On Calibration of Modern Neural Networks (arXiv 1706.04599).
@@ -38,11 +40,14 @@ from extras.results import add_row, commit, read_rows
 from support import options
 from support.chunked_loss import chunked_losses
 from support.cli import InputError, format_table, new_parser, pick_device, run_cli, user_path
+from support.files import replaced
 from support.runtime import Ranks, autocast, keep_memory
 from support.scoring import held_out_batches
 from support.sparse_loss import Draws
 
-RESULTS = Path(__file__).parent.parent / "docs" / "teacher-cache.jsonl"
+DOCS = Path(__file__).parent.parent / "docs"
+RESULTS = DOCS / "teacher-cache.jsonl"
+PAGE = DOCS / "teacher-cache.md"
 SEEDS = (0, 1, 2)
 LIKELIEST = 12  # as many as the product draws
 
@@ -200,13 +205,23 @@ def line(name, losses, of):
     }
 
 
+def fill(page, rows):
+    """The text of the page, with the table between its two marks made anew."""
+    before, _, rest = page.partition("<!-- table -->\n")
+    _, _, after = rest.partition("<!-- end -->")
+    if not after:
+        raise InputError(f"{PAGE} has no place for the table: a line <!-- table --> and a line <!-- end -->")
+    return f"{before}<!-- table -->\n{table(rows)}\n<!-- end -->{after}"
+
+
 # ------------------------------------------------------------------------------------ the command
 def parse_args(argv=None):
-    parser = new_parser(__doc__)
+    parser = new_parser(__doc__, "python -m extras.cache_study [options]")
     parser.add_argument("--only", default="", metavar="TEXT", help="only runs with this in their name")
     parser.add_argument("--list", action="store_true",
                         help="show all runs, and what those that are done came to")
-    parser.add_argument("--table", action="store_true", help="show the table of what is done")
+    parser.add_argument("--table", action="store_true",
+                        help=f"put the table of what is done into docs/{PAGE.name}")
     parser.add_argument("--caches", type=user_path, default="caches", metavar="DIR",
                         help="where the caches lie, or are made: 400 MB in all")
     return parser.parse_args(argv)
@@ -225,7 +240,9 @@ def main():
     if args.table:
         if not done:
             raise InputError(f"{RESULTS} has no runs yet: python -m extras.cache_study makes them")
-        print(table(done))
+        text = fill(PAGE.read_text(encoding="utf-8"), done)
+        with replaced(PAGE) as file:
+            file.write_text(text, encoding="utf-8")
         return
 
     keep_memory()

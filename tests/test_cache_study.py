@@ -1,4 +1,5 @@
 """extras/cache_study.py: its measure of calibration, what each arm learns from, the page's table."""
+import json
 import shlex
 import sys
 from argparse import Namespace
@@ -16,7 +17,6 @@ from support.chunked_loss import ChunkedLoss, LossSettings, chunked_losses
 from support.cli import InputError
 from support.scoring import validate
 
-PAGE = REPO / "docs" / "teacher-cache.md"
 ROW = {"seed": 0, "loss": 3.0, "kl": 0.25, "same_top_1": 0.5, "confidence": 0.4, "right": 0.3,
        "teachers": 0.35, "ece_text": 0.1, "ece_teacher": 0.05}
 
@@ -193,6 +193,34 @@ def test_table():
     assert live == ["live teacher", "3.1000 (3.0000 to 3.2000)", "0.2500 (0.2500 to 0.2500)", "0.500",
                     "0.400", "0.300", "0.100", "0.050"]
     assert itself[:3] == ["the teacher itself", "2.5000", "0"] and itself[-1] == "0.050"
+
+
+def test_the_page_has_the_table_of_the_results():
+    done = read_rows(cache_study.RESULTS)
+    page = cache_study.PAGE.read_text(encoding="utf-8")
+    assert cache_study.fill(page, done) == page, "python -m extras.cache_study --table"
+    assert done.keys() <= cache_study.plan().keys()
+    for name, row in done.items():
+        assert row["flags"] == cache_study.flags_of(*cache_study.plan()[name], "caches"), name
+        assert not row["commit"].endswith(("+", "?")), name
+
+
+def test_the_table_is_put_between_its_marks(monkeypatch, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Ü\n<!-- table -->\nold\n<!-- end -->\nrest\n", encoding="utf-8")
+    row = ROW | {"name": "4 draws, seed 0", "teacher": ROW}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.setattr(cache_study, "RESULTS", tmp_path / "rows.jsonl")
+    monkeypatch.setattr(cache_study, "PAGE", page)
+    monkeypatch.setattr(sys, "argv", ["cache_study", "--table"])
+    cache_study.main()
+    table = cache_study.table({row["name"]: row})
+    assert page.read_text(encoding="utf-8") == f"# Ü\n<!-- table -->\n{table}\n<!-- end -->\nrest\n"
+
+    page.write_text("no marks\n")
+    with pytest.raises(InputError, match="page.md has no place for the table"):
+        cache_study.main()
+    assert page.read_text() == "no marks\n"
 
 
 @pytest.mark.parametrize("argv, message", [

@@ -124,7 +124,8 @@ SHORTER = {
     "sample.py": ["--tokens", "4", "--device", "cpu"],
     "extras.plot": [],
 }
-ELSEWHERE = ("pip install", "pytest", "lm_eval", "hf upload", "extras.atlas", "extras.bench", "extras.play")
+ELSEWHERE = ("pip install", "pytest", "lm_eval", "hf upload", "extras.atlas", "extras.bench",
+             "extras.cache_study", "extras.play")
 
 
 def short(line):

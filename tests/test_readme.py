@@ -13,13 +13,13 @@ import data
 import distill
 import eval_ppl
 import sample
-from extras import atlas, bench, play, plot
+from extras import atlas, bench, cache_study, play, plot
 from support import options
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = [command for block in BLOCKS for command in block]
 PARSERS = {f"{script.__name__}.py": script.parse_args for script in (data, distill, eval_ppl, sample)}
-PARSERS |= {f"-m {script.__name__}": script.parse_args for script in (atlas, bench, play, plot)}
+PARSERS |= {f"-m {script.__name__}": script.parse_args for script in (atlas, bench, cache_study, play, plot)}
 OURS = [command for command in COMMANDS if any(script in command for script in PARSERS)]
 
 
