@@ -100,6 +100,11 @@ def test_a_step_from_a_cache(folder, monkeypatch, capsys):
     assert "float64" not in out
     assert "1,000 tokens in 0.25 s (range\n0.125 to 0.5), load before" in out
 
+    found |= {"reference": {"loss": 7.5}, "gradient": 0.5}
+    bench.print_steps(folder, settings(), [bench.Contender("ours"), bench.Contender("ours-cache")])
+    exactness = capsys.readouterr().out.partition("float64")[2]
+    assert "| ours " in exactness and "| ours-cache" not in exactness
+
     monkeypatch.setattr(bench, "step_flops", lambda args, with_teacher=True: 1e12 if with_teacher else 5e11)
     runs = {bench.Contender(peer): [{"seconds": [2.0], "peak": 1, "load": 1}]
             for peer in ("ours", "ours-cache")}
