@@ -248,7 +248,7 @@ def small(tmp_path, monkeypatch):
 
 def answer(model):
     """In the place of figures: the norm tells students apart."""
-    norm = float(model.norm.weight.norm())
+    norm = float(model.norm.weight.detach().norm())
     return {"perplexity": 20.0, "lambada perplexity": 100.0, "lambada accuracy": 0.25, "norm": norm}
 
 
