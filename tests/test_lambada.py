@@ -184,7 +184,7 @@ def test_kinds_of_targets():
 def test_our_lambada_is_that_of_eval_ppl(tokenizer):
     """The same perplexity and accuracy as `eval_ppl.py --protocol lambada` has; the model stays as it is."""
     model = load(TEACHER)
-    items = lambada_items.read_items()[:12]
+    items = lambada_items.read_items()[:4]
     head = model.head_weight.clone()
     found = lambada_scores.on_items(model, items, tokenizer)
     args = lambada_items.ARGS
