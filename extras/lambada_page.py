@@ -5,7 +5,7 @@
 Read in this order:
   arms_table, shares_table   rows -> Markdown
   Change                     what a run did to the words of our LAMBADA, and what of it was copying
-  interval                   by drawing items and seeds again
+  means_drawn_again          intervals, by drawing items and seeds again
   draw                       change over steps, and arm by arm
 """
 from pathlib import Path
@@ -66,16 +66,34 @@ def change(before, seeds):
     return Change(of("items"), of("items exchanged"))
 
 
-def interval(values, of=np.mean):
-    """95% of what a statistic of `values`, arrays (seeds, items), comes to where both are drawn again."""
+def means_drawn_again(values):
+    """The means of `values` (seeds, items) where both seeds and items are drawn again, with replacement:
+    (DRAWS,). The draws are the same each time, so that means of two arrays belong together."""
     rng = np.random.default_rng(0)
-    n_seeds, n_items = values[0].shape
-    found = []
-    for _ in range(DRAWS):
-        seeds = rng.integers(n_seeds, size=n_seeds)
-        items = rng.integers(n_items, size=n_items)
-        found.append(of(*(value[np.ix_(seeds, items)] for value in values)))
-    return np.percentile(found, (2.5, 97.5))
+    n_seeds, n_items = values.shape
+    of_seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), DRAWS) / n_seeds  # (DRAWS, seeds)
+    of_items = rng.multinomial(n_items, np.full(n_items, 1 / n_items), DRAWS) / n_items  # (DRAWS, items)
+    return ((of_seeds @ values) * of_items).sum(1)
+
+
+def interval(values):
+    """What 95% of these means lie between."""
+    return np.percentile(means_drawn_again(values), (2.5, 97.5))
+
+
+def with_interval(values):
+    low, high = interval(values)
+    return f"{values.mean():+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def share_of_copying(found):
+    """Of a Change, as text; "-" where the change itself may be nothing."""
+    low, high = interval(found.total)
+    if low * high <= 0:
+        return "-"
+    shares = means_drawn_again(found.copying) / means_drawn_again(found.total)
+    least, most = np.percentile(shares, (2.5, 97.5))
+    return f"{found.copying.mean() / found.total.mean():.0%} ({least:.0%} to {most:.0%})"
 
 
 # ------------------------------------------------------------------------------------ tables
@@ -138,11 +156,6 @@ def control_of(state, states):
     return None
 
 
-def with_interval(values):
-    low, high = interval([values])
-    return f"{values.mean():+.3f} ({low:+.3f} to {high:+.3f})"
-
-
 # ------------------------------------------------------------------------------------ the picture
 def draw(rows):
     """Left: LAMBADA and text over steps, with the teacher and without. Right: copying and the rest by arm."""
@@ -178,7 +191,7 @@ def draw_arms(axes, rows, before):
     places = np.arange(len(states))
     for shift, part, colour in ((-0.2, "copying", ORANGE), (0.2, "elsewhere", GREEN)):
         values = [getattr(found, part) for found in changes]
-        bounds = np.array([interval([value]) for value in values]).T  # (2, arms)
+        bounds = np.array([interval(value) for value in values]).T  # (2, arms)
         means = np.array([value.mean() for value in values])
         axes.errorbar(means, places + shift, xerr=[means - bounds[0], bounds[1] - means], fmt="o",
                       color=colour, label=part, capsize=2)
@@ -199,7 +212,10 @@ def main():
     rows = read_rows(RESULTS)
     if "student" not in rows:
         raise InputError(f"{RESULTS} has no runs yet: python -m extras.lambada makes them")
-    print(arms_table(rows) + "\n\n" + shares_table(rows) + "\n")
+    print(arms_table(rows) + "\n\n" + shares_table(rows) + "\n\ncopying's share:")
+    for state in all_states(rows):
+        found = change(rows["student"]["states"]["0"], state.seeds)
+        print(f"  {state.label}: {share_of_copying(found)}")
     save(draw(rows), PICTURE)
 
 

@@ -354,6 +354,8 @@ def test_shares_by_hand():
     found = lambada_page.change(before, after)
     assert found.total.shape == (3, 8) and (found.total == 1).all()
     assert (found.copying == 0.75).all() and (found.elsewhere == 0.25).all()
+    assert lambada_page.share_of_copying(found) == "75% (75% to 75%)"
+    assert lambada_page.share_of_copying(lambada_page.change(before, [before])) == "-"
     rows = {"student": {"states": {"0": before}}, "teacher": {"states": {"0": before}}}
     rows |= {f"published, seed {seed}": {"states": {"64": figures}} for seed, figures in enumerate(after)}
     rows |= {f"text alone, seed {seed}": {"states": {"64": state(np.arange(8.0) + 0.4, np.arange(8.0) + 3)}}
@@ -370,9 +372,9 @@ def test_intervals_hold_both_seeds_and_items():
     rng = np.random.default_rng(1)
     seeds = np.repeat([[0.0], [1.0], [2.0]], 100, 1)  # only seeds differ
     items = np.repeat(rng.normal(size=(1, 100)), 3, 0)  # only items do
-    low, high = lambada_page.interval([seeds])
+    low, high = lambada_page.interval(seeds)
     assert low < 0.5 and high > 1.5
-    low, high = lambada_page.interval([items])
+    low, high = lambada_page.interval(items)
     assert 0.3 < high - low < 0.5 and low < items.mean() < high
 
 
