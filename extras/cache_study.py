@@ -76,10 +76,10 @@ class Arm(NamedTuple):
 
 ARMS = {
     "live teacher": Arm(),
-    "12 draws": Arm(draws=12),
-    "likeliest 12": Arm(losses={"chunked": likeliest_losses}),
-    "4 draws": Arm(draws=4),
     "50 draws": Arm(draws=50),
+    "12 draws": Arm(draws=12),
+    "4 draws": Arm(draws=4),
+    "likeliest 12": Arm(losses={"chunked": likeliest_losses}),
 }
 
 

@@ -128,7 +128,7 @@ def test_all_tokens_as_the_likeliest_are_the_whole_distribution(monkeypatch):
 def test_plan():
     """Five arms, three seeds, a seed at a time; the flags are the demo's, but for those of a cache."""
     plan = cache_study.plan()
-    assert len(plan) == 15 and [*plan][:2] == ["live teacher, seed 0", "12 draws, seed 0"]
+    assert len(plan) == 15 and [*plan][:2] == ["live teacher, seed 0", "50 draws, seed 0"]
     demo = vars(distill.parse_args(["--no-control", "--precision", "bf16", "--device", "cpu"]))
     caches = set()
     for name, (arm, seed) in plan.items():
@@ -171,13 +171,13 @@ def runs(tmp_path_factory):
         made = len(learned_from)
         cache_study.main()  # all is there
         assert len(learned_from) == made
-        yield read_rows(cache_study.RESULTS), learned_from
+        return read_rows(cache_study.RESULTS), learned_from
 
 
 def test_each_arm_learns_from_what_it_says(runs):
     rows, learned_from = runs
     assert [*rows] == [f"{arm}, seed 0" for arm in cache_study.ARMS]
-    assert learned_from == [0, 0, 12, 12, 12, 12, 4, 4, 50, 50]
+    assert learned_from == [0, 0, 50, 50, 12, 12, 4, 4, 12, 12]
     assert len({row["loss"] for row in rows.values()}) == 5
     assert len({row["teacher"]["loss"] for row in rows.values()}) == 1
     assert distill.LOSSES["chunked"] is chunked_losses, "as it was"
