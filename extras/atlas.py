@@ -77,7 +77,8 @@ def tuning():
     for lr in ("1.5e-3", "2e-3"):
         runs[f"tune student linear schedule lr {lr}"] = f"{DEMO} --schedule linear --lr {lr}"
     for lr in ("6e-4", "1e-3"):
-        runs[f"tune control linear schedule lr {lr}"] = f"{BEST_CONTROL} --steps 300 --schedule linear --lr {lr}"
+        linear = f"--steps 300 --schedule linear --lr {lr}"
+        runs[f"tune control linear schedule lr {lr}"] = f"{BEST_CONTROL} {linear}"
     runs["tune student constant rate"] = f"{DEMO} --schedule constant"
     runs["tune student constant rate, weights averaged"] = f"{DEMO} --schedule constant"
 
