@@ -1,10 +1,10 @@
 """Text in, batches of token ids out.
 
 Read in this order:
-  prepare    the text that --data names -> a Corpus on disk: the ids of all documents, one after the other
-  Corpus     these ids, as arrays that stay on disk until they are read
-  batch_at   batch number i of a run, as a function of its arguments
-  examples   how the tokens are cut
+  prepare      the text that --data names -> a Corpus on disk: the ids of all documents, one after the other
+  Corpus       these ids, as arrays that stay on disk until they are read
+  batch_at     batch number i of a run, as a function of its arguments
+  examples_at  how the tokens are cut
 
 The tokenizer is in support/tokenizer.py, what --data can name in support/documents.py, and how a corpus is
 written so that a kill loses nothing in support/corpus.py.
@@ -82,10 +82,10 @@ def batch_at(tokens, seed, index, batch_size, context, packing="constant", eot=N
     """
     starts, _ = cut(tokens, context, packing, eot)
     numbers = numbers_at(seed, index, batch_size, len(starts))
-    return examples(tokens, numbers, context, packing, eot)
+    return examples_at(tokens, numbers, context, packing, eot)
 
 
-def examples(tokens, numbers, context, packing, eot):
+def examples_at(tokens, numbers, context, packing, eot):
     """Examples by their numbers: ids and targets, each (B, L) int64."""
     starts, ends = cut(tokens, context, packing, eot)
     ids = np.full((len(numbers), context), eot or 0)  # (B, L)
@@ -145,7 +145,7 @@ def cut_documents(tokens, context, eot):
 
 
 class SameArray:
-    """An array as a key of a cache: equal to itself alone."""
+    """An array as a key of a cache, which arrays themselves cannot be: equal to itself alone."""
 
     def __init__(self, array):
         self.array = array  # kept, so that its id stays taken

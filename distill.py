@@ -28,7 +28,7 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from data import batch_at, examples, load_tokenizer, numbers_at, prepare, target_offsets
+from data import batch_at, examples_at, load_tokenizer, numbers_at, prepare, target_offsets
 from model import build, load, spread_layers, student_from
 from sample import draw
 from support import closing, options, teacher_cache
@@ -124,7 +124,7 @@ def train(args, student, teacher, corpus, vocab_size, ranks, later=0.0):
     losses_of = LOSSES[args.loss]
     settings = LossSettings.of(args)
     teacher_head = teacher.head_weight[:vocab_size] if teacher else None  # (V, C_t)
-    answers = open_cache(args, corpus, ranks.device)
+    answers_on_disk = open_cache(args, corpus, ranks.device)
     optimizer = make_optimizer(student, args)
     student.train()
 
@@ -139,10 +139,11 @@ def train(args, student, teacher, corpus, vocab_size, ranks, later=0.0):
                     ids, targets = students_text(student, ids, index, args)
 
                 # Teacher: it only answers, so nothing is kept for a backward pass.
-                with torch.no_grad(), autocast(args, ranks.device):
-                    teacher_says = teacher.hidden(ids).flatten(0, 1) if teacher else None  # (N, C_t)
-                if answers:  # with --teacher-cache it gave them before the run: draws, read from disk
-                    teacher_says = answers(index)
+                if answers_on_disk:  # given before the run, with --teacher-cache: see support/sparse_loss.py
+                    teacher_says = answers_on_disk(index)
+                else:
+                    with torch.no_grad(), autocast(args, ranks.device):
+                        teacher_says = teacher.hidden(ids).flatten(0, 1) if teacher else None  # (N, C_t)
 
                 # Student, and the loss: how far its distribution of each next token is from the teacher's.
                 with autocast(args, ranks.device):
@@ -172,7 +173,8 @@ def train(args, student, teacher, corpus, vocab_size, ranks, later=0.0):
 
 
 def micro_batch(corpus, index, args, device):
-    """Micro-batch number `index` of the run, on the device: ids (B, L), and the ids that follow, (N,)."""
+    """Micro-batch number `index` of the run, on the device: ids (B, L), and the ids that follow, (N,). What
+    is random in it, such as dropout, is seeded here, too."""
     ids, targets = batch_at(
         corpus.train, args.seed, index, args.batch_size, args.seq_len, args.packing, corpus.meta["eot"])
 
@@ -341,10 +343,11 @@ def cache_teacher(args, teacher, corpus, vocab_size, ranks):
     wanted = teacher_cache.wanted_header(args, teacher, corpus, vocab_size, offsets)
 
     def answers_of(numbers):
-        ids, targets = examples(corpus.train, numbers, *cut)
+        ids, targets = examples_at(corpus.train, numbers, *cut)
         return teacher_cache.answers_to(teacher, ids, targets, numbers, args, wanted)
 
-    teacher_cache.make(args.teacher_cache, wanted, answers_of, offsets, ranks)
+    reads = args.steps * args.grad_accum * args.batch_size * args.seq_len
+    teacher_cache.make(args.teacher_cache, wanted, answers_of, offsets, ranks, reads)
 
 
 def open_cache(args, corpus, device):
@@ -385,7 +388,7 @@ def close(args, networks, corpus, tokenizer, ranks):
         format_table(narrow),
         closing.verdict(rows, args),
         closing.unknown_text(args, rows, held_out_text(corpus, tokenizer, args.eval_tokens)),
-        "" if args.compile else closing.show_texts(networks, corpus, tokenizer),
+        "" if args.compile else closing.show_texts(networks, corpus, tokenizer, draw),
     ]
     print("\n" + "\n\n".join(filter(None, paragraphs)) + "\n", flush=True)
     print(closing.next_steps(args, networks, corpus, closing.picture(args)))
@@ -489,10 +492,10 @@ def load_corpus(args, tokenizer):
     corpus.train = corpus.train[:budget]  # there may be more, made for another run
 
     if args.epochs:
-        examples = (len(corpus.train) - 1) // args.seq_len
+        n_examples = (len(corpus.train) - 1) // args.seq_len
         if args.packing == "padded":
-            examples = corpus.meta["train"]["documents"]
-        args.steps = math.ceil(args.epochs * examples / step_examples)
+            n_examples = corpus.meta["train"]["documents"]
+        args.steps = math.ceil(args.epochs * n_examples / step_examples)
     return corpus
 
 

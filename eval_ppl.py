@@ -262,7 +262,10 @@ def collate(windows, device):
 
 
 def tokens_per_second(model, windows, args, vocab_size):
-    """How fast a model alone is at the first batch; it was read before, so nothing is cold."""
+    """How fast a model alone is at the first batch; it was read before, so nothing is cold.
+
+    Padding counts as tokens.
+    """
     ids, targets = collate(windows[:args.batch_size], args.device)
     started = time.perf_counter()
     compare([model], [(ids, targets)] * 2, vocab_size)  # waits for the device
@@ -313,7 +316,7 @@ def report(results, args):
     settings = ", ".join(f"{name} {value}" for name, value in vars(args).items() if name != "models")
     _, explanation = PROTOCOLS[args.protocol]
     rows = [{"": name.replace("_", " "), **{model: of.get(name, "-") for model, of in results.items()}}
-            for name in max(results.values(), key=len)]
+            for name in max(results.values(), key=len)]  # the model with the most figures has all rows
     return (f"{settings}\n{explanation}.\n±: standard error, with windows as independent.\n\n"
             f"{format_table(rows)}")
 

@@ -88,7 +88,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.width, config.width, config.attention_bias)
         self.dropout = nn.Dropout(0.0)  # of attention weights
 
-        # Scores are divided by sqrt(D) (None), in some GPT-2 (Stanford's) also by the number of the layer.
+        # None: PyTorch divides scores by sqrt(D). Stanford's GPT-2 divides those of layer i by i + 1 as well.
         self.scale = None
         if config.inverse_layer_scale:
             self.scale = config.head_width**-0.5 / (layer + 1)

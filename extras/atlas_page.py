@@ -25,7 +25,8 @@ PAGE = ROOT / "docs" / "atlas.md"
 # Seconds for 1,024 tokens on a quiet machine, two threads (docs/speed.md). The runs of the atlas shared
 # theirs with other work, so their own seconds say little.
 STEP_SECONDS = {"student": 0.138, "control": 0.085}
-STUDENT, CONTROL = "student {} steps", "control for {} steps"  # names of arms, by steps of the student
+STUDENT_ARM = "student {} steps"  # names of arms, by steps of the student
+CONTROL_ARM = "control for {} steps"
 
 
 def arms(rows):
@@ -110,7 +111,7 @@ def budget_points(rows, who, name):
 def control_after(rows, seconds):
     """The control's mean loss after so many seconds: a straight line over log(seconds) between its budgets.
     None beyond them."""
-    points = budget_points(rows, "control", CONTROL)
+    points = budget_points(rows, "control", CONTROL_ARM)
     times = [math.log(taken) for _, taken, _ in points]
     if not times or not times[0] <= math.log(seconds) <= times[-1]:
         return None
@@ -120,13 +121,13 @@ def control_after(rows, seconds):
 def budgets_table(rows):
     """Student and control at equal tokens, and at equal seconds."""
     teacher = next(iter(rows.values()))["teacher_loss"]
-    controls = {steps: of for steps, _, of in budget_points(rows, "control", CONTROL)}
+    controls = {steps: of for steps, _, of in budget_points(rows, "control", CONTROL_ARM)}
 
     def share(student, control):
         return "" if control is None else f"{(control - student) / (control - teacher):.0%}"
 
     lines = []
-    for steps, seconds, of in budget_points(rows, "student", STUDENT):
+    for steps, seconds, of in budget_points(rows, "student", STUDENT_ARM):
         at_equal_tokens = average(controls[steps]) if steps in controls else None
         at_equal_seconds = control_after(rows, seconds)
         lines.append({
@@ -171,7 +172,7 @@ def draw_budgets(rows):
     """Held-out loss over seconds of training, student and control; each budget is a run of its own."""
     figure = new_figure()
     axes = figure.subplots()
-    for who, name, colour in (("student", STUDENT, BLUE), ("control", CONTROL, PURPLE)):
+    for who, name, colour in (("student", STUDENT_ARM, BLUE), ("control", CONTROL_ARM, PURPLE)):
         points = budget_points(rows, who, name)
         seconds = [taken for _, taken, _ in points]
         axes.plot(seconds, [average(of) for _, _, of in points], "-", color=colour, label=who)

@@ -172,7 +172,7 @@ def compare(folders):
     settings = [read_settings(folder) or {} for folder in folders]
     values = {}  # of each flag, among the runs that have it: a run of another commit can have others
     for found in settings:
-        for name in found.keys() - {*CHANGES_NOTHING, "steps"}:
+        for name in found.keys() - ({*CHANGES_NOTHING, "steps"} - {"eval_tokens"}):
             values.setdefault(name, set()).add(repr(found[name]))
     differ = [name for name in sorted(values) if len(values[name]) > 1]
 

@@ -14,7 +14,7 @@ and with plain_loss autograd keeps several of that size. Here the logits of one 
 memory that the next chunk uses again, and the backward pass is done on the spot, because the gradient of this
 loss is known in closed form. What is kept is small: the gradients of the hidden states and of the head.
 
-This is the one file where tensors are changed in place. Each place says what that saves.
+Here, and in support/sparse_loss.py, logits are overwritten. Each place says what that saves.
 Shapes: N tokens, n tokens of a chunk, C width, V vocabulary.
 References: Hinton et al. 2015 (arXiv 1503.02531), section 2.
 """

@@ -139,7 +139,20 @@ def new_parser(doc, usage="%(prog)s [options]"):
     """
     first, *others = (doc or "").strip().split("\n\n")
     examples = [part for part in others if part.startswith("    python")]
-    return Parser(usage=usage, description=first, epilog="\n\n".join(examples), formatter_class=HelpFormatter)
+    parser = Parser(
+        usage=usage, description=first, epilog="\n\n".join(examples), formatter_class=HelpFormatter)
+    parser.add_argument("--version", action="version", version=version())
+    return parser
+
+
+def version():
+    """From pyproject.toml, the one place that has it."""
+    try:
+        text = Path(__file__).parent.parent.joinpath("pyproject.toml").read_text(encoding="utf-8")
+    except OSError:
+        return "unknown"
+    found = re.search(r'^version = "(.*)"$', text, re.MULTILINE)
+    return found.group(1) if found else "unknown"
 
 
 def checked(kind, wanted, good):

@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-import textwrap
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,7 +49,7 @@ def effort(args):
     alone = control_of(args)
     had = f"The control had rate {alone.lr:g} and {sequences(alone)} sequences a step"
     if is_shipped_demo(args):
-        return f"{had},\nthe best of {CONTROLS_TRIED} settings that were tried: docs/atlas.md"
+        return f"{had},\nthe best of {CONTROLS_TRIED} rates and batches that were tried: docs/atlas.md"
     if args.control_lr is None and args.control_batch_size is None:
         return f"{had},\nthe student's; --control-lr gives it a rate of its own."
     return f"{had}."
@@ -57,8 +57,8 @@ def effort(args):
 
 def about_control(control_args):
     """What the second training of a run is for."""
-    return ("The control now learns from as many tokens, but from the text alone: what the student does\n"
-            "better is what the teacher was worth. "
+    return ("The control now learns from as many tokens, but from the text alone: what the\n"
+            "student does better is what the teacher was worth.\n"
             f"Rate {control_args.lr:g}, {control_args.steps:,} steps of {sequences(control_args)} sequences.")
 
 
@@ -107,37 +107,49 @@ def tuning(args):
 
 # ------------------------------------------------------------------------------------ what the models write
 @torch.no_grad()
-def show_texts(networks, corpus, tokenizer):
-    """Lines: the start of a held-out document, how it goes on, and how each model does (greedily)."""
-    width = shutil.get_terminal_size().columns
-    opening, rest = document(corpus)
-    lines = [f"After the words   {tokenizer.decode(opening)}", f"the text has      {tokenizer.decode(rest)}"]
+def show_texts(networks, corpus, tokenizer, draw):
+    """Lines: the start of a held-out document, how it goes on, and what each model writes there.
+
+    draw: sample.draw. All draw with the same seed: the likeliest token, again and again, leads small models
+    in circles.
+    """
+    opening, rest = document(corpus, tokenizer)
+    lines = [two_lines("After the words", tokenizer.decode(opening)),
+             two_lines("the text has", tokenizer.decode(rest))]
     for name, network in networks.items():
-        ids = torch.tensor([[corpus.eot, *opening]], device=network.head_weight.device)
-        written = network.generate(ids, len(rest))[0, ids.size(1):].tolist()
+        device = network.head_weight.device
+        ids = torch.tensor([[corpus.eot, *opening]], device=device)
+        choose = partial(draw, temperature=0.8, generator=torch.Generator(device).manual_seed(0))
+        written = network.generate(ids, len(rest), choose)[0, ids.size(1):].tolist()
         if corpus.eot in written:
             written = written[:written.index(corpus.eot)]
-        lines.append(f"the {name:13} {tokenizer.decode(written)}")
-    return "\n".join(two_lines(line, width) for line in lines)
+        lines.append(two_lines(f"the {name}", tokenizer.decode(written)))
+    return "\n".join(lines)
 
 
-def document(corpus, before=16, after=40):
-    """A held-out document's first ids and the next ones; the first document that is long enough, if any."""
+def document(corpus, tokenizer, before=32, after=60):
+    """A held-out document's first ids and the next ones; the first document that is long enough, if any. The
+    first ones end with a line where they can."""
     ids = corpus.val[:100_000].tolist()
     starts = [i + 1 for i in range(len(ids)) if ids[i] == corpus.eot] or [0]
     ends = [*(start - 1 for start in starts[1:]), len(ids)]
     long = [start for start, end in zip(starts, ends, strict=True) if end - start >= before + after]
     start = long[0] if long else starts[0]
-    return ids[start:start + before], ids[start + before:start + before + after]
+    ends_of_lines = [i for i in range(8, before) if tokenizer.decode([ids[start + i]]).endswith("\n")]
+    cut = start + (ends_of_lines[-1] + 1 if ends_of_lines else before)
+    return ids[start:cut], ids[cut:cut + after]
 
 
-def two_lines(text, width):
-    """A text on at most two lines of the terminal, the second one indented as the first; what is left over is
-    left out. Runs of white space become a space, but for those that set off the first words."""
-    head, text = text[:18], " ".join(text[18:].split())
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return head + "\n".join(textwrap.wrap(text, max(width - 1, 40), initial_indent=18 * " ",
-                                          subsequent_indent=18 * " ", max_lines=2, placeholder=" ..."))[18:]
+def two_lines(title, text):
+    """The first two lines of a text that are not blank, beside a title, each cut to the terminal's width."""
+    width = shutil.get_terminal_size().columns
+    lines = [line.expandtabs(4) for line in text.splitlines() if line.strip()] or [""]
+    shown = []
+    for first, line in zip((title, ""), lines, strict=False):
+        line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+        line = f"{first:18}{line}".rstrip()
+        shown.append(line if len(line) < width else line[:width - 5] + " ...")
+    return "\n".join(shown)
 
 
 # ------------------------------------------------------------------------------------ what to do next

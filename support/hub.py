@@ -22,7 +22,8 @@ from pathlib import Path
 from support.cli import InputError, lookalike
 
 PATIENCE = 5  # seconds until the Hub counts as silent
-NO_NETWORK = "plain `python distill.py` needs no Hub"
+NO_NETWORK = ("plain `python distill.py` needs no Hub, nor do --teacher demo/teacher --student-layers 3 and "
+              "text of your own")
 HUB_ERRORS = {  # class of an error of the Hub's clients -> what it means here; the first that fits
     "GatedRepoError": "is gated: accept its terms on the Hub, then set HF_TOKEN",
     "RepositoryNotFoundError": "is neither a folder here nor a model on the Hub (or private: set HF_TOKEN)",
@@ -93,8 +94,11 @@ def download(name, filename, required):
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     cached = in_cache(name)
+    silent = hub_is_silent()
+    if cached and silent:
+        say_that_the_cache_is_used()
     try:
-        return Path(hf_hub_download(name, filename, local_files_only=cached and hub_is_silent()))
+        return Path(hf_hub_download(name, filename, local_files_only=silent))
     except LocalEntryNotFoundError as error:
         # The Hub is silent. Of a model that has been used before, the cache has what there is. Of another
         # one, say so at once: each further question would take half a minute.
@@ -120,8 +124,8 @@ def in_cache(name):
 def hub_is_silent():
     """Whether the Hub cannot be reached: asked once, with little patience.
 
-    Its client would ask again for each file that the cache lacks, for 23 seconds, even if the model has no
-    such file. Where there is a network the cache alone is never believed: the model may have changed.
+    Its client would ask again and again, for 23 seconds, and tell of each try. Where there is a network the
+    cache alone is never believed: the model may have changed.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError
@@ -132,9 +136,16 @@ def hub_is_silent():
     except HfHubHTTPError:  # an answer, too
         return False
     except Exception:  # of a dozen classes, from two HTTP libraries
-        print("note: the Hub cannot be reached; models come from its cache, as they were", file=sys.stderr)
         return True
     return False
+
+
+@functools.cache
+def say_that_the_cache_is_used():
+    """Once. Who asked for that (HF_HUB_OFFLINE) knows it."""
+    from huggingface_hub import constants
+    if not constants.HF_HUB_OFFLINE:
+        print("note: the Hub cannot be reached; models come from its cache, as they were", file=sys.stderr)
 
 
 def read_json(path):

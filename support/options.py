@@ -8,10 +8,11 @@
 import argparse
 import math
 import os
-import re
 from pathlib import Path
 
 from support.cli import InputError, checked, new_parser, user_path
+from support.documents import open_data
+from support.hub import check_hub_name
 
 ROOT = Path(__file__).parent.parent
 DEMO_TEACHER = os.path.relpath(ROOT / "demo" / "teacher")
@@ -78,7 +79,6 @@ def make_parser(doc):
     """All flags, with their defaults."""
     parser = new_parser(doc)
     add = parser.add_argument
-    add("--version", action="version", version=version())
     add("--recipe", choices=RECIPES, metavar="NAME",
         help=f"a named set of defaults: {', '.join(RECIPES)}; without it `demo` if no model is named, "
              "otherwise `plain`. A flag wins over the recipe")
@@ -233,20 +233,13 @@ def parse_args(doc, argv=None):
     return args
 
 
-def version():
-    """From pyproject.toml, the one place that has it."""
-    try:
-        text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    except OSError:
-        return "unknown"
-    found = re.search(r'^version = "(.*)"$', text, re.MULTILINE)
-    return found.group(1) if found else "unknown"
-
-
 def check(args):
     """Refuse what does not go together. Without a teacher the weights of its terms become 0."""
     if not args.teacher:
         raise InputError("--teacher is missing: name a model, or `none` to train on the text alone")
+    for name in (args.teacher, args.student):
+        if name and name != "none" and not Path(name).is_dir():
+            check_hub_name(name)  # a folder that is misspelt
     if bool(args.student) == bool(args.student_layers):
         raise InputError("name one student: --student-layers (of the teacher) or --student (another model)")
     if args.teacher == "none":
@@ -267,6 +260,10 @@ def check(args):
     check_cache(args)
     if args.kd_weight + args.clm_weight + args.cos_weight == 0:
         raise InputError("all weights of the loss are 0: nothing would be learned; raise one of them")
+
+    # Said before models are looked for on the Hub, which takes a while where there is no network.
+    if not os.path.exists(args.data):
+        open_data(args.data)
 
     # A name that os.path cuts to nothing is the current folder, or the root of the disk.
     if not args.out or Path(args.out).resolve() in (Path.cwd(), Path(Path.cwd().anchor)):

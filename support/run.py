@@ -36,7 +36,7 @@ class Run:
         self.log = self.stack.enter_context(Log(self.args, self.first_step, self.ranks, self.later))
         self.stop = self.stack.enter_context(stop_signals(self.ranks.is_first))
         self.started = time.perf_counter()
-        self.outlook = self.args.role == "student"  # whether to say how long all of it takes
+        self.note_is_due = self.args.role == "student"  # on how long all of it takes
         return self
 
     def __exit__(self, *error):
@@ -51,8 +51,8 @@ class Run:
         save the state after `step` steps and leave."""
         self.log.tick()
         time_left = self.log.line.time
-        if self.outlook and time_left.is_reliable():
-            self.outlook = False
+        if self.note_is_due and time_left.is_reliable():
+            self.note_is_due = False
             if note := duration_note(self.args, time_left.seconds(), self.ranks):
                 self.log.say(f"note       {note}")
         if self.ranks.any(self.stop):

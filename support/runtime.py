@@ -9,6 +9,7 @@
 """
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import sys
@@ -74,6 +75,10 @@ class Ranks:
             return bool(flag)
         return self.sum(torch.tensor(float(bool(flag)))).item() > 0
 
+    def wait(self):
+        """Until all ranks are here."""
+        self.any(False)
+
     @contextlib.contextmanager
     def first_goes_first(self):
         """Rank 0 downloads and prepares; the others then find it done."""
@@ -117,19 +122,22 @@ def to_device(array, device):
 
 
 def bf16_is_fast(device):
-    """GPUs say so. On a CPU a product is timed: without bf16 instructions it is several times slower."""
+    """GPUs say so. On a CPU a product is timed: without bf16 instructions it is several times slower.
+
+    The fastest of several tries of each, in turns, and bf16 in doubt: what else the machine is doing must not
+    decide between two precisions.
+    """
     if device.type != "cpu":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
-    seconds = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        a = torch.ones(512, 512, dtype=dtype)
-        a @ a  # the first product sets things up
-        started = time.perf_counter()
-        for _ in range(10):
+    seconds = {torch.bfloat16: math.inf, torch.float32: math.inf}
+    for _ in range(20):
+        for dtype in seconds:
+            a = torch.ones(512, 512, dtype=dtype)
+            started = time.perf_counter()
             a @ a
-        seconds[dtype] = time.perf_counter() - started
-    return seconds[torch.bfloat16] < seconds[torch.float32]
+            seconds[dtype] = min(seconds[dtype], time.perf_counter() - started)
+    return seconds[torch.bfloat16] < 1.5 * seconds[torch.float32]
 
 
 def pick_precision(wanted, before, ranks):

@@ -19,7 +19,7 @@ from support.options import control_of
 
 RUN_FILES = ("args.json", "log.csv", "held-out.csv", "train_state.pt", "config.json",
              "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-             "README.md", "loss.png")
+             "README.md", "loss.png", "runs.png", "distribution.png")
 
 # Flags that may differ between a run and its resumption: what is learned does not depend on them.
 CHANGES_NOTHING = ("recipe", "role", "out", "resume", "overwrite", "device", "data_folder", "workers",
@@ -91,6 +91,8 @@ class RunFolder:
                              "--overwrite replaces it")
         if args.resume:
             refuse_other_settings(self.path, before, args)
+        elif finished_demo:
+            print(f"note       {self.path} has a finished demo, which goes when this one has made a step")
         self.refuse_others_control()
 
     def refuse_others_control(self):
@@ -235,7 +237,7 @@ def refuse_other_settings(folder, before, args):
 
 def refuse_changes(folder, then, now, names):
     """InputError if one of `names` has another value now."""
-    changed = [f"{name} was {then.get(name)!r:.99}, now {now.get(name)!r:.99}"
+    changed = [f"--{name.replace('_', '-')} was {then.get(name)!r:.99}, now {now.get(name)!r:.99}"
                for name in names if then.get(name) != now.get(name)]
     if changed:
         raise InputError(f"--resume of {folder} with other settings: {'; '.join(sorted(changed))}")

@@ -37,6 +37,7 @@ from support.sparse_loss import Draws, draw_tokens
 VERSION = 1
 CHUNK_TOKENS = 2**13  # whose answers are computed at a time
 SAVE_SECONDS = 5  # how much work a kill can cost
+KEPT = "what the teacher has answered is kept, and the same command goes on"
 ANEW = "Delete it, and the same command makes it anew"
 HEAD_TOKENS = 2**24  # of a corpus that are compared; no run reads fewer where there are as many
 
@@ -104,9 +105,12 @@ def read_header(path):
 
 def refuse_other(path, header, wanted):
     """InputError if the cache at `path` is another than the one that is wanted, or too small."""
-    differences = [f"{title} {header[name]!s:.99} there, {wanted[name]!s:.99} here"
-                   for name, title in COMPARED.items() if header[name] != wanted[name]]
-    if differences:
+    names = [name for name in COMPARED if header[name] != wanted[name]]
+    if "precision" in names and "weights" in names:
+        names.remove("weights")  # which may be the same, but rounded in another way
+    if names:
+        differences = [f"{COMPARED[name]} {header[name]!s:.99} there, {wanted[name]!s:.99} here"
+                       for name in names]
         made_of = f"of {header.get('teacher')!s:.99} on {header.get('data')!s:.99}"
         raise InputError(f"{path} is another cache, {made_of}: {'; '.join(differences)}. Choose another "
                          "--teacher-cache")
@@ -116,9 +120,9 @@ def refuse_other(path, header, wanted):
 
 
 # ------------------------------------------------------------------------------------ making one
-def make(path, wanted, answers_of, offsets, ranks):
+def make(path, wanted, answers_of, offsets, ranks, reads):
     """Have the cache that is wanted at `path`. answers_of: range of examples -> their rows; offsets: see
-    TeacherCache."""
+    TeacherCache; reads: how many tokens this run is going to read."""
     path = Path(path)
     size = wanted["tokens"] * row_type(wanted).itemsize
     about = f"{wanted['draws']} draws for each of {wanted['tokens']:,} tokens, {size / 1e6:,.0f} MB"
@@ -126,14 +130,20 @@ def make(path, wanted, answers_of, offsets, ranks):
         if ranks.any(not is_there(path)):
             if ranks.is_first:
                 print(f"cache      {path}/: {about}; the teacher answers first", flush=True)
+                if reads < wanted["tokens"] / 2:
+                    print(f"note       this run reads only {reads:,} of them; without --teacher-cache the "
+                          "teacher\n           would answer for no more than that", flush=True)
             with locked(path) if ranks.is_first else contextlib.nullcontext():
                 make_missing(path, wanted, answers_of, offsets, ranks)
-        elif ranks.is_first:
-            print(f"cache      {path}/: {about}; it is there", flush=True)
         refuse_other(path, read_header(path), wanted)
+        if ranks.is_first:
+            print(f"cache      {path}/: {about}; it is there", flush=True)
     except OSError as error:
-        raise InputError(f"{error.filename or path}: {error.strerror or error}; what the teacher has "
-                         "answered is kept, and the same command goes on") from error
+        raise InputError(f"{error.filename or path}: {error.strerror or error}; {KEPT}") from error
+    except SystemExit:  # Ctrl-C or SIGTERM
+        if ranks.is_first and not is_there(path):
+            print(KEPT, flush=True)
+        raise
 
 
 def is_there(path):
@@ -151,7 +161,7 @@ def make_missing(path, wanted, answers_of, offsets, ranks):
 
     with Build(part, wanted, offsets) as build:
         todo = np.flatnonzero(build.done == 0)
-        ranks.any(False)  # all have read what is done, before any of them changes it
+        ranks.wait()  # all have read what is done, before any of them changes it
         mine = [int(todo[i]) for i in ranks.share(len(todo))]
         line = Progress("answering ", len(mine), silent=not ranks.is_first)
         for i, chunk in enumerate(mine, 1):
@@ -159,13 +169,13 @@ def make_missing(path, wanted, answers_of, offsets, ranks):
             line.advance(f"{i}/{len(mine)}", [])
         line.close()
 
-    ranks.any(False)  # all are done
+    ranks.wait()  # all are done
     if ranks.is_first:
         (part / "done.bin").unlink()
         with contextlib.suppress(FileNotFoundError):
             path.rmdir()
         part.rename(path)
-    ranks.any(False)
+    ranks.wait()
 
 
 def begin(part, wanted):

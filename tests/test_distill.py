@@ -1,5 +1,6 @@
 """distill.py: the loss against float64 autograd, the loop against itself, the command line."""
 import csv
+import itertools
 import json
 import math
 import os
@@ -626,7 +627,7 @@ def test_another_run_is_not_overwritten_unasked(workshop, tmp_path, monkeypatch,
     code, _, error = call(monkeypatch, capsys, flags(workshop, out, seed=1))
     assert code == 2 and "--overwrite" in error and difference(before, weights(out)) == 0
     code, _, error = call(monkeypatch, capsys, flags(workshop, out, seed=1, resume=True))
-    assert code == 2 and "seed was 0, now 1" in error
+    assert code == 2 and "--seed was 0, now 1" in error
     code, _, _ = call(monkeypatch, capsys, flags(workshop, out, seed=1, overwrite=True))
     assert code == 0 and difference(before, weights(out)) > 0
 
@@ -748,11 +749,28 @@ def test_the_demo_in_a_few_steps(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runtime, "bf16_is_fast", lambda device: False)
     argv = ["--steps", "3", "--batch-size", "2", "--eval-tokens", "2000", "--out", tmp_path / "out",
             "--data-folder", tmp_path / "corpora", "--workers", "2"]
-    for _ in range(2):
+    for replaced in (False, True):
         code, printed, error = call(monkeypatch, capsys, argv)
         assert code == 0, error
+        assert ("has a finished demo, which goes" in printed) == replaced
     names = [line.split()[1] for line in printed.splitlines() if re.match(r"\| \w", line)]
     assert names == ["model", "teacher", "student", "control"]
+
+
+@pytest.mark.parametrize("bf16, fast", [(0.3, True), (1.2, True), (4.0, False)])
+def test_bf16_is_fast_unless_it_is_clearly_slower(monkeypatch, bf16, fast):
+    """A machine that is busy for a moment must not decide between two precisions."""
+    now = 0.0
+    durations = itertools.cycle((0.0, bf16, 0.0, 1.0))  # of a product in bf16, and one in float32
+    disturbed = itertools.chain((0.0, 100.0, 0.0, 100.0), durations)
+
+    def clock():
+        nonlocal now
+        now += next(disturbed)
+        return now
+
+    monkeypatch.setattr(runtime.time, "perf_counter", clock)
+    assert runtime.bf16_is_fast(torch.device("cpu")) == fast
 
 
 def test_a_resumed_run_keeps_its_precision(monkeypatch):

@@ -12,15 +12,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from test_distill import call, difference, flags, log_rows, weights
 from test_distill import workshop as workshop  # the fixture
 
 import distill
+from data import load_tokenizer
 from model import GPT2
-from support import closing, files, log, options, outlook, progress, runtime
+from support import closing, files, hub, log, options, outlook, progress, runtime
 from support import run as run_module
 from support.chunked_loss import Losses
 from support.cli import InputError
@@ -247,7 +250,7 @@ def test_a_state_of_another_run(out, workshop, monkeypatch, capsys):
     set_in("settings", "precision", "bf16-pure")(out / "train_state.pt")
     before = content(out)
     result = call(monkeypatch, capsys, flags(workshop, out, resume=True))
-    refused(result, "precision was 'bf16-pure', now 'fp32'")
+    refused(result, "--precision was 'bf16-pure', now 'fp32'")
     assert content(out) == before
 
 
@@ -727,9 +730,10 @@ def test_the_verdict(losses, said):
 
 
 @pytest.mark.parametrize("argv, said", [
-    ([], "rate 0.0006 and 8 sequences a step,\nthe best of 10 settings that were tried: docs/atlas.md"),
+    ([], "rate 0.0006 and 8 sequences a step,\nthe best of 10 rates and batches that were tried: "
+     "docs/atlas.md"),
     (["--control-lr", "3e-4"], "rate 0.0003 and 8 sequences a step."),
-    (["--seed", "3", "--out", "x"], "the best of 10 settings that were tried: docs/atlas.md"),
+    (["--seed", "3", "--out", "x"], "the best of 10 rates and batches that were tried: docs/atlas.md"),
     (["--steps", "60"], "rate 0.0006 and 8 sequences a step."),  # nobody tuned it for these
     (["--data", "my_texts"], "rate 0.0006 and 8 sequences a step."),
     (["--betas", "0.8", "0.9"], "rate 0.0006 and 8 sequences a step."),
@@ -773,9 +777,10 @@ def test_the_end_tells_the_story(out, workshop, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     code, printed, _ = call(monkeypatch, capsys, flags(workshop, tmp_path / "my out", control=True))
     assert code == 0
-    roles = re.compile("After the words|the (text has|teacher|student|control)  ")
+    roles = re.compile("After the words|the (text has|teacher|student|control)( |$)")
     story = [line for line in printed.splitlines() if roles.match(line)]
-    assert len(story) == 5
+    assert [line[:18].strip() for line in story] == [
+        "After the words", "the text has", "the teacher", "the student", "the control"]
     ending, _, shown = printed[printed.index("| model"):].partition("Next")
     sentences = [line for line in ending.splitlines() if not line.startswith("  python")]
     assert max(map(len, sentences)) <= 80
@@ -784,6 +789,37 @@ def test_the_end_tells_the_story(out, workshop, tmp_path, monkeypatch, capsys):
     argv = [sys.executable, *shlex.split(command), "--tokens", "2"]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True)
     assert done.returncode == 0 and done.stdout.count(b"---") >= 3
+
+
+def test_two_lines_of_a_text(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    text = "\n  \n\tif x:\n" + "y" * 50 + "\nthird"
+    first, second = closing.two_lines("the student", text).split("\n")
+    assert first == "the student           if x:"
+    assert second == " " * 18 + "y" * 17 + " ..." and len(second) == 39
+    assert closing.two_lines("the text has", "\n") == "the text has"
+
+
+def test_the_opening_ends_with_a_line_where_it_can(workshop):
+    tokenizer = load_tokenizer(ROOT / "demo" / "teacher")
+    ids = tokenizer.encode("import os, sys, re, json\nimport math\nx = 1" + " + 2" * 100)
+    corpus = SimpleNamespace(val=np.array([tokenizer.eot, *ids]), eot=tokenizer.eot)
+    opening, rest = closing.document(corpus, tokenizer)
+    assert tokenizer.decode(opening).endswith("import math\n") and tokenizer.decode(rest).startswith("x = 1")
+    flat = tokenizer.encode("one two three " * 200)
+    opening, _ = closing.document(SimpleNamespace(val=np.array(flat), eot=tokenizer.eot), tokenizer)
+    assert len(opening) == 32
+
+
+def test_names_that_are_misspelt_are_said_before_the_hub_is_asked(workshop, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_texts").mkdir()
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "teacher").mkdir()
+    monkeypatch.setattr(hub, "download", lambda *_: pytest.fail("the Hub is asked"))
+    argv = ["--teacher", "gpt2", "--student-layers", "6", "--data", "my_text"]
+    refused(call(monkeypatch, capsys, argv), "did you mean my_texts?")
+    refused(call(monkeypatch, capsys, ["--teacher", "models/techer"]), "did you mean models/teacher?")
 
 
 def test_a_picture_where_it_can_be_drawn(workshop, tmp_path, monkeypatch, capsys):

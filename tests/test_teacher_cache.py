@@ -13,7 +13,7 @@ from test_run import content, refused
 from torch.nn import functional as F
 
 import distill
-from data import Corpus, batch_at, cut, examples, numbers_at, target_offsets
+from data import Corpus, batch_at, cut, examples_at, numbers_at, target_offsets
 from model import GPT2
 from support import card, outlook, teacher_cache
 from support import run as run_module
@@ -221,7 +221,7 @@ def test_what_is_on_disk_is_what_the_teacher_says(workshop, tmp_path, monkeypatc
     teacher = distill.load(workshop / "teacher")
     numbers = [3, 0, len(offsets) - 2]
     draws = cache.draws(numbers, torch.device("cpu"))
-    ids, targets = map(torch.from_numpy, examples(corpus.train, numbers, 16, packing, corpus.eot))
+    ids, targets = map(torch.from_numpy, examples_at(corpus.train, numbers, 16, packing, corpus.eot))
     counted = targets.flatten() != -100
     with torch.no_grad():
         logits = teacher(ids).flatten(0, 1)[counted, :4096]
@@ -241,11 +241,11 @@ def test_where_targets_stand():
     for packing in ("constant", "padded"):
         offsets = target_offsets(tokens, 4, packing, 0)
         n = len(cut(tokens, 4, packing, 0)[0])
-        _, targets = examples(tokens, range(n), 4, packing, 0)
+        _, targets = examples_at(tokens, range(n), 4, packing, 0)
         assert [*(targets != -100).sum(1)] == [*np.diff(offsets)]
         numbers = numbers_at(5, 1, 2, n)
         for a, b in zip(batch_at(tokens, 5, 1, 2, 4, packing, 0),
-                        examples(tokens, numbers, 4, packing, 0), strict=True):
+                        examples_at(tokens, numbers, 4, packing, 0), strict=True):
             assert (a == b).all()
 
 
@@ -339,8 +339,8 @@ def test_a_killed_run_ends_with_the_same_bits(cache, workshop, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(run_module.Run, "finish_step", killed)
         assert call(patch, capsys, cached(workshop, tmp_path, **changes))[0] == 130
-    for other, message in (({"cache-draws": 5}, "cache_draws was 4, now 5"),
-                           ({"teacher-cache": None}, "teacher_cache was")):
+    for other, message in (({"cache-draws": 5}, "--cache-draws was 4, now 5"),
+                           ({"teacher-cache": None}, "--teacher-cache was")):
         argv = cached(workshop, tmp_path, **changes, resume=True, **other)
         refused(call(monkeypatch, capsys, argv), message)
     assert call(monkeypatch, capsys, cached(workshop, tmp_path, **changes, resume=True))[0] == 0
@@ -376,7 +376,10 @@ def test_another_cache_is_refused_and_kept(cache, workshop, tmp_path, monkeypatc
         (cache / "header.json").write_text(json.dumps({**header, "examples": 10, "tokens": 160}))
         (cache / "answers.bin").write_bytes((cache / "answers.bin").read_bytes()[:160 * 16])
     before = content(cache)
-    refused(call(monkeypatch, capsys, cached(workshop, tmp_path, **changes)), message, "cache")
+    code, printed, error = call(monkeypatch, capsys, cached(workshop, tmp_path, **changes))
+    refused((code, printed, error), message, "cache")
+    assert "it is there" not in printed
+    assert (": teacher " in error) == (name == "teacher")  # rounded weights are no other teacher
     assert content(cache) == before and not (tmp_path / "out").exists()
 
 
