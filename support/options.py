@@ -262,7 +262,7 @@ def check(args):
         raise InputError("all weights of the loss are 0: nothing would be learned; raise one of them")
 
     # Said before models are looked for on the Hub, which takes a while where there is no network.
-    if not os.path.exists(args.data):
+    if args.data != "stdlib" and not os.path.exists(args.data):
         open_data(args.data)
 
     # A name that os.path cuts to nothing is the current folder, or the root of the disk.
