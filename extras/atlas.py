@@ -124,6 +124,7 @@ def exercises():
     return {
         "T 8": f"{STUDENT} --lr 1e-3 --temperature 8",
         "layers 0,3,4": f"{STUDENT} --lr 1e-3 --student-layers 0,3,4",
+        "layers 0,4,5": f"{STUDENT} --lr 1e-3 --student-layers 0,4,5",
         "forward, random start": f"{STUDENT} --lr 1e-3 --student-init random",
         "reverse, T 1": f"{STUDENT} --lr 1e-3 --divergence reverse --temperature 1",
     }

@@ -73,6 +73,7 @@ ARMS = {  # arm: what it is called in the table
     "jsd": "JSD alone, mixture half and half",
     "on-policy half": "KL alone, half of the micro-batches on-policy",
     "layers 0,3,4": "KL alone, layers 0,3,4",
+    "layers 0,4,5": "KL alone, layers 0,4,5",
     "control for 600 steps": "text alone, its own rate and batch (**the control**)",
     "random start": "the demo from random weights",
     "control, random start": "the control from random weights",
