@@ -125,6 +125,8 @@ def exercises():
         "T 8": f"{STUDENT} --lr 1e-3 --temperature 8",
         "layers 0,3,4": f"{STUDENT} --lr 1e-3 --student-layers 0,3,4",
         "layers 0,4,5": f"{STUDENT} --lr 1e-3 --student-layers 0,4,5",
+        "student of layers 0,4,5": f"{DEMO} --student-layers 0,4,5",
+        "control of layers 0,4,5": f"{BEST_CONTROL} --steps 300 --student-layers 0,4,5",
         "forward, random start": f"{STUDENT} --lr 1e-3 --student-init random",
         "reverse, T 1": f"{STUDENT} --lr 1e-3 --divergence reverse --temperature 1",
     }

@@ -74,6 +74,8 @@ ARMS = {  # arm: what it is called in the table
     "on-policy half": "KL alone, half of the micro-batches on-policy",
     "layers 0,3,4": "KL alone, layers 0,3,4",
     "layers 0,4,5": "KL alone, layers 0,4,5",
+    "student of layers 0,4,5": "the demo with layers 0,4,5",
+    "control of layers 0,4,5": "the control with layers 0,4,5",
     "control for 600 steps": "text alone, its own rate and batch (**the control**)",
     "random start": "the demo from random weights",
     "control, random start": "the control from random weights",
