@@ -124,7 +124,7 @@ def train(args, student, teacher, corpus, vocab_size, ranks, later=0.0):
     losses_of = LOSSES[args.loss]
     settings = LossSettings.of(args)
     teacher_head = teacher.head_weight[:vocab_size] if teacher else None  # (V, C_t)
-    answers_on_disk = open_cache(args, corpus, ranks.device)
+    cache = open_cache(args, corpus, ranks.device)
     optimizer = make_optimizer(student, args)
     student.train()
 
@@ -139,11 +139,10 @@ def train(args, student, teacher, corpus, vocab_size, ranks, later=0.0):
                     ids, targets = students_text(student, ids, index, args)
 
                 # Teacher: it only answers, so nothing is kept for a backward pass.
-                if answers_on_disk:  # given before the run, with --teacher-cache: see support/sparse_loss.py
-                    teacher_says = answers_on_disk(index)
-                else:
-                    with torch.no_grad(), autocast(args, ranks.device):
-                        teacher_says = teacher.hidden(ids).flatten(0, 1) if teacher else None  # (N, C_t)
+                with torch.no_grad(), autocast(args, ranks.device):
+                    teacher_says = teacher.hidden(ids).flatten(0, 1) if teacher else None  # (N, C_t)
+                if cache:  # with --teacher-cache it has answered before the run
+                    teacher_says = cache(index)  # Draws: see support/sparse_loss.py
 
                 # Student, and the loss: how far its distribution of each next token is from the teacher's.
                 with autocast(args, ranks.device):

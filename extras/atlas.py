@@ -21,7 +21,6 @@ import shlex
 import tempfile
 import time
 from contextlib import contextmanager, nullcontext
-from datetime import date
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -30,7 +29,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import distill
-from extras.results import add_row, commit, read_rows
+from extras.results import add_row, origin, read_rows
 from sample import draw
 from support import options
 from support.card import formula
@@ -142,15 +141,22 @@ def layers():
     return runs
 
 
+def set_up(flags, folder):
+    """What distill.py has before it trains. The run is written into a folder of `folder`, which is the
+    caller's to throw away."""
+    args = distill.parse_args(shlex.split(f"{flags} --out {folder}/out"))
+    args.device = pick_device(args.device)
+    options.check(args)
+    ranks = Ranks(args.device)
+    tokenizer, teacher, student = distill.load_models(args, ranks.device)
+    corpus = distill.load_corpus(args, tokenizer)
+    return args, ranks, tokenizer, teacher, student, corpus
+
+
 def one_run(name, flags):
     """Make a run and score it on the held-out text. Returns its row: a name, settings, figures."""
     with tempfile.TemporaryDirectory() as folder:
-        args = distill.parse_args(shlex.split(f"{BASE} {flags} --out {folder}/out"))
-        args.device = pick_device(args.device)
-        options.check(args)
-        ranks = Ranks(args.device)
-        tokenizer, teacher, student = distill.load_models(args, ranks.device)
-        corpus = distill.load_corpus(args, tokenizer)
+        args, ranks, tokenizer, teacher, student, corpus = set_up(f"{BASE} {flags}", folder)
 
         def score():
             context = autocast(args, ranks.device)
@@ -168,9 +174,7 @@ def one_run(name, flags):
         found |= sample_figures(teacher, student, corpus)
     tokens = args.steps * args.batch_size * args.grad_accum * args.seq_len
     return {"name": name, "flags": flags, "seed": args.seed, "objective": formula(args), "before": before,
-            **found, "steps": args.steps, "tokens": tokens, "seconds": round(seconds, 1),
-            "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit(),
-            "date": date.today().isoformat()}
+            **found, "steps": args.steps, "tokens": tokens, "seconds": round(seconds, 1), **origin()}
 
 
 @contextmanager

@@ -24,7 +24,6 @@ import shlex
 import tempfile
 import time
 from contextlib import nullcontext
-from datetime import date
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -34,14 +33,13 @@ import torch
 from torch.nn import functional as F
 
 import distill
-from extras.atlas import BASE
+from extras.atlas import BASE, set_up
 from extras.atlas_page import arms, spread
-from extras.results import add_row, commit, read_rows
-from support import options
+from extras.results import add_row, origin, read_rows
 from support.chunked_loss import chunked_losses
-from support.cli import InputError, format_table, new_parser, pick_device, run_cli, user_path
+from support.cli import InputError, format_table, new_parser, run_cli, user_path
 from support.files import replaced
-from support.runtime import Ranks, autocast, keep_memory
+from support.runtime import autocast, keep_memory
 from support.scoring import held_out_batches
 from support.sparse_loss import Draws
 
@@ -156,12 +154,7 @@ def one_run(name, caches):
     arm, seed = plan()[name]
     flags = flags_of(arm, seed, caches)
     with tempfile.TemporaryDirectory() as folder:
-        args = distill.parse_args(shlex.split(f"{flags} --out {folder}/out"))
-        args.device = pick_device(args.device)
-        options.check(args)
-        ranks = Ranks(args.device)
-        tokenizer, teacher, student = distill.load_models(args, ranks.device)
-        corpus = distill.load_corpus(args, tokenizer)
+        args, ranks, tokenizer, teacher, student, corpus = set_up(flags, folder)
         if arm.draws:
             distill.cache_teacher(args, teacher, corpus, tokenizer.vocab_size, ranks)
 
@@ -172,8 +165,7 @@ def one_run(name, caches):
         seconds = time.perf_counter() - started
         found = figures(teacher, student, corpus, tokenizer.vocab_size, args)
     return {"name": name, "flags": flags, "seed": seed, **found, "steps": args.steps,
-            "seconds": round(seconds, 1), "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "commit": commit(), "date": date.today().isoformat()}
+            "seconds": round(seconds, 1), **origin()}
 
 
 def table(rows):

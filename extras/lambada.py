@@ -26,7 +26,6 @@ import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from unittest import mock
 
@@ -39,7 +38,7 @@ from data import prepare
 from extras.lambada_items import read_items
 from extras.lambada_scores import figures
 from extras.lambada_text import find_names, write_prose, write_text
-from extras.results import add_row, commit, read_rows
+from extras.results import add_row, origin, read_rows
 from model import load, student_from
 from support import options
 from support.chunked_loss import Losses
@@ -193,11 +192,6 @@ def asked_at(last, student, ask):
         yield states
     finally:
         hook.remove()
-
-
-def origin():
-    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit(),
-            "date": date.today().isoformat()}
 
 
 # ------------------------------------------------------------------------------------ the command

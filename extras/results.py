@@ -2,11 +2,15 @@
 
   read_rows   {name: row} of what is done
   add_row     one more
-  commit      which code made it
+  origin      when, and by what: for each row
+  commit      which code that was
 """
 import json
 import subprocess
+from datetime import date
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,6 +28,12 @@ def add_row(path, row):
     path.parent.mkdir(exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def origin():
+    """{"threads", "torch", "commit", "date"} of a row that is made now."""
+    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit(),
+            "date": date.today().isoformat()}
 
 
 def commit():

@@ -237,13 +237,18 @@ def refuse_other_settings(folder, before, args):
 
 def refuse_changes(folder, then, now, names):
     """InputError if one of `names` has another value now."""
-    changed = [f"--{name.replace('_', '-')} was {then.get(name)!r:.99}, now {now.get(name)!r:.99}"
+    changed = [f"{flag_or_name(name)} was {then.get(name)!r:.99}, now {now.get(name)!r:.99}"
                for name in names if then.get(name) != now.get(name)]
     if changed:
         raise InputError(f"--resume of {folder} with other settings: {'; '.join(sorted(changed))}")
 
 
 # ------------------------------------------------------------------------------------ what may be put back
+def flag_or_name(name):
+    """What `identity` calls a setting -> what its reader does: "grad_accum" -> "--grad-accum"."""
+    return name if " " in name else "--" + name.replace("_", "-")
+
+
 def damaged(path, why):
     return InputError(f"{path} is damaged ({why}): put a copy of it back, or start again with --overwrite")
 
