@@ -23,7 +23,7 @@ from test_distill import workshop as workshop  # the fixture
 import distill
 from data import load_tokenizer
 from model import GPT2
-from support import closing, files, hub, log, options, outlook, progress, runtime
+from support import closing, files, hub, log, options, outlook, progress, runtime, state
 from support import run as run_module
 from support.chunked_loss import Losses
 from support.cli import InputError
@@ -809,6 +809,11 @@ def test_the_opening_ends_with_a_line_where_it_can(workshop):
     flat = tokenizer.encode("one two three " * 200)
     opening, _ = closing.document(SimpleNamespace(val=np.array(flat), eot=tokenizer.eot), tokenizer)
     assert len(opening) == 32
+
+
+def test_settings_are_called_as_their_reader_knows_them():
+    assert state.flag_or_name("grad_accum") == "--grad-accum"
+    assert state.flag_or_name("training tokens") == "training tokens"
 
 
 def test_names_that_are_misspelt_are_said_before_the_hub_is_asked(workshop, tmp_path, monkeypatch, capsys):
