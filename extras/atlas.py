@@ -43,66 +43,136 @@ RESULTS = ROOT / "docs" / "atlas.jsonl"
 # What all runs share; the rest is the demo's. bf16, so that `auto` cannot decide otherwise elsewhere.
 BASE = "--no-control --precision bf16 --device cpu"
 ALONE = "--kd-weight 1 --clm-weight 0"  # what the teacher says, and nothing else
-STUDENT = f"--student-layers 0,2,5 --steps 600 --batch-size 4 {ALONE}"
-CONTROL = "--student-layers 0,2,5 --steps 600 --batch-size 4 --kd-weight 0 --clm-weight 1"
-# The rates, weights and batches that tuning found best: what `python distill.py` runs. The control learns
-# best from larger batches, so each of its runs names its steps: half as many, of twice as many tokens.
-DEMO = f"{STUDENT} --lr 1e-3 --kd-weight 0.9 --clm-weight 0.1"
-BEST_CONTROL = f"{CONTROL} --lr 6e-4 --batch-size 8"
+TEXT = "--kd-weight 0 --clm-weight 1"  # what the control learns from
+
+# What `python distill.py` runs: the best that tuning found for the student, and for its control.
+SHARED = "--student-layers 0,4,5 --schedule linear --betas 0.9 0.999 --batch-size 2 --steps 1200"
+STUDENT = f"{SHARED} --lr 1e-3 {ALONE}"
+DEMO = f"{STUDENT} --kd-weight 0.9 --clm-weight 0.1"
+CONTROL = f"{SHARED} --lr 5e-4 {TEXT}"
+
+# The first recipe, where tuning began. Later flags win, so a run is one of these lines and what it changes.
+FIRST = "--student-layers 0,2,5 --schedule cosine --betas 0.9 0.95 --steps 600 --batch-size 4"
+FIRST_STUDENT = f"{FIRST} --lr 1e-3 {ALONE}"
+FIRST_DEMO = f"{FIRST_STUDENT} --kd-weight 0.9 --clm-weight 0.1"
+FIRST_CONTROL = f"{FIRST} --lr 6e-4 {TEXT}"
+FIRST_BEST_CONTROL = f"{FIRST_CONTROL} --batch-size 8 --steps 300"
 SEEDS = (0, 1, 2)
-BUDGETS = (150, 300, 600, 1200, 2400)  # steps of the student; the control gets as many tokens
+BUDGETS = (300, 600, 1200, 2400, 4800)  # steps
+FIRST_BUDGETS = (150, 300, 600, 1200, 2400)  # steps of twice as many tokens
 
 
 def plan():
     """All runs, in the order in which they are made: {name: flags}."""
-    return tuning() | one_change() | budgets() | exercises() | layers()
+    return tuning() | layers() | tuning_again() | one_change() | budgets() | exercises() | first_recipe()
 
 
 def tuning():
-    """Seed 0, one thing at a time, around the student's and the control's best rate."""
+    """Round one, from the layers that are evenly spread: one thing at a time, seed 0."""
     runs = {}
     for lr in ("5e-4", "7e-4", "1e-3", "1.5e-3", "2e-3"):
-        runs[f"tune student lr {lr}"] = f"{STUDENT} --lr {lr}"
+        runs[f"tune student lr {lr}"] = f"{FIRST_STUDENT} --lr {lr}"
     for lr in ("2e-4", "3e-4", "4.5e-4", "6e-4", "1e-3"):
-        runs[f"tune control lr {lr}"] = f"{CONTROL} --lr {lr}"
+        runs[f"tune control lr {lr}"] = f"{FIRST_CONTROL} --lr {lr}"
     for lr in ("5e-4", "7e-4", "1e-3"):
-        runs[f"tune student batch 2 lr {lr}"] = f"{STUDENT} --lr {lr} --batch-size 2 --steps 1200"
+        runs[f"tune student batch 2 lr {lr}"] = f"{FIRST_STUDENT} --lr {lr} --batch-size 2 --steps 1200"
     for lr in ("2e-4", "3e-4"):
-        runs[f"tune control batch 2 lr {lr}"] = f"{CONTROL} --lr {lr} --batch-size 2 --steps 1200"
+        runs[f"tune control batch 2 lr {lr}"] = f"{FIRST_CONTROL} --lr {lr} --batch-size 2 --steps 1200"
     for lr in ("6e-4", "1e-3"):
-        runs[f"tune control batch 8 lr {lr}"] = f"{CONTROL} --lr {lr} --batch-size 8 --steps 300"
-    runs["tune control batch 16 lr 1e-3"] = f"{CONTROL} --lr 1e-3 --batch-size 16 --steps 150"
-    runs["tune student cosine of hidden states"] = f"{STUDENT} --lr 1e-3 --cos-weight 1"
-    runs["tune student beta2 0.99"] = f"{DEMO} --betas 0.9 0.99"
-    runs["tune student linear schedule"] = f"{DEMO} --schedule linear"
-    for lr in ("1.5e-3", "2e-3"):
-        runs[f"tune student linear schedule lr {lr}"] = f"{DEMO} --schedule linear --lr {lr}"
-    for lr in ("6e-4", "1e-3"):
-        linear = f"--steps 300 --schedule linear --lr {lr}"
-        runs[f"tune control linear schedule lr {lr}"] = f"{BEST_CONTROL} {linear}"
-    runs["tune student constant rate"] = f"{DEMO} --schedule constant"
-    runs["tune student constant rate, weights averaged"] = f"{DEMO} --schedule constant"
+        runs[f"tune control batch 8 lr {lr}"] = f"{FIRST_CONTROL} --lr {lr} --batch-size 8 --steps 300"
+    runs["tune control batch 16 lr 1e-3"] = f"{FIRST_CONTROL} --lr 1e-3 --batch-size 16 --steps 150"
+    runs["tune student cosine of hidden states"] = f"{FIRST_STUDENT} --cos-weight 1"
 
-    # Is what was best at the demo's length best at others, too?
-    runs["tune student 150 steps lr 2e-3"] = f"{DEMO} --steps 150 --lr 2e-3"
+    # From here on the student with a little of the text, and the control with 8 sequences a step.
+    runs["tune student linear schedule"] = f"{FIRST_DEMO} --schedule linear"
+    runs["tune student linear schedule lr 1.5e-3"] = f"{FIRST_DEMO} --schedule linear --lr 1.5e-3"
+    for lr in ("6e-4", "1e-3"):
+        runs[f"tune control linear schedule lr {lr}"] = f"{FIRST_BEST_CONTROL} --schedule linear --lr {lr}"
+    runs["tune student 150 steps lr 2e-3"] = f"{FIRST_DEMO} --steps 150 --lr 2e-3"
     for lr in ("4e-4", "1e-3"):
-        runs[f"tune control for 150 steps lr {lr}"] = f"{BEST_CONTROL} --steps 75 --lr {lr}"
-        runs[f"tune control for 1200 steps lr {lr}"] = f"{BEST_CONTROL} --steps 600 --lr {lr}"
+        runs[f"tune control for 150 steps lr {lr}"] = f"{FIRST_BEST_CONTROL} --steps 75 --lr {lr}"
+    runs["tune student layers 0,4,5"] = f"{FIRST_DEMO} --student-layers 0,4,5"
+    runs["tune control layers 0,4,5"] = f"{FIRST_BEST_CONTROL} --student-layers 0,4,5"
+    return runs
+
+
+def layers():
+    """All 20 ways to take 3 of 6, before training and after 100 steps, on fewer held-out tokens. They were
+    enumerated between the two rounds of tuning, so with the settings of the first."""
+    runs = {}
+    for kept in combinations(range(6), 3):
+        chosen = ",".join(map(str, kept))
+        runs[f"layers {chosen}, 100 steps"] = (
+            f"{FIRST_STUDENT} --student-layers {chosen} --steps 100 --eval-tokens 20000")
+    return runs
+
+
+def tuning_again():
+    """Round two, from layers 0,4,5 with a linear schedule, all at 614,400 tokens, seed 0."""
+    students = [  # sequences in a step, rate, AdamW's betas, and what else there is
+        (4, "1.5e-3", "0.9 0.95"),
+        (4, "2e-3", "0.9 0.95"),
+        (4, "1.5e-3", "0.9 0.95", "--cos-weight 1"),
+        (4, "1.5e-3", "0.9 0.95", "--kd-weight 0.95 --clm-weight 0.05"),
+        (4, "1e-3", "0.9 0.95", "--schedule constant", "weights averaged"),
+        (4, "1.5e-3", "0.9 0.99"),
+        (2, "1e-3", "0.9 0.95"),
+        (2, "1.5e-3", "0.9 0.95"),
+        (2, "1e-3", "0.9 0.95", "--kd-weight 0.8 --clm-weight 0.2"),
+        (2, "1e-3", "0.9 0.95", "--grad-clip 0"),
+        (2, "1e-3", "0.8 0.98"),
+        (2, "1e-3", "0.9 0.99"),
+        (2, "7e-4", "0.9 0.99"),
+        (2, "1e-3", "0.9 0.999"),
+        (2, "7e-4", "0.9 0.999"),
+        (1, "7e-4", "0.9 0.95"),
+        (1, "7e-4", "0.9 0.999"),
+    ]
+    controls = [
+        (8, "1e-3", "0.9 0.95"),
+        (8, "1e-3", "0.9 0.95", "--dropout 0.1 --attention-dropout 0"),
+        (16, "1.5e-3", "0.9 0.95"),
+        (8, "1e-3", "0.9 0.99"),
+        (8, "7e-4", "0.9 0.99"),
+        (4, "1e-3", "0.9 0.99"),
+        (4, "7e-4", "0.9 0.99"),
+        (4, "5e-4", "0.9 0.99"),
+        (2, "5e-4", "0.9 0.99"),
+        (8, "1e-3", "0.9 0.999"),
+        (4, "1e-3", "0.9 0.999"),
+        (4, "7e-4", "0.9 0.999"),
+        (4, "7e-4", "0.95 0.999"),
+        (4, "7e-4", "0.9 0.999", "--weight-decay 0.1"),
+        (2, "1e-3", "0.9 0.999"),
+        (2, "7e-4", "0.9 0.999"),
+        (2, "5e-4", "0.9 0.999"),
+        (2, "3.5e-4", "0.9 0.999"),
+    ]
+    shared = "--student-layers 0,4,5 --schedule linear"
+    runs = {}
+    for who, base, tried in (("student", f"{shared} --kd-weight 0.9 --clm-weight 0.1", students),
+                             ("control", f"{shared} {TEXT}", controls)):
+        for batch, lr, betas, *more in tried:
+            name = " ".join((f"again: {who}, batch {batch}, lr {lr}, betas {betas}", *more))
+            flags = " ".join(flag for flag in more if flag.startswith("--"))
+            steps = 2400 // batch
+            settings = f"--batch-size {batch} --steps {steps} --lr {lr} --betas {betas} {flags}"
+            runs[name] = f"{base} {settings}".rstrip()
     return runs
 
 
 def one_change():
     """Arms that differ in one thing from the teacher alone ("forward"), three seeds of each."""
     arms = {
-        "forward": f"{STUDENT} --lr 1e-3",
-        "reverse": f"{STUDENT} --lr 1e-3 --divergence reverse",
-        "jsd": f"{STUDENT} --lr 1e-3 --divergence jsd",
-        "on-policy half": f"{STUDENT} --lr 1e-3 --on-policy 0.5",
-        "T 1": f"{STUDENT} --lr 1e-3 --temperature 1",
-        "T 4": f"{STUDENT} --lr 1e-3 --temperature 4",
-        "half and half": f"{STUDENT} --lr 1e-3 --kd-weight 0.5 --clm-weight 0.5",
+        "forward": STUDENT,
+        "reverse": f"{STUDENT} --divergence reverse",
+        "jsd": f"{STUDENT} --divergence jsd",
+        "half and half": f"{STUDENT} --kd-weight 0.5 --clm-weight 0.5",
+        "T 1": f"{STUDENT} --temperature 1",
+        "T 4": f"{STUDENT} --temperature 4",
+        "on-policy half": f"{STUDENT} --on-policy 0.5",
         "random start": f"{DEMO} --student-init random",
-        "control, random start": f"{BEST_CONTROL} --steps 300 --student-init random",
+        "control, random start": f"{CONTROL} --student-init random",
     }
     return {f"{arm}, seed {seed}": f"{flags} --seed {seed}" for seed in SEEDS for arm, flags in arms.items()}
 
@@ -113,31 +183,37 @@ def budgets():
     for seed in SEEDS:
         for steps in BUDGETS:
             runs[f"student {steps} steps, seed {seed}"] = f"{DEMO} --steps {steps} --seed {seed}"
-            half = f"--steps {steps // 2} --seed {seed}"
-            runs[f"control for {steps} steps, seed {seed}"] = f"{BEST_CONTROL} {half}"
+            runs[f"control {steps} steps, seed {seed}"] = f"{CONTROL} --steps {steps} --seed {seed}"
     return runs
 
 
 def exercises():
     """The README's exercises that are not above, seed 0."""
     return {
-        "T 8": f"{STUDENT} --lr 1e-3 --temperature 8",
-        "layers 0,3,4": f"{STUDENT} --lr 1e-3 --student-layers 0,3,4",
-        "layers 0,4,5": f"{STUDENT} --lr 1e-3 --student-layers 0,4,5",
-        "student of layers 0,4,5": f"{DEMO} --student-layers 0,4,5",
-        "control of layers 0,4,5": f"{BEST_CONTROL} --steps 300 --student-layers 0,4,5",
-        "forward, random start": f"{STUDENT} --lr 1e-3 --student-init random",
-        "reverse, T 1": f"{STUDENT} --lr 1e-3 --divergence reverse --temperature 1",
+        "T 8": f"{STUDENT} --temperature 8",
+        "reverse, T 1": f"{STUDENT} --divergence reverse --temperature 1",
+        "layers 0,2,5": f"{STUDENT} --student-layers 0,2,5",
+        "layers 0,3,4": f"{STUDENT} --student-layers 0,3,4",
+        "forward, random start": f"{STUDENT} --student-init random",
     }
 
 
-def layers():
-    """All 20 ways to take 3 of 6, before training and after 100 steps, on fewer held-out tokens."""
-    runs = {}
-    for kept in combinations(range(6), 3):
-        chosen = ",".join(map(str, kept))
-        runs[f"layers {chosen}, 100 steps"] = (
-            f"{STUDENT} --lr 1e-3 --student-layers {chosen} --steps 100 --eval-tokens 20000")
+def first_recipe():
+    """The main arms once more, with the recipe that tuning began with: what holds for both is not owed to
+    the layers, the schedule or the batch of one."""
+    arms = {
+        "forward": FIRST_STUDENT,
+        "reverse": f"{FIRST_STUDENT} --divergence reverse",
+        "jsd": f"{FIRST_STUDENT} --divergence jsd",
+        "half and half": f"{FIRST_STUDENT} --kd-weight 0.5 --clm-weight 0.5",
+    }
+    runs = {f"first: {arm}, seed {seed}": f"{flags} --seed {seed}"
+            for seed in SEEDS for arm, flags in arms.items()}
+    for steps in FIRST_BUDGETS:
+        for seed in SEEDS if steps <= 600 else (0,):
+            half = f"--steps {steps // 2} --seed {seed}"
+            runs[f"first: student {steps} steps, seed {seed}"] = f"{FIRST_DEMO} --steps {steps} --seed {seed}"
+            runs[f"first: control {steps} steps, seed {seed}"] = f"{FIRST_BEST_CONTROL} {half}"
     return runs
 
 

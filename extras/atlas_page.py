@@ -11,22 +11,33 @@ Read in this order:
 """
 import math
 import re
+from functools import partial
 from statistics import mean
+from typing import NamedTuple
 
 import numpy as np
 
-from extras.atlas import BUDGETS, RESULTS, ROOT, finished
+from extras.atlas import BUDGETS, FIRST_BUDGETS, RESULTS, ROOT, finished
 from extras.plot import BLUE, GREEN, ORANGE, PURPLE, new_figure, save
 from support.cli import InputError, format_table, new_parser, run_cli
 from support.files import replaced
+from support.options import RECIPES
 
 PAGE = ROOT / "docs" / "atlas.md"
 
-# Seconds for 1,024 tokens on a quiet machine, two threads (docs/speed.md). The runs of the atlas shared
-# theirs with other work, so their own seconds say little.
-STEP_SECONDS = {"student": 0.138, "control": 0.085}
-STUDENT_ARM = "student {} steps"  # names of arms, by steps of the student
-CONTROL_ARM = "control for {} steps"
+class Recipe(NamedTuple):
+    """What the runs of a recipe, of all lengths, have in common."""
+    prefix: str  # of their names
+    budgets: tuple  # steps
+    tokens: int  # of a step
+    # Of a step on a quiet machine, two threads (docs/speed.md). The runs of the atlas shared theirs with
+    # other work, so their own seconds say little.
+    seconds: dict
+
+
+DEMO = Recipe("", BUDGETS, 512, {"student": 0.069, "control": 0.0425})
+FIRST = Recipe("first: ", FIRST_BUDGETS, 1024, {"student": 0.138, "control": 0.085})
+DEMO_STEPS = RECIPES["demo"]["steps"]
 
 
 def arms(rows):
@@ -51,18 +62,16 @@ def spread(of, column="loss"):
 
 
 # ------------------------------------------------------------------------------------ tables
-def tuning_table(rows):
-    """All that was tried for student and control before the map was made, seed 0."""
-    lines = []
-    for name, row in rows.items():
-        if name.startswith("tune "):
-            lines.append({"tried": name.removeprefix("tune "), "held-out loss": f"{row['loss']:.4f}",
-                          "KL to teacher": f"{row['kl']:.4f}"})
-    return format_table(lines)
+def tuning_table(rows, prefix):
+    """All that was tried for student and control in a round of tuning, whose names begin with `prefix`."""
+    return format_table([
+        {"tried": name.removeprefix(prefix), "held-out loss": f"{row['loss']:.4f}",
+         "KL to teacher": f"{row['kl']:.4f}"}
+        for name, row in rows.items() if name.startswith(prefix)])
 
 
 ARMS = {  # arm: what it is called in the table
-    "student 600 steps": "0.9 KL and 0.1 CLM, T = 2 (**the demo**)",
+    f"student {DEMO_STEPS} steps": "0.9 KL and 0.1 CLM, T = 2 (**the demo**)",
     "forward": "KL alone, T = 2",
     "T 1": "KL alone, T = 1",
     "T 4": "KL alone, T = 4",
@@ -72,21 +81,21 @@ ARMS = {  # arm: what it is called in the table
     "reverse, T 1": "reverse KL alone, T = 1",
     "jsd": "JSD alone, mixture half and half",
     "on-policy half": "KL alone, half of the micro-batches on-policy",
+    "layers 0,2,5": "KL alone, layers 0,2,5",
     "layers 0,3,4": "KL alone, layers 0,3,4",
-    "layers 0,4,5": "KL alone, layers 0,4,5",
-    "student of layers 0,4,5": "the demo with layers 0,4,5",
-    "control of layers 0,4,5": "the control with layers 0,4,5",
-    "control for 600 steps": "text alone, its own rate and batch (**the control**)",
+    f"control {DEMO_STEPS} steps": "text alone, its own rate and batch (**the control**)",
     "random start": "the demo from random weights",
     "control, random start": "the control from random weights",
+    "forward, random start": "KL alone, from random weights",
 }
+FIRST_ARMS = {arm: ARMS[arm] for arm in ("forward", "half and half", "reverse", "jsd")}
 
 
-def arms_table(rows):
+def arms_table(rows, names=ARMS, prefix=""):
     """One change at a time, at the demo's tokens."""
     lines = []
-    for arm, title in ARMS.items():
-        if of := arms(rows).get(arm):
+    for arm, title in names.items():
+        if of := arms(rows).get(prefix + arm):
             lines.append({"arm": title, "seeds": len(of), "held-out loss": spread(of),
                           "KL to teacher": f"{average(of, 'kl'):.4f}",
                           "same top-1": f"{average(of, 'same_top_1'):.3f}"})
@@ -104,37 +113,41 @@ def measures_table(rows):
     return format_table(lines)
 
 
-def budget_points(rows, who, name):
+def budget_points(rows, who, recipe):
     """[(steps, seconds, rows of the seeds)] of the student or the control, by budget."""
     found = arms(rows)
-    return [(steps, steps * STEP_SECONDS[who], found[name.format(steps)])
-            for steps in BUDGETS if name.format(steps) in found]
+    points = []
+    for steps in recipe.budgets:
+        if of := found.get(f"{recipe.prefix}{who} {steps} steps"):
+            points.append((steps, steps * recipe.seconds[who], of))
+    return points
 
 
-def control_after(rows, seconds):
+def control_after(rows, seconds, recipe):
     """The control's mean loss after so many seconds: a straight line over log(seconds) between its budgets.
     None beyond them."""
-    points = budget_points(rows, "control", CONTROL_ARM)
+    points = budget_points(rows, "control", recipe)
     times = [math.log(taken) for _, taken, _ in points]
     if not times or not times[0] <= math.log(seconds) <= times[-1]:
         return None
     return float(np.interp(math.log(seconds), times, [average(of) for _, _, of in points]))
 
 
-def budgets_table(rows):
+def budgets_table(rows, recipe):
     """Student and control at equal tokens, and at equal seconds."""
     teacher = next(iter(rows.values()))["teacher_loss"]
-    controls = {steps: of for steps, _, of in budget_points(rows, "control", CONTROL_ARM)}
+    controls = {steps: of for steps, _, of in budget_points(rows, "control", recipe)}
 
     def share(student, control):
         return "" if control is None else f"{(control - student) / (control - teacher):.0%}"
 
     lines = []
-    for steps, seconds, of in budget_points(rows, "student", STUDENT_ARM):
+    for steps, seconds, of in budget_points(rows, "student", recipe):
         at_equal_tokens = average(controls[steps]) if steps in controls else None
-        at_equal_seconds = control_after(rows, seconds)
+        at_equal_seconds = control_after(rows, seconds, recipe)
         lines.append({
-            "steps": steps, "seconds": f"{seconds:.0f}", "seeds": len(of), "student": spread(of),
+            "tokens": f"{steps * recipe.tokens:,}", "seconds": f"{seconds:.0f}", "seeds": len(of),
+            "student": spread(of),
             "control, equal tokens": spread(controls[steps]) if steps in controls else "",
             "closes": share(average(of), at_equal_tokens),
             "control, equal seconds": "" if at_equal_seconds is None else f"{at_equal_seconds:.3f}",
@@ -151,10 +164,13 @@ def layers_table(rows):
 
 
 TABLES = {
-    "tuning": tuning_table,
+    "tuning": partial(tuning_table, prefix="tune "),
+    "tuning_again": partial(tuning_table, prefix="again: "),
     "arms": arms_table,
+    "first_arms": partial(arms_table, names=FIRST_ARMS, prefix=FIRST.prefix),
     "measures": measures_table,
-    "budgets": budgets_table,
+    "budgets": partial(budgets_table, recipe=DEMO),
+    "first_budgets": partial(budgets_table, recipe=FIRST),
     "layers": layers_table,
 }
 
@@ -175,19 +191,20 @@ def draw_budgets(rows):
     """Held-out loss over seconds of training, student and control; each budget is a run of its own."""
     figure = new_figure()
     axes = figure.subplots()
-    for who, name, colour in (("student", STUDENT_ARM, BLUE), ("control", CONTROL_ARM, PURPLE)):
-        points = budget_points(rows, who, name)
+    for who, colour in (("student", BLUE), ("control", PURPLE)):
+        points = budget_points(rows, who, DEMO)
         seconds = [taken for _, taken, _ in points]
         axes.plot(seconds, [average(of) for _, _, of in points], "-", color=colour, label=who)
         for steps, taken, of in points:
             axes.plot([taken] * len(of), [row["loss"] for row in of], "o", color=colour, markersize=4)
-            axes.annotate(f"{steps}", (taken, average(of)), (3, 6), textcoords="offset points",
-                          color=colour, fontsize=8)
+            tokens = f"{steps * DEMO.tokens / 1000:,.0f}k"
+            axes.annotate(tokens, (taken, average(of)), (3, 6), textcoords="offset points", color=colour,
+                          fontsize=8)
 
     teacher = next(iter(rows.values()))["teacher_loss"]
     axes.axhline(teacher, color=ORANGE, linewidth=1.2, label="teacher")
     axes.set(xscale="log", ylabel="held-out loss, nats per token",
-             xlabel="seconds of training on two CPU cores (beside the points: steps of 1,024 tokens)")
+             xlabel="seconds of training on two CPU cores (beside the points: tokens)")
     axes.set_xticks([10, 20, 50, 100, 200, 300])
     axes.xaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}")
     axes.minorticks_off()

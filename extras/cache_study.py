@@ -13,9 +13,9 @@ Read in this order:
   one_run            distill.py's own functions, and a row of figures
   table              what came of it, for docs/teacher-cache.md
 
-Each run is `python distill.py` with the flags that its row names; what comes of it is a line of
-docs/teacher-cache.jsonl. Caches that are not there are made first. Losses are in nats per token, on the
-modules that the demo holds out.
+Each run is `python distill.py` with the flags that its row names, the first recipe of extras/atlas.py and
+perhaps a cache; what comes of it is a line of docs/teacher-cache.jsonl. Caches that are not there are made
+first. Losses are in nats per token, on the modules that the demo holds out.
 
 Shapes: B sequences, L tokens of each, N = B * L, V vocabulary.
 Reference: Guo et al. 2017, On Calibration of Modern Neural Networks (arXiv 1706.04599).
@@ -33,7 +33,7 @@ import torch
 from torch.nn import functional as F
 
 import distill
-from extras.atlas import BASE, set_up
+from extras.atlas import BASE, FIRST_DEMO, set_up
 from extras.atlas_page import arms, spread
 from extras.results import add_row, origin, read_rows
 from support.chunked_loss import chunked_losses
@@ -67,7 +67,7 @@ def likeliest_losses(student_hidden, student_head, teacher_hidden, teacher_head,
 
 
 class Arm(NamedTuple):
-    """A way for the demo's student to learn from its teacher."""
+    """A way for a student to learn from the demo's teacher."""
     draws: int | None = None  # in a cache, made by distill.py's own code; None: the teacher itself
     losses: dict = {}  # what replaces an entry of distill.LOSSES
 
@@ -89,7 +89,7 @@ def plan():
 def flags_of(arm, seed, caches):
     """What makes a run differ from `python distill.py`. caches: the folder in which all caches lie."""
     cache = f" --teacher-cache {shlex.quote(f'{caches}/{arm.draws}')} --cache-draws {arm.draws}"
-    return f"{BASE} --seed {seed}" + (cache if arm.draws else "")
+    return f"{BASE} {FIRST_DEMO} --seed {seed}" + (cache if arm.draws else "")
 
 
 # ------------------------------------------------------------------------------------ what is measured

@@ -8,7 +8,7 @@ Read in this order:
   draw_layers    which of the teacher's layers a student is made of
   work_token     one prediction with three tokens, worked out: logits, softmax, KL, gradient
   draw_gradient  why the loss has T²: the size of the gradient at T = 0.5 to 16, with it and without
-  demo_students  the demo's student after 0, 100 and 600 steps
+  demo_students  the demo's student after 0, 200 and 1,200 steps
 
 The third is measured, with the shipped teacher and the demo's student before its first step, on 1,024 tokens
 of held-out modules; the others are drawn from numbers that stand here.
@@ -33,11 +33,12 @@ from sample import DEFAULT_PROMPT
 from support.chunked_loss import LossSettings
 from support.cli import format_table, new_parser, run_cli, user_path
 from support.documents import stdlib_split
-from support.options import DEMO_TEACHER
+from support.options import DEMO_TEACHER, RECIPES
 from support.state import RunFolder
 from support.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
+DEMO_LAYERS = [int(number) for number in RECIPES["demo"]["student_layers"].split(",")]
 
 
 # ------------------------------------------------------------------------------------ copied layers
@@ -45,14 +46,14 @@ def draw_layers():
     """Two Axes: the demo's teacher and student, and GPT-2 and DistilGPT2, as rows of layers."""
     figure = new_figure(height=4)
     both = figure.subplots(2, 1)
-    draw_copies(both[0], ("demo/teacher\n6 layers", "its student\n3 of them"), 6, 3)
-    draw_copies(both[1], ("GPT-2\n12 layers", "DistilGPT2\n6 of them"), 12, 6)
+    draw_copies(both[0], ("demo/teacher\n6 layers", "its student\n3 of them"), 6, DEMO_LAYERS)
+    draw_copies(both[1], ("GPT-2\n12 layers", "DistilGPT2\n6 of them"), 12, spread_layers(12, 6))
     return both
 
 
-def draw_copies(axes, names, n_teacher, n_student):
+def draw_copies(axes, names, n_teacher, kept):
     """A teacher's layers above, the student's below, an arrow for each copy. Text flows to the right."""
-    layers = {"teacher": [*range(n_teacher)], "student": spread_layers(n_teacher, n_student)}
+    layers = {"teacher": [*range(n_teacher)], "student": kept}
     copied = {"embed", *layers["student"], "head"}
 
     places = {}  # {role: {box: its x}}: layers a unit apart, around 0, between embedding and head
@@ -168,7 +169,7 @@ def demo_logits(n_tokens=1024, length=256):
     ids = torch.tensor(ids[:n_tokens + 1])
 
     teacher = load(DEMO_TEACHER)
-    student = student_from(teacher, spread_layers(len(teacher.blocks), 3)).eval()
+    student = student_from(teacher, DEMO_LAYERS).eval()
     with torch.no_grad():
         t, s = (network(ids[:-1].view(-1, length)).flatten(0, 1) for network in (teacher, student))
     return t, s, ids[1:]
@@ -234,7 +235,7 @@ def draw_gradient(sizes):
 
 
 # ------------------------------------------------------------------------------------ texts on the way
-SHOWN_STEPS = (0, 100, 600)
+SHOWN_STEPS = (0, 200, 1200)
 
 
 def demo_students(folder):
@@ -272,7 +273,7 @@ def parse_args(argv=None):
         help="also loss.png and distribution.png, of this run of distill.py; the README's are the demo's")
     add("--texts", action="store_true",
         help="instead, train the demo's student once more, without its control, and print what it writes "
-             "after 0, 100 and 600 steps")
+             "after 0, 200 and 1,200 steps")
     add = parser.add_argument_group("where to").add_argument
     add("--folder", type=user_path, default=str(ROOT / "assets"), metavar="DIR", help="of the pictures")
     return parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Losses that public distillation code has, or had, and what each does to the demo's student.
+"""Losses that public distillation code has, or had, and what each does to a student of the demo's teacher.
 
     python -m extras.wrong_losses                 every run that is not finished; stop and start as you like
     python -m extras.wrong_losses --only swapped  those whose name contains "swapped"
@@ -8,7 +8,7 @@ Read in this order:
   the mistakes  a function each, and under its name where it was found; distill.plain_loss is the right one
   RUNS          which mistake trains with which settings, and the right loss with the same
   usual_loop    how such code divides: each micro-batch by itself, then by the number of micro-batches
-  one_run       300 steps of the demo's student, and a row of docs/wrong-losses.jsonl
+  one_run       300 steps of a student, and a row of docs/wrong-losses.jsonl
 
 A mistake has the arguments of distill.plain_loss, but as such code has them: logits are (B, L, V), targets
 (B, L), and (loss, kl, clm) are means, or what its author took for one. Each function has one mistake, and
@@ -195,7 +195,8 @@ HALF = "--kd-weight 0.5 --clm-weight 0.5 --batch-size 4"
 SHORT = "--kd-weight 1 --clm-weight 0 --packing padded"  # on short documents: see short_documents
 ONE_BY_ONE = f"{SHORT} --batch-size 1 --grad-accum 4"
 JSD = f"{ALONE} --divergence jsd --temperature 0.25"
-COMMON = f"--student-layers 0,2,5 --lr 1e-3 --steps 300 --seq-len {LENGTH} --loss plain"
+COMMON = ("--student-layers 0,2,5 --schedule cosine --betas 0.9 0.95 --lr 1e-3 --steps 300 "
+          f"--seq-len {LENGTH} --loss plain")
 
 RUNS = {  # name: (mistake, or None for our loss as it is; flags)
     "right, KL alone": (None, ALONE),

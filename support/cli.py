@@ -207,11 +207,13 @@ def lookalike(name, known=()):
 
 # ------------------------------------------------------------------------------------ tables
 def format_table(rows):
-    """Rows (dicts with the same keys) as a Markdown table whose columns line up in a terminal, too."""
+    """Rows (dicts with the same keys) as a Markdown table whose columns line up in a terminal, too ("" of none)."""
     def show(value):
         form = {int: ",", float: ".4f"}.get(type(value), "")
         return " ± ".join(map(show, value)) if isinstance(value, tuple) else format(value, form)
 
+    if not rows:
+        return ""
     cells = [list(rows[0]), *([show(value) for value in row.values()] for row in rows)]
     width, *widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width, *("-" * (w - 1) + ":" for w in widths)])

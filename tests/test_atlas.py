@@ -31,10 +31,28 @@ def test_rows_that_are_done_are_runs_of_the_plan():
 
 def test_student_and_control_of_a_budget_see_as_many_tokens():
     plan = atlas.plan()
-    for steps in atlas.BUDGETS:
-        student, control = (distill.parse_args(shlex.split(plan[name])) for name in (
-            f"student {steps} steps, seed 1", f"control for {steps} steps, seed 1"))
-        assert student.steps * student.batch_size == control.steps * control.batch_size == 4 * steps
+    for prefix, budgets, size in (("", atlas.BUDGETS, 2), ("first: ", atlas.FIRST_BUDGETS, 4)):
+        for steps in budgets:
+            student, control = (distill.parse_args(shlex.split(plan[f"{prefix}{who} {steps} steps, seed 0"]))
+                                for who in ("student", "control"))
+            assert student.steps * student.batch_size == control.steps * control.batch_size == size * steps
+            assert student.clm_weight < control.clm_weight == 1
+
+
+def test_the_demo_is_what_the_plan_says_and_its_control_the_best_that_was_tried():
+    """All that was tried at the demo's tokens, in both rounds; up to what a seed is worth."""
+    shipped, demo, control = (distill.parse_args(shlex.split(f"{atlas.BASE} {flags}"))
+                              for flags in ("", atlas.DEMO, atlas.CONTROL))
+    for args in (shipped, demo, control):
+        options.check(args)
+    assert vars(demo) == vars(shipped)
+    assert vars(control) | {"role": "control", "out": "out/control"} == vars(options.control_of(shipped))
+
+    tried = [row for name, row in atlas.finished().items() if row["tokens"] == 614_400 and row["seed"] == 0
+             and name.startswith(("tune control", "again: control"))]
+    assert len(tried) == options.CONTROLS_TRIED
+    best = atlas.finished()["control 1200 steps, seed 0"]
+    assert best["loss"] <= min(row["loss"] for row in tried) + 0.003
 
 
 def test_averaged_weights_are_the_mean_of_the_last_quarter():
@@ -58,14 +76,14 @@ def row(loss, seed=0, **rest):
 
 
 BUDGETS = {
-    "student 150 steps, seed 0": row(3.4), "student 150 steps, seed 1": row(3.7, 1),
-    "student 300 steps, seed 0": row(3.3), "control for 150 steps, seed 0": row(4.0),
-    "control for 300 steps, seed 0": row(3.6)}
+    "student 300 steps, seed 0": row(3.4), "student 300 steps, seed 1": row(3.7, 1),
+    "student 600 steps, seed 0": row(3.3), "control 300 steps, seed 0": row(4.0),
+    "control 600 steps, seed 0": row(3.6)}
 
 
-def test_budgets_compare_at_equal_tokens_and_at_equal_seconds(monkeypatch):
-    monkeypatch.setattr(atlas_page, "STEP_SECONDS", {"student": 0.1 * math.sqrt(2), "control": 0.1})
-    header, _, first, second = atlas_page.budgets_table(BUDGETS).splitlines()
+def test_budgets_compare_at_equal_tokens_and_at_equal_seconds():
+    recipe = atlas_page.Recipe("", (300, 600), 512, {"student": 0.05 * math.sqrt(2), "control": 0.05})
+    header, _, first, second = atlas_page.budgets_table(BUDGETS, recipe).splitlines()
     cells = [cell.strip() for cell in first.strip("|").split("|")]
     assert cells[2:4] == ["2", "3.5500 (3.4000 to 3.7000)"]
     assert cells[5] == "45%"  # (4.0 - 3.55) / (4.0 - 3.0)

@@ -10,6 +10,7 @@ from conftest import REPO
 
 import distill
 from extras import cache_study
+from extras.atlas import BASE, FIRST_DEMO
 from extras.results import read_rows
 from model import GPT2
 from support import options
@@ -126,16 +127,16 @@ def test_all_tokens_as_the_likeliest_are_the_whole_distribution(monkeypatch):
 
 
 def test_plan():
-    """Five arms, three seeds, a seed at a time; the flags are the demo's, but for those of a cache."""
+    """Five arms, three seeds, a seed at a time; all with the first recipe of the atlas."""
     plan = cache_study.plan()
     assert len(plan) == 15 and [*plan][:2] == ["live teacher, seed 0", "50 draws, seed 0"]
-    demo = vars(distill.parse_args(["--no-control", "--precision", "bf16", "--device", "cpu"]))
+    first = vars(distill.parse_args(shlex.split(f"{BASE} {FIRST_DEMO}")))
     caches = set()
     for name, (arm, seed) in plan.items():
         args = distill.parse_args(shlex.split(cache_study.flags_of(arm, seed, "my caches")))
         options.check(args)
         assert args.seed == seed and name.endswith(f", seed {seed}")
-        changed = {flag for flag, value in vars(args).items() if value != demo[flag]}
+        changed = {flag for flag, value in vars(args).items() if value != first[flag]}
         assert changed <= {"seed", "teacher_cache", "cache_draws"}
         caches.add((name.partition(",")[0], args.teacher_cache, args.cache_draws))
     assert caches == {
@@ -152,9 +153,10 @@ def runs(tmp_path_factory):
         text = folder / "text.txt"
         text.write_text("\n\n".join(f"def f{i}(x):\n    return x + {i}  # adds {i}" for i in range(100)))
         patch.chdir(folder)
-        small = {"data": str(text), "steps": 2, "seq_len": 32, "eval_tokens": 100,
+        small = {"data": str(text), "seq_len": 32, "eval_tokens": 100,
                  "teacher": str(REPO / "demo" / "teacher")}
         patch.setitem(options.RECIPES, "demo", options.RECIPES["demo"] | small)
+        patch.setattr(cache_study, "FIRST_DEMO", f"{FIRST_DEMO} --steps 2")
         patch.setattr(cache_study, "RESULTS", folder / "rows.jsonl")
         patch.setattr(sys, "argv", ["cache_study", "--only", "seed 0", "--caches", "my caches"])
 

@@ -42,8 +42,8 @@ def test_bars_hold_the_numbers():
 
 
 def test_copied_layers():
-    """An arrow for each of 0,2,5 and of 0,2,4,7,9,11, and for embedding and head."""
-    for axes, copied in zip(figures.draw_layers(), ("0 2 5", "0 2 4 7 9 11"), strict=True):
+    """An arrow for each of 0,4,5 and of 0,2,4,7,9,11, and for embedding and head."""
+    for axes, copied in zip(figures.draw_layers(), ("0 4 5", "0 2 4 7 9 11"), strict=True):
         boxes = [text for text in axes.texts if text.get_bbox_patch()]
         at = {(text.get_text(), text.get_position()[1]): text.get_position()[0] for text in boxes}
         names = ["embed", *copied.split(), "head"]
