@@ -35,7 +35,7 @@ class Recipe(NamedTuple):
     seconds: dict
 
 
-DEMO = Recipe("", BUDGETS, 512, {"student": 0.069, "control": 0.0425})
+DEMO = Recipe("", BUDGETS, 512, {"student": 0.0630, "control": 0.0408})
 FIRST = Recipe("first: ", FIRST_BUDGETS, 1024, {"student": 0.138, "control": 0.085})
 DEMO_STEPS = RECIPES["demo"]["steps"]
 
