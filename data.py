@@ -115,7 +115,7 @@ def permutation(seed, epoch, n):
 
 def cut(tokens, context, packing, eot):
     """Starts and ends of all examples, which have at least two tokens each."""
-    return cut_documents(tokens, context, eot) if packing == "padded" else cut_blocks(tokens, context, eot)
+    return cut_documents(tokens, eot) if packing == "padded" else cut_blocks(tokens, context)
 
 
 def target_offsets(tokens, context, packing, eot):
@@ -130,7 +130,7 @@ def target_offsets(tokens, context, packing, eot):
     return np.concatenate(([0], n_targets.cumsum()))
 
 
-def cut_blocks(tokens, context, eot):
+def cut_blocks(tokens, context):
     """Starts and ends of blocks of L + 1 tokens. Blocks overlap by a token: the last target of one is the
     first input of the next."""
     n = (len(tokens) - 1) // context
@@ -139,7 +139,7 @@ def cut_blocks(tokens, context, eot):
     return range(0, n * context, context), range(context + 1, n * context + 2, context)
 
 
-def cut_documents(tokens, context, eot):
+def cut_documents(tokens, eot):
     """Starts and ends of the documents that have any text."""
     return documents_in(SameArray(tokens), eot)
 

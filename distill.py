@@ -158,8 +158,8 @@ def train(args, student, teacher, corpus, vocab_size, ranks, later=0.0):
 
             # Divide once, by the tokens that counted in all micro-batches of all ranks.
             sums = ranks.sum(sums)
-            gradient_norm = divide_and_clip(student, sums[TOKENS], args.grad_clip, ranks)
-            mean_losses, tokens, gradient_norm = mean_over_tokens(sums, gradient_norm)
+            norm = divide_and_clip(student, sums[TOKENS], args.grad_clip, ranks)
+            mean_losses, tokens, gradient_norm = mean_over_tokens(sums, norm)
 
             # Step.
             lr = lr_at(step, args)
@@ -175,7 +175,7 @@ def micro_batch(corpus, index, args, device):
     """Micro-batch number `index` of the run, on the device: ids (B, L), and the ids that follow, (N,). What
     is random in it, such as dropout, is seeded here, too."""
     ids, targets = batch_at(
-        corpus.train, args.seed, index, args.batch_size, args.seq_len, args.packing, corpus.meta["eot"])
+        corpus.train, args.seed, index, args.batch_size, args.seq_len, args.packing, corpus.eot)
 
     # Dropout, like the data, is a function of (seed, index): resumed or on more ranks, a run draws the same.
     torch.manual_seed(run_seed(args, index))
@@ -196,7 +196,7 @@ def is_on_policy(index, args):
 
 
 def students_text(student, ids, index, args):
-    """The second half of each example anew, as the student itself goes on from the first: on-policy data
+    """Replace the second half of each example by what the student writes after the first: on-policy data
     (Agarwal et al. 2023). ids (B, L) -> ids (B, L), targets (N,), where what the student wrote is counted.
 
     On its own text a student meets the mistakes that it makes, and its teacher says how to go on from there.
@@ -216,13 +216,13 @@ def students_text(student, ids, index, args):
 TOKENS = Losses._fields.index("tokens")
 
 
-def mean_over_tokens(sums, gradient_norm):
-    """Sums of Losses (a tensor), length of the gradient -> (mean Losses per counted token, tokens, length).
+def mean_over_tokens(sums, norm):
+    """Sums of Losses, and the gradient's norm, as tensors -> (mean Losses per counted token, tokens, norm).
 
     The numbers of a step leave the device here, all at once: to read one is to wait until a GPU has done all
     that it was told so far.
     """
-    *totals, gradient_norm = torch.cat((sums, gradient_norm.view(1))).tolist()
+    *totals, gradient_norm = torch.cat((sums, norm.view(1))).tolist()
     tokens = max(totals[TOKENS], 1)
     return Losses(*(total / tokens for total in totals)), tokens, gradient_norm
 
@@ -240,8 +240,10 @@ def make_optimizer(student, args):
 
 
 def divide_and_clip(student, tokens, limit, ranks):
-    """.grad: from the sum over this rank's tokens to the mean over all `tokens` (a tensor), no longer than
-    `limit` (0: as long as it is). Returns its length before that, a tensor."""
+    """Add .grad up over all ranks, divide it by `tokens` (a tensor), clip its norm to `limit` (0: do not).
+
+    Returns the norm before clipping, a tensor.
+    """
     factor = 1 / tokens.clamp(min=1)
     for parameter in student.parameters():
         ranks.sum(parameter.grad)
@@ -312,7 +314,7 @@ def distil(args, ranks):
 
     networks = {"teacher": teacher} if teacher else {}
     control = copy.deepcopy(student) if args.control and teacher else None
-    training, scoring = work_to_follow(args, teacher, student, control, ranks)
+    training, scoring, scoring_by_control = work_to_follow(args, teacher, student, control, ranks)
     if args.teacher_cache:
         cache_teacher(args, teacher, corpus, tokenizer.vocab_size, ranks)
         networks["teacher"] = teacher = None  # the cache answers for it; its memory is the student's
@@ -326,7 +328,7 @@ def distil(args, ranks):
         if ranks.is_first:
             print("\n" + closing.about_control(control_args), flush=True)
         networks["control"] = train(
-            control_args, control, None, corpus, tokenizer.vocab_size, ranks, scoring)
+            control_args, control, None, corpus, tokenizer.vocab_size, ranks, scoring_by_control)
         export(control, tokenizer, control_args.out, ranks)
 
     if ranks.is_first:
@@ -484,7 +486,8 @@ LEAST_TOKENS = 2**24  # in a corpus, so that short runs share one
 
 
 def load_corpus(args, tokenizer):
-    """The corpus, made if need be, cut to what the run will read. With --epochs it decides args.steps."""
+    """The corpus, made if need be, cut to as many tokens as the steps have room for. With --epochs it decides
+    args.steps. Padded examples skip the rest of long documents, so such a run may read documents twice."""
     step_examples = args.batch_size * args.grad_accum
     budget = None if args.epochs else max(LEAST_TOKENS, args.steps * step_examples * args.seq_len + 1)
     corpus = prepare(args.data, tokenizer, args.data_folder, budget, args.workers, args.text_column)

@@ -39,7 +39,7 @@ def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         return likeliest(logits)
 
     scaled = logits.float() / temperature
-    if not scaled.amax(-1).isfinite().all():  # so cold that float32 ends; the likeliest has long won
+    if not scaled.amax(-1).isfinite().all():  # T so small that float32 overflows; the likeliest wins anyway
         return likeliest(logits)
 
     if top_k:

@@ -11,10 +11,10 @@ Read in this order:
 
 What is made of the rows is in extras/atlas_page.py.
 
-Each run is `python distill.py` with the flags that its row names (but for "weights averaged", which adds what
-`averaged` does). Losses are on the modules that the demo
-holds out (131,733 tokens), in nats per token. Seconds are of training alone, and mean something only where
-nothing else ran; losses do not depend on that.
+Each run is `python distill.py` with the flags that its row names ("weights averaged" adds what `averaged`
+does). Losses are in nats per token, on the modules that the demo holds out: 131,733 tokens, or as many of
+them as --eval-tokens says. Seconds are of training alone, and mean something only where nothing else ran;
+losses do not depend on that.
 """
 import copy
 import shlex
@@ -295,7 +295,7 @@ def sample_figures(teacher, student, corpus, n=64, length=128):
     of tokens among all.
     """
     generator = torch.Generator().manual_seed(0)
-    start = torch.full((n, 1), corpus.meta["eot"])
+    start = torch.full((n, 1), corpus.eot)
     text = student.generate(start, length, partial(draw, generator=generator))  # (n, 1 + length)
     log_p = copy.deepcopy(teacher).float()(text[:, :-1]).log_softmax(-1)
     nll = -log_p.gather(-1, text[:, 1:, None]).mean().item()
@@ -310,7 +310,7 @@ def finished():
 
 # ------------------------------------------------------------------------------------ the command
 def parse_args(argv=None):
-    parser = new_parser(__doc__)
+    parser = new_parser(__doc__, "python -m extras.atlas [options]")
     parser.add_argument("--only", default="", metavar="TEXT", help="only runs with this in their name")
     parser.add_argument("--list", action="store_true",
                         help="show all runs, and what those that are done came to")

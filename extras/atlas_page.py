@@ -83,7 +83,7 @@ ARMS = {  # arm: what it is called in the table
     "on-policy half": "KL alone, half of the micro-batches on-policy",
     "layers 0,2,5": "KL alone, layers 0,2,5",
     "layers 0,3,4": "KL alone, layers 0,3,4",
-    f"control {DEMO_STEPS} steps": "text alone, its own rate and batch (**the control**)",
+    f"control {DEMO_STEPS} steps": "text alone, its own rate (**the control**)",
     "random start": "the demo from random weights",
     "control, random start": "the control from random weights",
     "forward, random start": "KL alone, from random weights",
@@ -245,7 +245,7 @@ def draw_divergences(rows):
 
 
 def parse_args(argv=None):
-    return new_parser(__doc__).parse_args(argv)
+    return new_parser(__doc__, "python -m extras.atlas_page").parse_args(argv)
 
 
 def main():

@@ -321,7 +321,7 @@ def table(done):
 
 
 def parse_args(argv=None):
-    parser = new_parser(__doc__)
+    parser = new_parser(__doc__, "python -m extras.wrong_losses [options]")
     parser.add_argument("--only", default="", metavar="TEXT", help="only runs with this in their name")
     parser.add_argument("--table", action="store_true", help="make no run, show what is finished")
     return parser.parse_args(argv)

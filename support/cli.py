@@ -207,7 +207,7 @@ def lookalike(name, known=()):
 
 # ------------------------------------------------------------------------------------ tables
 def format_table(rows):
-    """Rows (dicts with the same keys) as a Markdown table whose columns line up in a terminal, too ("" of none)."""
+    """Rows (dicts with the same keys) as a Markdown table that lines up in a terminal, too; "" of no rows."""
     def show(value):
         form = {int: ",", float: ".4f"}.get(type(value), "")
         return " ± ".join(map(show, value)) if isinstance(value, tuple) else format(value, form)

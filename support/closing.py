@@ -49,7 +49,7 @@ def effort(args):
     alone = control_of(args)
     had = f"The control had rate {alone.lr:g} and {sequences(alone)} sequences a step"
     if is_shipped_demo(args):
-        return f"{had},\nthe best of {CONTROLS_TRIED} rates and batches that were tried: docs/atlas.md"
+        return f"{had},\nthe best of {CONTROLS_TRIED} settings that were tried: docs/atlas.md"
     if args.control_lr is None and args.control_batch_size is None:
         return f"{had},\nthe student's; --control-lr gives it a rate of its own."
     return f"{had}."
@@ -99,10 +99,12 @@ def tuning(args):
         "--out": "tuned-teacher"}
     if args.data_folder != "corpora":
         flags["--data-folder"] = args.data_folder
+    if args.text_column != "text":
+        flags["--text-column"] = args.text_column
     line = " ".join(f"{flag} {quote(value)}" for flag, value in flags.items())
     return ("Usually one tunes the teacher on the text first, and distils from that:\n"
             f"  python distill.py {line}\n"
-            "  and then this command again with --teacher tuned-teacher")
+            f"  and then this command again with --teacher tuned-teacher --recipe {args.recipe}")
 
 
 # ------------------------------------------------------------------------------------ what the models write
@@ -135,6 +137,7 @@ def document(corpus, tokenizer, before=32, after=60):
     ends = [*(start - 1 for start in starts[1:]), len(ids)]
     long = [start for start, end in zip(starts, ends, strict=True) if end - start >= before + after]
     start = long[0] if long else starts[0]
+    before = min(before, len(ids) - start)
     ends_of_lines = [i for i in range(8, before) if tokenizer.decode([ids[start + i]]).endswith("\n")]
     cut = start + (ends_of_lines[-1] + 1 if ends_of_lines else before)
     return ids[start:cut], ids[cut:cut + after]

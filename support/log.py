@@ -108,7 +108,7 @@ class Log:
         self.line.say(text)
 
     def tick(self):
-        """One more micro-batch is done. Where a step takes seconds the line counts them, too."""
+        """One more micro-batch is done. Where a step takes more than 5 seconds the line counts these, too."""
         self.micro += 1
         seconds = self.line.time.seconds_per_unit() or 0
         place = f"{self.step}/{self.args.steps}"

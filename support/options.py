@@ -59,7 +59,7 @@ RECIPES = {
         "schedule": "linear", "grad_clip": 1.0},
 }
 
-CONTROLS_TRIED = 10  # settings of the demo's control that were tried before it got its own: docs/atlas.md
+CONTROLS_TRIED = 31  # settings that were tried for the demo's control, with as many tokens: docs/atlas.md
 
 # The types of flags: what they accept, and what they say otherwise.
 count = checked(int, "a whole number from 1 to 1,000,000,000", lambda n: 1 <= n <= 10**9)
@@ -206,8 +206,8 @@ def add_running_flags(group):
     add("--control-lr", type=positive, metavar="RATE",
         help="the control's own learning rate, as text alone often wants a smaller one (default: --lr)")
     add("--control-batch-size", type=count, metavar="N",
-        help="the control's own --batch-size, for as many tokens in all: text alone often wants larger "
-             "steps (default: --batch-size)")
+        help="the control's own --batch-size, for as many tokens in all; its best need not be the "
+             "student's (default: --batch-size)")
     add("--seed", type=seed, default=0, metavar="N", help="of data order, dropout and random weights")
     add("--eval-interval", type=count_or_0, default=0, metavar="N",
         help="steps between validations, whose losses go to held-out.csv; 0: only at the end")
@@ -253,7 +253,7 @@ def check(args):
     if args.on_policy and args.clm_weight:
         raise InputError("--on-policy: what the student writes has no right next token, so the CLM cannot "
                          "count it: add --kd-weight 1 --clm-weight 0")
-    if args.on_policy and args.seq_len < 2:
+    if args.on_policy and args.seq_len == 1:  # None: what the models can, which is more
         raise InputError("--on-policy cuts examples in half: take a --seq-len of 2 or more")
     if args.on_policy and args.packing == "padded":
         raise InputError("--on-policy cuts examples in half, and padded ones are of any length: "

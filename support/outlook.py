@@ -29,8 +29,8 @@ ROWS_OF_PRODUCTS = 16  # x C: what a block's products take and give, kept for it
 ROWS_OF_STREAM = 6  # x C: the stream around them and in its norms, in the precision of the weights
 ROWS_OF_TEACHER = 12  # x C: of the one layer that the teacher is at, as nothing of it is kept
 ATTENTION_COPIES = 3  # x L x heads: all pairs, kept only for dropout on attention
-PLAIN_LOGITS = 7  # x V, in float32: logits, their softmax and their gradients; without a teacher
-PLAIN_LOGITS_ALONE = 4
+PLAIN_LOGITS = 7  # x V, in float32: logits, their softmax and their gradients
+PLAIN_LOGITS_ALONE = 4  # the same without a teacher
 CHUNK_LOGITS = 8  # x V, in float32, of the tokens that the chunked loss is at
 ANSWER_LOGITS = 5  # x V, in float32, of the tokens that a teacher's cache is at
 ANSWER_CHUNK = 512  # how many these are
@@ -171,7 +171,8 @@ def flops_per_token(network):
 
 
 def work_to_follow(args, teacher, student, control, ranks):
-    """What comes after the student's training, in micro-batches of that training: (control, scoring).
+    """What comes after the student's training, in its micro-batches, and after the control's, in those of the
+    control: (control, scoring, scoring).
 
     A backward pass takes twice what its forward pass does; the teacher only goes forward.
     """
@@ -182,17 +183,19 @@ def work_to_follow(args, teacher, student, control, ranks):
     networks = [network for network in (teacher, student, control) if network is not None]
     scoring = args.eval_tokens * sum(map(flops_per_token, networks)) / unit
     if control is None:
-        return 0.0, scoring
+        return 0.0, scoring, 0.0
     alone_args = control_of(args)
     rows = read_log(Path(alone_args.out, "log.csv")) if args.resume else []
     done = rows[-1]["step"] / alone_args.steps if rows else 0.0  # its steps may be fewer and larger
     steps = args.steps * (1 - done)
-    return steps * len(ranks.share(args.grad_accum)) * alone / (alone + ahead), scoring
+    training = steps * len(ranks.share(args.grad_accum)) * alone / (alone + ahead)
+    control_unit = alone * alone_args.batch_size * args.seq_len
+    return training, scoring, scoring * unit / control_unit
 
 
 LONG_SECONDS = 2 * 3600  # a run on a CPU that takes longer gets an advice
 SHORT_SECONDS = 30 * 60  # what is advised
-SHORT_STEPS = 600  # of it, as in the demo
+SHORT_STEPS = 600  # of it, if they do not get too small
 SHORT_LENGTH = 256  # tokens of a sequence, at most
 LEAST_PER_STEP = 512  # tokens; smaller steps are mostly noise
 

@@ -7,7 +7,6 @@
 Shapes: M models, B sequences, L tokens of each, N = B * L, C width, V vocabulary.
 """
 import math
-from contextlib import nullcontext
 
 import torch
 from torch.nn import functional as F
@@ -55,10 +54,9 @@ def score(models, ids, targets, vocab_size, chunk_size=512):
     return scores.unflatten(-1, targets.shape).cpu().double().sum(-1)
 
 
-def compare(models, batches, vocab_size, autocast=nullcontext):
+def compare(models, batches, vocab_size):
     """Sums over `batches` of (ids, targets), each (B, L): for each model a dict of SCORES."""
-    with autocast():
-        totals = sum(score(models, ids, targets, vocab_size).sum(-1) for ids, targets in batches)  # (M, 5)
+    totals = sum(score(models, ids, targets, vocab_size).sum(-1) for ids, targets in batches)  # (M, 5)
     return [dict(zip(SCORES, total, strict=True)) for total in totals.tolist()]
 
 
@@ -72,7 +70,8 @@ def validate(networks, corpus, vocab_size, args, autocast, watch=iter):
     modes = [network.training for network in networks]
     for network in networks:
         network.eval()
-    sums = compare(networks, watch(held_out_batches(corpus, args, device)), vocab_size, lambda: autocast)
+    with autocast:
+        sums = compare(networks, watch(held_out_batches(corpus, args, device)), vocab_size)
     for network, mode in zip(networks, modes, strict=True):
         network.train(mode)
 

@@ -245,7 +245,7 @@ def refuse_changes(folder, then, now, names):
 
 # ------------------------------------------------------------------------------------ what may be put back
 def flag_or_name(name):
-    """What `identity` calls a setting -> what its reader does: "grad_accum" -> "--grad-accum"."""
+    """A setting as messages name it: "grad_accum" -> "--grad-accum"; "training tokens" stays."""
     return name if " " in name else "--" + name.replace("_", "-")
 
 

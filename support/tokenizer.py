@@ -32,7 +32,7 @@ EOT = "<|endoftext|>"
 # How GPT-2 cuts text into words before it merges bytes: no token crosses a cut. {S} is whitespace. The last
 # two alternatives: a run of it without its last character, which leads the next word; a single one.
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|(?:{S}(?!\S))++|\s"
-MAX_RUN = 24 * 2**13  # tiktoken fails on a million of whitespace; divisible by the length of any token of it
+MAX_RUN = 24 * 2**13  # tiktoken fails on a million of whitespace; 24 is GPT-NeoX's longest run
 
 NEVER_IN_TEXT = {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that UTF-8 has no use for; GPT-NeoX lacks them
 MOST_WORK = 2**25  # squares of the lengths of what merges make, summed up; GPT-NeoX's: 3.3 million

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import distill
 from model import GPT2, GPTNeoX, load
-from support import chunked_loss, runtime, state
+from support import chunked_loss, options, runtime, state
 from support.chunked_loss import LossSettings
 from support.cli import InputError, run_cli
 
@@ -556,6 +556,12 @@ def test_on_policy_run(workshop, tmp_path, monkeypatch, capsys):
     assert "KL(student || teacher, T = 2)" in printed
     assert {row["tokens"] for row in log_rows(tmp_path / "out")} == {str(2 * 2 * 16 + 2 * 2 * 9)}
     assert {row["tokens"] for row in log_rows(tmp_path / "out" / "control")} == {str(4 * 2 * 16)}
+
+
+def test_on_policy_needs_no_length():
+    """What the models can take is not known yet when settings are checked."""
+    options.check(distill.parse_args(["--teacher", str(ROOT / "demo" / "teacher"), "--student-layers", "3",
+                                      "--on-policy", "0.5", "--kd-weight", "1", "--clm-weight", "0"]))
 
 
 # ------------------------------------------------------------------------------------ bad input

@@ -246,9 +246,10 @@ def test_what_else_is_data(tmp_path, monkeypatch):
     (["gpt2"], eval_ppl.WIKITEXT, "sliding"), ([str(ROOT)], "stdlib", "sliding"),
     ([str(ROOT), "gpt2"], eval_ppl.WIKITEXT, "sliding"),
     (["gpt2", "--data", "lambada"], eval_ppl.LAMBADA, "lambada"),
-    ([str(ROOT), "--protocol", "pages"], eval_ppl.WIKITEXT, "pages")])
+    ([str(ROOT), "--protocol", "pages"], eval_ppl.WIKITEXT, "pages"),
+    ([str(ROOT), "--protocol", "lambada"], eval_ppl.LAMBADA, "lambada")])
 def test_defaults(argv, data, protocol):
-    """Of folders alone the demo's data, so that they need no Hub; but pages are WikiText's."""
+    """Of folders alone the demo's data, so that they need no Hub; but pages are WikiText's, and so on."""
     eval_ppl.settle(args := eval_ppl.parse_args(argv), [Namespace(context=64), Namespace(context=32)])
     assert (args.data, args.protocol, args.context, args.stride) == (data, protocol, 32, 32)
 
@@ -533,8 +534,9 @@ def broken_models(source, narrow, broken):
     (["gpt2", "--data", "gpt2"], "gpt2 could not be read"),
     (["gpt2", "--data", "Salesforce/wikitext:wikitext-9-raw-v1"], "'wikitext-9-raw-v1' not found"),
     (["gpt2", "--data", "nobody/nothing"], "nobody/nothing"),
-    (["neox", "--data", "CORPUS"], "holds tokens: for sliding, blocks, and models with its tokenizer"),
-    (["gpt2", "--data", "CORPUS", "--protocol", "pages"], "holds tokens: for sliding, blocks"),
+    (["neox", "--data", "CORPUS"], "holds token ids of one tokenizer: take --protocol sliding or blocks, "
+     "and models with that tokenizer"),
+    (["gpt2", "--data", "CORPUS", "--protocol", "pages"], "take --protocol sliding or blocks"),
 ])
 def test_bad_input(monkeypatch, capsys, tmp_path, zoo, datasets, argv, message):
     """One line on stderr that names the thing, and exit code 2."""

@@ -730,13 +730,12 @@ def test_the_verdict(losses, said):
 
 
 @pytest.mark.parametrize("argv, said", [
-    ([], "rate 0.0006 and 8 sequences a step,\nthe best of 10 rates and batches that were tried: "
-     "docs/atlas.md"),
-    (["--control-lr", "3e-4"], "rate 0.0003 and 8 sequences a step."),
-    (["--seed", "3", "--out", "x"], "the best of 10 rates and batches that were tried: docs/atlas.md"),
-    (["--steps", "60"], "rate 0.0006 and 8 sequences a step."),  # nobody tuned it for these
-    (["--data", "my_texts"], "rate 0.0006 and 8 sequences a step."),
-    (["--betas", "0.8", "0.9"], "rate 0.0006 and 8 sequences a step."),
+    ([], "rate 0.0005 and 2 sequences a step,\nthe best of 31 settings that were tried: docs/atlas.md"),
+    (["--control-lr", "3e-4"], "rate 0.0003 and 2 sequences a step."),
+    (["--seed", "3", "--out", "x"], "the best of 31 settings that were tried: docs/atlas.md"),
+    (["--steps", "60"], "rate 0.0005 and 2 sequences a step."),  # nobody tuned it for these
+    (["--data", "my_texts"], "rate 0.0005 and 2 sequences a step."),
+    (["--betas", "0.8", "0.9"], "rate 0.0005 and 2 sequences a step."),
     (["--teacher", "t", "--student-layers", "2"], "rate 0.0005 and 128 sequences a step,\nthe student's; "
      "--control-lr gives it a rate of its own."),
     (["--teacher", "t", "--student-layers", "2", "--control-batch-size", "2"], "and 32 sequences a step."),
@@ -763,6 +762,8 @@ def test_a_teacher_that_does_not_know_the_text(workshop, tmp_path, monkeypatch, 
     assert code == 0, error
     assert printed.count("does not know this text") == 2 and "xz" in printed
     assert "--teacher none --student" in printed and "again with --teacher tuned-teacher" in printed
+    advised = distill.parse_args([*argv, *re.search("again with (--teacher.*)", printed)[1].split()])
+    options.check(advised)  # it can be pasted
 
     args = distill.parse_args([])
     def warning(**losses):
@@ -809,6 +810,9 @@ def test_the_opening_ends_with_a_line_where_it_can(workshop):
     flat = tokenizer.encode("one two three " * 200)
     opening, _ = closing.document(SimpleNamespace(val=np.array(flat), eot=tokenizer.eot), tokenizer)
     assert len(opening) == 32
+    few = np.array(tokenizer.encode("import os\nx = 1"))
+    opening, rest = closing.document(SimpleNamespace(val=few, eot=tokenizer.eot), tokenizer)
+    assert opening == few.tolist() and not rest
 
 
 def test_settings_are_called_as_their_reader_knows_them():

@@ -514,6 +514,12 @@ def test_the_plan_counts_no_teacher():
     ranks = argparse.Namespace(share=range)
     scoring = [outlook.work_to_follow(args, teacher, student, None, ranks)[1] for args in (live, from_cache)]
     assert scoring[1] > 2 * scoring[0]  # in micro-batches, which are smaller without a teacher
+
+    # The control has no teacher either, and here micro-batches of half the size.
+    halved = distill.parse_args([*argv, "--control-batch-size", "256"])
+    _, for_student, for_control = outlook.work_to_follow(halved, teacher, student, student, ranks)
+    _, alone, _ = outlook.work_to_follow(from_cache, teacher, student, student, ranks)
+    assert for_control == pytest.approx(2 * alone) and for_control > 4 * for_student
     assert card.formula(from_cache).count("12 draws") == 1 and "draws" not in card.formula(live)
 
 
