@@ -59,6 +59,7 @@ FIRST_CONTROL = f"{FIRST} --lr 6e-4 {TEXT}"
 FIRST_BEST_CONTROL = f"{FIRST_CONTROL} --batch-size 8 --steps 300"
 SEEDS = (0, 1, 2)
 BUDGETS = (300, 600, 1200, 2400, 4800)  # steps
+LONGEST_CONTROL = 7500  # steps that a control makes in the seconds of the longest student
 FIRST_BUDGETS = (150, 300, 600, 1200, 2400)  # steps of twice as many tokens
 
 
@@ -184,6 +185,7 @@ def budgets():
         for steps in BUDGETS:
             runs[f"student {steps} steps, seed {seed}"] = f"{DEMO} --steps {steps} --seed {seed}"
             runs[f"control {steps} steps, seed {seed}"] = f"{CONTROL} --steps {steps} --seed {seed}"
+    runs[f"control {LONGEST_CONTROL} steps, seed 0"] = f"{CONTROL} --steps {LONGEST_CONTROL} --seed 0"
     return runs
 
 

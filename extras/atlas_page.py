@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from extras.atlas import BUDGETS, FIRST_BUDGETS, RESULTS, ROOT, finished
+from extras.atlas import BUDGETS, FIRST_BUDGETS, LONGEST_CONTROL, RESULTS, ROOT, finished
 from extras.plot import BLUE, GREEN, ORANGE, PURPLE, new_figure, save
 from support.cli import InputError, format_table, new_parser, run_cli
 from support.files import replaced
@@ -35,7 +35,7 @@ class Recipe(NamedTuple):
     seconds: dict
 
 
-DEMO = Recipe("", BUDGETS, 512, {"student": 0.0630, "control": 0.0408})
+DEMO = Recipe("", (*BUDGETS, LONGEST_CONTROL), 512, {"student": 0.0630, "control": 0.0408})
 FIRST = Recipe("first: ", FIRST_BUDGETS, 1024, {"student": 0.138, "control": 0.085})
 DEMO_STEPS = RECIPES["demo"]["steps"]
 

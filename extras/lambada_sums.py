@@ -139,7 +139,7 @@ def paragraphs(corpus, tokenizer):
     blank = [i for i in range(tokenizer.eot) if tokenizer.decode_bytes([i]).count(b"\n") > 1]
     ends = np.flatnonzero(np.isin(corpus.train, blank)) + 1
     train_ids = np.insert(corpus.train, ends, tokenizer.eot)
-    return SimpleNamespace(train=train_ids, val=corpus.val, meta=corpus.meta)
+    return SimpleNamespace(train=train_ids, val=corpus.val, meta=corpus.meta, eot=corpus.eot)
 
 
 # ------------------------------------------------------------------------------------ one distillation
