@@ -191,15 +191,15 @@ def draw_budgets(rows):
     """Held-out loss over seconds of training, student and control; each budget is a run of its own."""
     figure = new_figure()
     axes = figure.subplots()
-    for who, colour in (("student", BLUE), ("control", PURPLE)):
+    for who, colour, label_at in (("student", BLUE, (0, -13)), ("control", PURPLE, (3, 6))):
         points = budget_points(rows, who, DEMO)
         seconds = [taken for _, taken, _ in points]
         axes.plot(seconds, [average(of) for _, _, of in points], "-", color=colour, label=who)
         for steps, taken, of in points:
             axes.plot([taken] * len(of), [row["loss"] for row in of], "o", color=colour, markersize=4)
             tokens = f"{steps * DEMO.tokens / 1000:,.0f}k"
-            axes.annotate(tokens, (taken, average(of)), (3, 6), textcoords="offset points", color=colour,
-                          fontsize=8)
+            axes.annotate(tokens, (taken, average(of)), label_at, textcoords="offset points", color=colour,
+                          fontsize=8, ha="right" if who == "student" else "left")
 
     teacher = next(iter(rows.values()))["teacher_loss"]
     axes.axhline(teacher, color=ORANGE, linewidth=1.2, label="teacher")
