@@ -108,53 +108,56 @@ def layers():
     return runs
 
 
+# Sequences in a step, rate, AdamW's betas, and what else there is.
+STUDENTS_AGAIN = [
+    (4, "1.5e-3", "0.9 0.95"),
+    (4, "2e-3", "0.9 0.95"),
+    (4, "1.5e-3", "0.9 0.95", "--cos-weight 1"),
+    (4, "1.5e-3", "0.9 0.95", "--kd-weight 0.95 --clm-weight 0.05"),
+    (4, "1e-3", "0.9 0.95", "--schedule constant", "weights averaged"),
+    (4, "1.5e-3", "0.9 0.99"),
+    (2, "1e-3", "0.9 0.95"),
+    (2, "1.5e-3", "0.9 0.95"),
+    (2, "1e-3", "0.9 0.95", "--kd-weight 0.8 --clm-weight 0.2"),
+    (2, "1e-3", "0.9 0.95", "--grad-clip 0"),
+    (2, "1e-3", "0.8 0.98"),
+    (2, "1e-3", "0.9 0.99"),
+    (2, "7e-4", "0.9 0.99"),
+    (2, "1e-3", "0.9 0.999"),
+    (2, "7e-4", "0.9 0.999"),
+    (1, "7e-4", "0.9 0.95"),
+    (1, "7e-4", "0.9 0.999"),
+]
+CONTROLS_AGAIN = [
+    (8, "1e-3", "0.9 0.95"),
+    (8, "1e-3", "0.9 0.95", "--dropout 0.1 --attention-dropout 0"),
+    (16, "1.5e-3", "0.9 0.95"),
+    (8, "1e-3", "0.9 0.99"),
+    (8, "7e-4", "0.9 0.99"),
+    (4, "1e-3", "0.9 0.99"),
+    (4, "7e-4", "0.9 0.99"),
+    (4, "5e-4", "0.9 0.99"),
+    (2, "5e-4", "0.9 0.99"),
+    (8, "1e-3", "0.9 0.999"),
+    (4, "1e-3", "0.9 0.999"),
+    (4, "7e-4", "0.9 0.999"),
+    (4, "7e-4", "0.95 0.999"),
+    (4, "7e-4", "0.9 0.999", "--weight-decay 0.1"),
+    (2, "1e-3", "0.9 0.999"),
+    (2, "7e-4", "0.9 0.999"),
+    (2, "5e-4", "0.9 0.999"),
+    (2, "3.5e-4", "0.9 0.999"),
+]
+
+
 def tuning_again():
     """Round two, from layers 0,4,5 with a linear schedule, all at 614,400 tokens, seed 0."""
-    students = [  # sequences in a step, rate, AdamW's betas, and what else there is
-        (4, "1.5e-3", "0.9 0.95"),
-        (4, "2e-3", "0.9 0.95"),
-        (4, "1.5e-3", "0.9 0.95", "--cos-weight 1"),
-        (4, "1.5e-3", "0.9 0.95", "--kd-weight 0.95 --clm-weight 0.05"),
-        (4, "1e-3", "0.9 0.95", "--schedule constant", "weights averaged"),
-        (4, "1.5e-3", "0.9 0.99"),
-        (2, "1e-3", "0.9 0.95"),
-        (2, "1.5e-3", "0.9 0.95"),
-        (2, "1e-3", "0.9 0.95", "--kd-weight 0.8 --clm-weight 0.2"),
-        (2, "1e-3", "0.9 0.95", "--grad-clip 0"),
-        (2, "1e-3", "0.8 0.98"),
-        (2, "1e-3", "0.9 0.99"),
-        (2, "7e-4", "0.9 0.99"),
-        (2, "1e-3", "0.9 0.999"),
-        (2, "7e-4", "0.9 0.999"),
-        (1, "7e-4", "0.9 0.95"),
-        (1, "7e-4", "0.9 0.999"),
-    ]
-    controls = [
-        (8, "1e-3", "0.9 0.95"),
-        (8, "1e-3", "0.9 0.95", "--dropout 0.1 --attention-dropout 0"),
-        (16, "1.5e-3", "0.9 0.95"),
-        (8, "1e-3", "0.9 0.99"),
-        (8, "7e-4", "0.9 0.99"),
-        (4, "1e-3", "0.9 0.99"),
-        (4, "7e-4", "0.9 0.99"),
-        (4, "5e-4", "0.9 0.99"),
-        (2, "5e-4", "0.9 0.99"),
-        (8, "1e-3", "0.9 0.999"),
-        (4, "1e-3", "0.9 0.999"),
-        (4, "7e-4", "0.9 0.999"),
-        (4, "7e-4", "0.95 0.999"),
-        (4, "7e-4", "0.9 0.999", "--weight-decay 0.1"),
-        (2, "1e-3", "0.9 0.999"),
-        (2, "7e-4", "0.9 0.999"),
-        (2, "5e-4", "0.9 0.999"),
-        (2, "3.5e-4", "0.9 0.999"),
-    ]
     shared = "--student-layers 0,4,5 --schedule linear"
     runs = {}
-    for who, base, tried in (("student", f"{shared} --kd-weight 0.9 --clm-weight 0.1", students),
-                             ("control", f"{shared} {TEXT}", controls)):
+    for who, base, tried in (("student", f"{shared} --kd-weight 0.9 --clm-weight 0.1", STUDENTS_AGAIN),
+                             ("control", f"{shared} {TEXT}", CONTROLS_AGAIN)):
         for batch, lr, betas, *more in tried:
-            name = " ".join((f"again: {who}, batch {batch}, lr {lr}, betas {betas}", *more))
+            name = " ".join([f"again: {who}, batch {batch}, lr {lr}, betas {betas}", *more])
             flags = " ".join(flag for flag in more if flag.startswith("--"))
             steps = 2400 // batch
             settings = f"--batch-size {batch} --steps {steps} --lr {lr} --betas {betas} {flags}"

@@ -49,7 +49,7 @@ def effort(args):
     alone = control_of(args)
     had = f"The control had rate {alone.lr:g} and {sequences(alone)} sequences a step"
     if is_shipped_demo(args):
-        return f"{had},\nthe best of {CONTROLS_TRIED} settings that were tried: docs/atlas.md"
+        return f"{had},\nchosen among {CONTROLS_TRIED} settings that were tried: docs/atlas.md"
     if args.control_lr is None and args.control_batch_size is None:
         return f"{had},\nthe student's; --control-lr gives it a rate of its own."
     return f"{had}."

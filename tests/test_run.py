@@ -730,9 +730,9 @@ def test_the_verdict(losses, said):
 
 
 @pytest.mark.parametrize("argv, said", [
-    ([], "rate 0.0005 and 2 sequences a step,\nthe best of 31 settings that were tried: docs/atlas.md"),
+    ([], "rate 0.0005 and 2 sequences a step,\nchosen among 31 settings that were tried: docs/atlas.md"),
     (["--control-lr", "3e-4"], "rate 0.0003 and 2 sequences a step."),
-    (["--seed", "3", "--out", "x"], "the best of 31 settings that were tried: docs/atlas.md"),
+    (["--seed", "3", "--out", "x"], "chosen among 31 settings that were tried: docs/atlas.md"),
     (["--steps", "60"], "rate 0.0005 and 2 sequences a step."),  # nobody tuned it for these
     (["--data", "my_texts"], "rate 0.0005 and 2 sequences a step."),
     (["--betas", "0.8", "0.9"], "rate 0.0005 and 2 sequences a step."),
