@@ -762,8 +762,12 @@ def test_a_teacher_that_does_not_know_the_text(workshop, tmp_path, monkeypatch, 
     assert code == 0, error
     assert printed.count("does not know this text") == 2 and "xz" in printed
     assert "--teacher none --student" in printed and "again with --teacher tuned-teacher" in printed
-    advised = distill.parse_args([*argv, *re.search("again with (--teacher.*)", printed)[1].split()])
-    options.check(advised)  # it can be pasted
+
+    # Where no model was named, the teacher that is named now does not change the recipe.
+    own = ["--data", str(tmp_path / "cats.jsonl")]
+    advice = closing.tuning(distill.parse_args(own))
+    again = distill.parse_args([*own, *re.search("again with (--teacher.*)", advice)[1].split()])
+    assert (again.recipe, again.teacher) == ("demo", "tuned-teacher")
 
     args = distill.parse_args([])
     def warning(**losses):
