@@ -17,7 +17,7 @@ A study is a module `extras/NAME.py` that ends in
     if __name__ == "__main__":
         run_cli(STUDY.main)
 
-Its results are docs/PAGE.jsonl: one JSON object a line, each with the flags, seed, commit and date of its run.
+Its results are docs/PAGE.jsonl: one JSON object a line, with the flags, seed, commit and date of its run.
 Every table of docs/PAGE.md is written between the two marks `<!-- table: NAME -->` and `<!-- end -->`.
 """
 import json
@@ -27,6 +27,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -54,7 +55,7 @@ class Study:
     name: str  # the module: extras/NAME.py
     doc: str  # its docstring, for --help
     plan: dict  # {name of a run: its flags}, in the order in which the runs are made
-    one_run: Callable  # (name, flags) -> the row of that run, a dict
+    one_run: Callable  # (name, flags) -> the figures of that run, a dict
     tables: dict = field(default_factory=dict)  # {name in the page: rows -> lines of the table, as dicts}
     pictures: dict = field(default_factory=dict)  # {file in assets/: rows -> a Figure of matplotlib}
     page: str = ""  # docs/PAGE.md and docs/PAGE.jsonl; the name of the study if empty
@@ -94,7 +95,7 @@ class Study:
             if args.list:
                 print(self.show(done[name]) if name in done else "(to do)", name, "|", command)
             elif name not in done:
-                row = {"name": name, **self.one_run(name, command), **origin()}
+                row = {"name": name, "flags": command, **self.one_run(name, command), **origin()}
                 self.add(row)
                 print(self.show(row), name, flush=True)
 
@@ -125,8 +126,8 @@ class Study:
         def new_table(found):
             mark, name = found.groups()
             if name not in self.tables:
-                raise InputError(f"{self.file('.md')} has a place for a table {name!r}, which does not exist; "
-                                 f"there are {', '.join(self.tables)}")
+                raise InputError(f"{self.file('.md')} has a place for a table {name!r}, but the study only "
+                                 f"makes {', '.join(self.tables)}")
             return f"{mark}\n{format_table(self.tables[name](rows))}\n<!-- end -->"
 
         missing = [name for name in self.tables if f"<!-- table: {name} -->" not in text]
@@ -153,12 +154,12 @@ def origin():
 
 
 # ------------------------------------------------------------------------------------ a run
-def trained(command, score, losses_of=None, change=None, before=None):
-    """Train the student that `python distill.py COMMAND` would train. Returns the row of the run: its flags,
-    seed, steps and seconds, and the figures of `score(args, teacher, student, corpus, tokenizer)`, a dict.
+def trained(command, score, losses_of=None, change=None, around=None):
+    """Train the student that `python distill.py COMMAND` would train. Returns the figures of the run: its
+    seed, steps and seconds, and what `score(args, teacher, student, corpus, tokenizer)` returns, a dict.
 
     losses_of: takes the place of distill.losses_of. change: (teacher, student, corpus) -> the three that are
-    used instead. before: as `score`, but of the student before it is trained.
+    used instead. around: has the arguments of `score`, and returns a context in which the student is trained.
     """
     with tempfile.TemporaryDirectory() as folder:
         args = distill.parse_args(shlex.split(f"{command} --out {folder}/out"))
@@ -170,23 +171,26 @@ def trained(command, score, losses_of=None, change=None, before=None):
         corpus = distill.load_corpus(args, tokenizer)
         if change:
             teacher, student, corpus = change(teacher, student, corpus)
-        figures = before(args, teacher, student, corpus, tokenizer) if before else {}
+        parts = args, teacher, student, corpus, tokenizer
 
         # Who teaches: the teacher itself, its answers on disk, or for a control nobody.
         if args.teacher_cache:
             distill.cache_teacher(args, teacher, corpus, tokenizer.vocab_size, ranks)
         is_live = (args.kd_weight or args.cos_weight) and not args.teacher_cache
-        started = time.perf_counter()
-        with mock.patch.object(distill, "losses_of", losses_of or distill.losses_of):
+        with (
+            mock.patch.object(distill, "losses_of", losses_of or distill.losses_of),
+            around(*parts) if around else nullcontext(),
+        ):
+            started = time.perf_counter()
             distill.train(args, student, teacher if is_live else None, corpus, tokenizer.vocab_size, ranks)
-        seconds = time.perf_counter() - started
-        figures |= score(args, teacher, student, corpus, tokenizer)
-    return {"flags": command, "seed": args.seed, "steps": args.steps, "seconds": round(seconds, 1), **figures}
+            seconds = time.perf_counter() - started
+        figures = score(*parts)
+    return {"seed": args.seed, "steps": args.steps, "seconds": round(seconds, 1), **figures}
 
 
 # ------------------------------------------------------------------------------------ tables
 def arms(rows):
-    """{"reverse, seed 0": row, ...} -> {"reverse": [its rows, by seed]}. A name without a seed stays as it is."""
+    """{"reverse, seed 0": row, ...} -> {"reverse": [its rows, by seed]}; a name without a seed is an arm."""
     found = {}
     for name, row in rows.items():
         arm, _, _ = name.partition(", seed ")
