@@ -1,105 +1,104 @@
-"""Where a teacher pays: a plan of runs of the demo, one after the other, and what came of them.
+"""Where does a teacher pay off? A plan of 180 runs of the demo, and the page made of their results.
 
-    python -m extras.atlas                  what is not finished yet
-    python -m extras.atlas --only control   those whose name contains "control"
-    python -m extras.atlas --list           what there is, and what is done
+    python -m extras.atlas                  makes the runs that are missing; stop and start as you like
+    python -m extras.atlas --only control   only runs whose name contains "control"
+    python -m extras.atlas --list           prints the plan, and the result of each run that is done
+    python -m extras.atlas --page           makes the tables and the pictures of docs/atlas.md anew
 
 Read in this order:
-  plan       the runs, as data: a name, and the flags that make it differ from BASE
-  one_run    distill.py's own functions, and a row of figures
-  main       skips what docs/atlas.jsonl has, adds to it what it makes
+  plan              the runs, as data: a name, and the flags that BASE lacks
+  one_run, figures  what is trained and measured
+  TABLES            the tables of docs/atlas.md: the name of each, and the function that makes it
+  draw_budgets      where a teacher pays off, over seconds of training
+  draw_divergences  what each divergence is good for
 
-What is made of the rows is in extras/atlas_page.py.
-
-Each run is `python distill.py` with the flags that its row names ("weights averaged" adds what `averaged`
-does). Losses are in nats per token, on the modules that the demo holds out: 131,733 tokens, or as many of
-them as --eval-tokens says. Seconds are of training alone, and mean something only where nothing else ran;
-losses do not depend on that.
+Each run is `python distill.py` with BASE and the flags in its row ("weights averaged" also does what
+`averaged` does). Losses are in nats per token on the modules that the demo holds out: 131,733 tokens, or
+fewer if --eval-tokens says so. Seconds are of training alone. They only mean something if nothing else ran at
+the same time; losses do not depend on that.
 """
 import copy
-import shlex
-import tempfile
-import time
-from contextlib import contextmanager, nullcontext
+import math
+from contextlib import contextmanager
 from functools import partial
 from itertools import combinations
-from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import distill
-from extras.results import add_row, origin, read_rows
+from extras.plot import BLUE, GREEN, ORANGE, PURPLE, new_figure
+from extras.study import Study, arms, average, spread, trained
 from sample import draw
-from support import options
-from support.card import formula
-from support.cli import InputError, new_parser, pick_device, run_cli
-from support.runtime import Ranks, autocast, keep_memory
+from support.cli import run_cli
+from support.flags import RECIPES
+from support.ranks import autocast
 from support.scoring import validate
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "docs" / "atlas.jsonl"
-
-# What all runs share; the rest is the demo's. bf16, so that `auto` cannot decide otherwise elsewhere.
+# All runs share these flags; what they leave out keeps the demo's values. bf16 is named because the default,
+# `auto`, may choose another precision on another machine.
 BASE = "--no-control --precision bf16 --device cpu"
-ALONE = "--kd-weight 1 --clm-weight 0"  # what the teacher says, and nothing else
-TEXT = "--kd-weight 0 --clm-weight 1"  # what the control learns from
+ALONE = "--kd-weight 1 --clm-weight 0"  # learns from the teacher alone
+TEXT = "--kd-weight 0 --clm-weight 1"  # learns from the text alone, as the control does
 
-# What `python distill.py` runs: the best that tuning found for the student, and for its control.
+# The demo: the best settings that tuning found for the student, and for its control.
 SHARED = "--student-layers 0,4,5 --schedule linear --betas 0.9 0.999 --batch-size 2 --steps 1200"
 STUDENT = f"{SHARED} --lr 1e-3 {ALONE}"
 DEMO = f"{STUDENT} --kd-weight 0.9 --clm-weight 0.1"
 CONTROL = f"{SHARED} --lr 5e-4 {TEXT}"
 
-# The first recipe, where tuning began. Later flags win, so a run is one of these lines and what it changes.
+# The first recipe, where tuning began. The last of two equal flags wins, so a run is one of these lines and
+# its changes.
 FIRST = "--student-layers 0,2,5 --schedule cosine --betas 0.9 0.95 --steps 600 --batch-size 4"
 FIRST_STUDENT = f"{FIRST} --lr 1e-3 {ALONE}"
 FIRST_DEMO = f"{FIRST_STUDENT} --kd-weight 0.9 --clm-weight 0.1"
 FIRST_CONTROL = f"{FIRST} --lr 6e-4 {TEXT}"
 FIRST_BEST_CONTROL = f"{FIRST_CONTROL} --batch-size 8 --steps 300"
+
 SEEDS = (0, 1, 2)
 BUDGETS = (300, 600, 1200, 2400, 4800)  # steps
 LONGEST_CONTROL = 7500  # steps that a control makes in the seconds of the longest student
-FIRST_BUDGETS = (150, 300, 600, 1200, 2400)  # steps of twice as many tokens
+FIRST_BUDGETS = (150, 300, 600, 1200, 2400)  # steps, each of twice as many tokens
 
 
+# ------------------------------------------------------------------------------------ the plan
 def plan():
     """All runs, in the order in which they are made: {name: flags}."""
-    return tuning() | layers() | tuning_again() | one_change() | budgets() | exercises() | first_recipe()
+    return tuning() | layers() | tuning_again() | one_change() | budgets() | first_recipe()
+
+
+# Round one, from evenly spread layers, one change at a time: name, recipe, change, rates ({} in the others).
+ROUND_ONE = [
+    ("student lr {}", FIRST_STUDENT, "--lr {}", "5e-4 7e-4 1e-3 1.5e-3 2e-3"),
+    ("control lr {}", FIRST_CONTROL, "--lr {}", "2e-4 3e-4 4.5e-4 6e-4 1e-3"),
+    ("student batch 2 lr {}", FIRST_STUDENT, "--lr {} --batch-size 2 --steps 1200", "5e-4 7e-4 1e-3"),
+    ("control batch 2 lr {}", FIRST_CONTROL, "--lr {} --batch-size 2 --steps 1200", "2e-4 3e-4"),
+    ("control batch 8 lr {}", FIRST_CONTROL, "--lr {} --batch-size 8 --steps 300", "6e-4 1e-3"),
+    ("control batch 16 lr {}", FIRST_CONTROL, "--lr {} --batch-size 16 --steps 150", "1e-3"),
+    ("student cosine of hidden states", FIRST_STUDENT, "--cos-weight 1", ""),
+    # From here on the student also learns a little from the text, and the control has 8 sequences a step.
+    ("student linear schedule", FIRST_DEMO, "--schedule linear", ""),
+    ("student linear schedule lr {}", FIRST_DEMO, "--schedule linear --lr {}", "1.5e-3"),
+    ("control linear schedule lr {}", FIRST_BEST_CONTROL, "--schedule linear --lr {}", "6e-4 1e-3"),
+    ("student 150 steps lr {}", FIRST_DEMO, "--steps 150 --lr {}", "2e-3"),
+    ("control for 150 steps lr {}", FIRST_BEST_CONTROL, "--steps 75 --lr {}", "4e-4 1e-3"),
+    ("student layers 0,4,5", FIRST_DEMO, "--student-layers 0,4,5", ""),
+    ("control layers 0,4,5", FIRST_BEST_CONTROL, "--student-layers 0,4,5", ""),
+]
 
 
 def tuning():
-    """Round one, from the layers that are evenly spread: one thing at a time, seed 0."""
     runs = {}
-    for lr in ("5e-4", "7e-4", "1e-3", "1.5e-3", "2e-3"):
-        runs[f"tune student lr {lr}"] = f"{FIRST_STUDENT} --lr {lr}"
-    for lr in ("2e-4", "3e-4", "4.5e-4", "6e-4", "1e-3"):
-        runs[f"tune control lr {lr}"] = f"{FIRST_CONTROL} --lr {lr}"
-    for lr in ("5e-4", "7e-4", "1e-3"):
-        runs[f"tune student batch 2 lr {lr}"] = f"{FIRST_STUDENT} --lr {lr} --batch-size 2 --steps 1200"
-    for lr in ("2e-4", "3e-4"):
-        runs[f"tune control batch 2 lr {lr}"] = f"{FIRST_CONTROL} --lr {lr} --batch-size 2 --steps 1200"
-    for lr in ("6e-4", "1e-3"):
-        runs[f"tune control batch 8 lr {lr}"] = f"{FIRST_CONTROL} --lr {lr} --batch-size 8 --steps 300"
-    runs["tune control batch 16 lr 1e-3"] = f"{FIRST_CONTROL} --lr 1e-3 --batch-size 16 --steps 150"
-    runs["tune student cosine of hidden states"] = f"{FIRST_STUDENT} --cos-weight 1"
-
-    # From here on the student with a little of the text, and the control with 8 sequences a step.
-    runs["tune student linear schedule"] = f"{FIRST_DEMO} --schedule linear"
-    runs["tune student linear schedule lr 1.5e-3"] = f"{FIRST_DEMO} --schedule linear --lr 1.5e-3"
-    for lr in ("6e-4", "1e-3"):
-        runs[f"tune control linear schedule lr {lr}"] = f"{FIRST_BEST_CONTROL} --schedule linear --lr {lr}"
-    runs["tune student 150 steps lr 2e-3"] = f"{FIRST_DEMO} --steps 150 --lr 2e-3"
-    for lr in ("4e-4", "1e-3"):
-        runs[f"tune control for 150 steps lr {lr}"] = f"{FIRST_BEST_CONTROL} --steps 75 --lr {lr}"
-    runs["tune student layers 0,4,5"] = f"{FIRST_DEMO} --student-layers 0,4,5"
-    runs["tune control layers 0,4,5"] = f"{FIRST_BEST_CONTROL} --student-layers 0,4,5"
+    for name, recipe, change, rates in ROUND_ONE:
+        for lr in rates.split() or [""]:
+            runs[f"tune {name.format(lr)}"] = f"{recipe} {change.format(lr)}"
     return runs
 
 
 def layers():
-    """All 20 ways to take 3 of 6, before training and after 100 steps, on fewer held-out tokens. They were
-    enumerated between the two rounds of tuning, so with the settings of the first."""
+    """All 20 ways to keep 3 of 6 layers, before training and after 100 steps, on fewer held-out tokens. They
+    were tried between the two rounds of tuning, so with the settings of the first."""
     runs = {}
     for kept in combinations(range(6), 3):
         chosen = ",".join(map(str, kept))
@@ -108,7 +107,7 @@ def layers():
     return runs
 
 
-# Sequences in a step, rate, AdamW's betas, and what else there is.
+# Round two: sequences in a step, rate, AdamW's betas, and other changes.
 STUDENTS_AGAIN = [
     (4, "1.5e-3", "0.9 0.95"),
     (4, "2e-3", "0.9 0.95"),
@@ -151,7 +150,7 @@ CONTROLS_AGAIN = [
 
 
 def tuning_again():
-    """Round two, from layers 0,4,5 with a linear schedule, all at 614,400 tokens, seed 0."""
+    """Round two, from layers 0,4,5 with a linear schedule, all on 614,400 tokens, seed 0."""
     shared = "--student-layers 0,4,5 --schedule linear"
     runs = {}
     for who, base, tried in (("student", f"{shared} --kd-weight 0.9 --clm-weight 0.1", STUDENTS_AGAIN),
@@ -165,20 +164,41 @@ def tuning_again():
     return runs
 
 
+# What is compared at the demo's number of tokens: {arm: (its name in the tables, flags, seeds)}.
+DEMO_STEPS = RECIPES["demo"]["steps"]
+ARMS = {
+    f"student {DEMO_STEPS} steps": (
+        "0.9 KL and 0.1 CLM, T = 2 (**the demo**)", f"{DEMO} --steps {DEMO_STEPS}", SEEDS),
+    "forward": ("KL alone, T = 2", STUDENT, SEEDS),
+    "T 1": ("KL alone, T = 1", f"{STUDENT} --temperature 1", SEEDS),
+    "T 4": ("KL alone, T = 4", f"{STUDENT} --temperature 4", SEEDS),
+    "T 8": ("KL alone, T = 8", f"{STUDENT} --temperature 8", None),
+    "half and half": ("half KL and half CLM", f"{STUDENT} --kd-weight 0.5 --clm-weight 0.5", SEEDS),
+    "reverse": ("reverse KL alone", f"{STUDENT} --divergence reverse", SEEDS),
+    "reverse, T 1": ("reverse KL alone, T = 1", f"{STUDENT} --divergence reverse --temperature 1", None),
+    "jsd": ("JSD alone, mixture half and half", f"{STUDENT} --divergence jsd", SEEDS),
+    "on-policy half": (
+        "KL alone, half of the micro-batches on-policy", f"{STUDENT} --on-policy 0.5", SEEDS),
+    "layers 0,2,5": ("KL alone, layers 0,2,5", f"{STUDENT} --student-layers 0,2,5", None),
+    "layers 0,3,4": ("KL alone, layers 0,3,4", f"{STUDENT} --student-layers 0,3,4", None),
+    f"control {DEMO_STEPS} steps": (
+        "text alone, its own rate (**the control**)", f"{CONTROL} --steps {DEMO_STEPS}", SEEDS),
+    "random start": ("the demo from random weights", f"{DEMO} --student-init random", SEEDS),
+    "control, random start": (
+        "the control from random weights", f"{CONTROL} --student-init random", SEEDS),
+    "forward, random start": ("KL alone, from random weights", f"{STUDENT} --student-init random", None),
+}
+FIRST_ARMS = ("forward", "half and half", "reverse", "jsd")
+
+
 def one_change():
-    """Arms that differ in one thing from the teacher alone ("forward"), three seeds of each."""
-    arms = {
-        "forward": STUDENT,
-        "reverse": f"{STUDENT} --divergence reverse",
-        "jsd": f"{STUDENT} --divergence jsd",
-        "half and half": f"{STUDENT} --kd-weight 0.5 --clm-weight 0.5",
-        "T 1": f"{STUDENT} --temperature 1",
-        "T 4": f"{STUDENT} --temperature 4",
-        "on-policy half": f"{STUDENT} --on-policy 0.5",
-        "random start": f"{DEMO} --student-init random",
-        "control, random start": f"{CONTROL} --student-init random",
-    }
-    return {f"{arm}, seed {seed}": f"{flags} --seed {seed}" for seed in SEEDS for arm, flags in arms.items()}
+    runs = {}
+    for arm, (_, flags, seeds) in ARMS.items():
+        if seeds:
+            runs |= {f"{arm}, seed {seed}": f"{flags} --seed {seed}" for seed in seeds}
+        else:
+            runs[arm] = flags  # the default seed, 0
+    return runs
 
 
 def budgets():
@@ -192,28 +212,15 @@ def budgets():
     return runs
 
 
-def exercises():
-    """The README's exercises that are not above, seed 0."""
-    return {
-        "T 8": f"{STUDENT} --temperature 8",
-        "reverse, T 1": f"{STUDENT} --divergence reverse --temperature 1",
-        "layers 0,2,5": f"{STUDENT} --student-layers 0,2,5",
-        "layers 0,3,4": f"{STUDENT} --student-layers 0,3,4",
-        "forward, random start": f"{STUDENT} --student-init random",
-    }
-
-
 def first_recipe():
-    """The main arms once more, with the recipe that tuning began with: what holds for both is not owed to
-    the layers, the schedule or the batch of one."""
-    arms = {
-        "forward": FIRST_STUDENT,
-        "reverse": f"{FIRST_STUDENT} --divergence reverse",
-        "jsd": f"{FIRST_STUDENT} --divergence jsd",
-        "half and half": f"{FIRST_STUDENT} --kd-weight 0.5 --clm-weight 0.5",
-    }
-    runs = {f"first: {arm}, seed {seed}": f"{flags} --seed {seed}"
-            for seed in SEEDS for arm, flags in arms.items()}
+    """The main arms once more with the first recipe: a result that holds for both does not depend on the
+    layers, the schedule or the batch size of one of them."""
+    runs = {}
+    for seed in SEEDS:
+        for arm in FIRST_ARMS:
+            _, flags, _ = ARMS[arm]
+            runs[f"first: {arm}, seed {seed}"] = f"{flags.replace(STUDENT, FIRST_STUDENT)} --seed {seed}"
+
     for steps in FIRST_BUDGETS:
         for seed in SEEDS if steps <= 600 else (0,):
             half = f"--steps {steps // 2} --seed {seed}"
@@ -222,40 +229,72 @@ def first_recipe():
     return runs
 
 
-def set_up(flags, folder):
-    """What distill.py has before it trains. The run is written into a folder of `folder`, which is the
-    caller's to throw away."""
-    args = distill.parse_args(shlex.split(f"{flags} --out {folder}/out"))
-    args.device = pick_device(args.device)
-    options.check(args)
-    ranks = Ranks(args.device)
-    tokenizer, teacher, student = distill.load_models(args, ranks.device)
-    corpus = distill.load_corpus(args, tokenizer)
-    return args, ranks, tokenizer, teacher, student, corpus
-
-
+# ------------------------------------------------------------------------------------ one run
 def one_run(name, flags):
-    """Make a run and score it on the held-out text. Returns its row: a name, settings, figures."""
-    with tempfile.TemporaryDirectory() as folder:
-        args, ranks, tokenizer, teacher, student, corpus = set_up(f"{BASE} {flags}", folder)
+    """Make a run and score it on the held-out text. Returns its figures."""
+    before = {"before": None}
 
-        def score():
-            context = autocast(args, ranks.device)
-            bar, row = validate([teacher, student], corpus, tokenizer.vocab_size, args, context)
-            return {"loss": row["loss"], "teacher_loss": bar["loss"], "kl": row["KL to teacher"],
-                    "same_top_1": row["same top-1"]}
+    @contextmanager
+    def around(args, *parts):
+        if name.startswith("layers"):  # that table also has the loss before training
+            before["before"] = held_out(args, *parts)["loss"]
+        if "weights averaged" in name:
+            _, student, _, _ = parts
+            with averaged(student, args.steps):
+                yield
+        else:
+            yield
 
-        before = score()["loss"] if name.startswith("layers") else None  # which that table compares
-        started = time.perf_counter()
-        teaches = teacher if args.kd_weight or args.cos_weight else None
-        with averaged(student, args.steps) if "weights averaged" in name else nullcontext():
-            distill.train(args, student, teaches, corpus, tokenizer.vocab_size, ranks)
-        seconds = time.perf_counter() - started
-        found = score() | {"reverse_kl": reverse_kl(teacher, student, corpus, args)}
-        found |= sample_figures(teacher, student, corpus)
-    tokens = args.steps * args.batch_size * args.grad_accum * args.seq_len
-    return {"name": name, "flags": flags, "seed": args.seed, "objective": formula(args), "before": before,
-            **found, "steps": args.steps, "tokens": tokens, "seconds": round(seconds, 1), **origin()}
+    return before | trained(f"{BASE} {flags}", figures, around=around)
+
+
+def figures(args, teacher, student, corpus, tokenizer):
+    """All that a row has, besides its seed and times."""
+    parts = teacher, student, corpus
+    return {
+        "objective": args.objective,
+        **held_out(args, *parts, tokenizer),
+        "reverse_kl": reverse_kl(args, *parts),
+        **sample_figures(*parts),
+        "tokens": args.steps * args.batch_size * args.grad_accum * args.seq_len,
+    }
+
+
+def held_out(args, teacher, student, corpus, tokenizer):
+    """The student's figures from the table that distill.py prints, and the teacher's loss beside them."""
+    context = autocast(args, torch.device("cpu"))
+    bar, row = validate([teacher, student], corpus, tokenizer.vocab_size, args, context)
+    return {"loss": row["loss"], "teacher_loss": bar["loss"], "kl": row["KL to teacher"],
+            "same_top_1": row["same top-1"]}
+
+
+@torch.no_grad()
+def reverse_kl(args, teacher, student, corpus, blocks=80):
+    """KL(student || teacher) in nats per token at T = 1, on the first 20,480 held-out tokens."""
+    ids = torch.from_numpy(corpus.val[:blocks * args.seq_len].astype("int64"))
+    ids = ids.view(blocks, -1)  # (blocks, L)
+    total = 0.0
+    for batch in ids.split(8):
+        with autocast(args, torch.device("cpu")):
+            log_p, log_q = (network(batch).float().log_softmax(-1) for network in (teacher, student))
+        total += (log_q.exp() * (log_q - log_p)).sum().item()
+    return total / ids.numel()
+
+
+@torch.no_grad()
+def sample_figures(teacher, student, corpus, n=64, length=128):
+    """How the teacher likes the student's own texts, and how varied they are: {figure: value}.
+
+    n texts from the start of a document, drawn at temperature 1. distinct_3: the share of different triples
+    of tokens among all of them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    start = torch.full((n, 1), corpus.eot)
+    text = student.generate(start, length, partial(draw, generator=generator))  # (n, 1 + length)
+    log_p = copy.deepcopy(teacher).float()(text[:, :-1]).log_softmax(-1)
+    nll = -log_p.gather(-1, text[:, 1:, None]).mean().item()
+    triples = {tuple(triple) for triple in text[:, 1:].unfold(1, 3, 1).flatten(0, 1).tolist()}
+    return {"teacher_nll_of_samples": nll, "distinct_3": len(triples) / (n * (length - 2))}
 
 
 @contextmanager
@@ -273,76 +312,195 @@ def averaged(student, steps):
                 total += parameter.detach()
 
     hook = register_optimizer_step_post_hook(add)
-    yield
-    hook.remove()
+    try:
+        yield
+    finally:
+        hook.remove()
     for total, parameter in zip(sums, student.parameters(), strict=True):
         parameter.data.copy_(total / (steps // 4))
 
 
-@torch.no_grad()
-def reverse_kl(teacher, student, corpus, args, blocks=80):
-    """KL(student || teacher) in nats per token at T = 1, on the first 20,480 held-out tokens."""
-    ids = torch.from_numpy(corpus.val[:blocks * args.seq_len].astype("int64"))
-    ids = ids.view(blocks, -1)  # (blocks, L)
-    total = 0.0
-    for batch in ids.split(8):
-        with autocast(args, torch.device("cpu")):
-            log_p, log_q = (network(batch).float().log_softmax(-1) for network in (teacher, student))
-        total += (log_q.exp() * (log_q - log_p)).sum().item()
-    return total / ids.numel()
+# ------------------------------------------------------------------------------------ tables
+class Recipe(NamedTuple):
+    """What the runs of a recipe have in common, whatever their length."""
+    prefix: str  # of their names
+    budgets: tuple  # steps
+    tokens: int  # of a step
+    # Seconds of a step on a quiet machine, two threads (docs/speed.md). The runs of the atlas shared their
+    # machine with other work, so the seconds in their rows say little.
+    seconds: dict
 
 
-@torch.no_grad()
-def sample_figures(teacher, student, corpus, n=64, length=128):
-    """What the teacher thinks of the student's own text, and how varied that is: {figure: value}.
-
-    n texts from the start of a document, drawn at temperature 1. distinct_3: the share of different triples
-    of tokens among all.
-    """
-    generator = torch.Generator().manual_seed(0)
-    start = torch.full((n, 1), corpus.eot)
-    text = student.generate(start, length, partial(draw, generator=generator))  # (n, 1 + length)
-    log_p = copy.deepcopy(teacher).float()(text[:, :-1]).log_softmax(-1)
-    nll = -log_p.gather(-1, text[:, 1:, None]).mean().item()
-    triples = {tuple(triple) for triple in text[:, 1:].unfold(1, 3, 1).flatten(0, 1).tolist()}
-    return {"teacher_nll_of_samples": nll, "distinct_3": len(triples) / (n * (length - 2))}
-
-
-def finished():
-    """{name: row} of what RESULTS has."""
-    return read_rows(RESULTS)
+OF_DEMO = Recipe("", (*BUDGETS, LONGEST_CONTROL), 512, {"student": 0.0630, "control": 0.0408})
+OF_FIRST = Recipe("first: ", FIRST_BUDGETS, 1024, {"student": 0.138, "control": 0.085})
+DIVERGENCES = {  # {arm: its name in the picture}
+    "forward": "forward",
+    "reverse": "reverse",
+    "jsd": "jsd",
+    "on-policy half": "forward,\non-policy",
+}
+MEASURES = {  # {column of a row: its name in the picture}
+    "loss": "held-out loss",
+    "kl": "KL(teacher || student)",
+    "reverse_kl": "KL(student || teacher)",
+    "teacher_nll_of_samples": "teacher's loss on\nthe student's texts",
+    "distinct_3": "different 3-grams\nin these texts",
+}
 
 
-# ------------------------------------------------------------------------------------ the command
-def parse_args(argv=None):
-    parser = new_parser(__doc__, "python -m extras.atlas [options]")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only runs with this in their name")
-    parser.add_argument("--list", action="store_true",
-                        help="show all runs, and what those that are done came to")
-    parser.add_argument("--backwards", action="store_true",
-                        help="from the last run to the first: for a second process beside another")
-    return parser.parse_args(argv)
+def tuning_table(rows, prefix):
+    """All settings of student and control in a round of tuning, whose names begin with `prefix`."""
+    return [
+        {
+            "tried": name.removeprefix(prefix),
+            "held-out loss": f"{row['loss']:.4f}",
+            "KL to teacher": f"{row['kl']:.4f}",
+        }
+        for name, row in rows.items() if name.startswith(prefix)
+    ]
 
 
-def main():
-    args = parse_args()
-    runs = {name: flags for name, flags in plan().items() if args.only in name}
-    if not runs:
-        raise InputError(f"--only {args.only}: no run of the plan has this in its name; see --list")
-    if args.list:
-        done = finished()
-        for name, flags in runs.items():
-            print(f"{done[name]['loss']:.4f}" if name in done else "      ", name, "|", flags)
-        return
+def arms_table(rows, names=ARMS, prefix=""):
+    """One change at a time, on the demo's number of tokens."""
+    lines = []
+    for arm in names:
+        title, _, _ = ARMS[arm]
+        if seeds := arms(rows).get(prefix + arm):
+            lines.append({
+                "arm": title,
+                "seeds": len(seeds),
+                "held-out loss": spread(seeds),
+                "KL to teacher": f"{average(seeds, 'kl'):.4f}",
+                "same top-1": f"{average(seeds, 'same_top_1'):.3f}",
+            })
+    return lines
 
-    keep_memory()
-    for name, flags in reversed(runs.items()) if args.backwards else runs.items():
-        if name in finished():  # read again each time: another process may be at work
-            continue
-        row = one_run(name, flags)
-        add_row(RESULTS, row)
-        print(f"{row['loss']:.4f} {row['seconds']:6.0f} s  {name}", flush=True)
 
+def measures_table(rows):
+    """What the divergences change besides the loss."""
+    lines = []
+    for arm in DIVERGENCES:
+        if seeds := [row for row in arms(rows).get(arm, []) if "distinct_3" in row]:
+            title, _, _ = ARMS[arm]
+            line = {"arm": title, "seeds": len(seeds)}
+            for column, title in MEASURES.items():
+                in_one_line = title.replace("\n", " ").replace("|", r"\|")
+                line[in_one_line] = f"{average(seeds, column):.4f}"
+            lines.append(line)
+    return lines
+
+
+def layers_table(rows):
+    """All ways to keep three layers, the best after 100 steps first."""
+    tried = [(name.split()[1].rstrip(","), row) for name, row in rows.items() if name.endswith(", 100 steps")]
+    tried.sort(key=lambda pair: pair[1]["loss"])
+    return [{"layers": kept, "before": f"{row['before']:.3f}", "after 100 steps": f"{row['loss']:.3f}"}
+            for kept, row in tried]
+
+
+def budget_points(rows, who, recipe):
+    """[(steps, seconds, rows of the seeds)] of the student or the control, by budget."""
+    found = arms(rows)
+    points = []
+    for steps in recipe.budgets:
+        if seeds := found.get(f"{recipe.prefix}{who} {steps} steps"):
+            points.append((steps, steps * recipe.seconds[who], seeds))
+    return points
+
+
+def control_after(rows, seconds, recipe):
+    """The control's mean loss after so many seconds: a straight line over log(seconds) between its budgets,
+    and None beyond them."""
+    points = budget_points(rows, "control", recipe)
+    times = [math.log(taken) for _, taken, _ in points]
+    if not times or not times[0] <= math.log(seconds) <= times[-1]:
+        return None
+    return float(np.interp(math.log(seconds), times, [average(seeds) for _, _, seeds in points]))
+
+
+def budgets_table(rows, recipe):
+    """Student and control on the same number of tokens, and in the same time."""
+    teacher = next(iter(rows.values()))["teacher_loss"]
+    controls = {steps: seeds for steps, _, seeds in budget_points(rows, "control", recipe)}
+
+    def share(student, control):
+        return "" if control is None else f"{(control - student) / (control - teacher):.0%}"
+
+    lines = []
+    for steps, seconds, seeds in budget_points(rows, "student", recipe):
+        student = average(seeds)
+        at_equal_tokens = average(controls[steps]) if steps in controls else None
+        at_equal_seconds = control_after(rows, seconds, recipe)
+        lines.append({
+            "tokens": f"{steps * recipe.tokens:,}",
+            "seconds": f"{seconds:.0f}",
+            "seeds": len(seeds),
+            "student": spread(seeds),
+            "control, equal tokens": spread(controls[steps]) if steps in controls else "",
+            "closes": share(student, at_equal_tokens),
+            "control, equal seconds": "" if at_equal_seconds is None else f"{at_equal_seconds:.3f}",
+            "closes then": share(student, at_equal_seconds),
+        })
+    return lines
+
+
+TABLES = {
+    "tuning": partial(tuning_table, prefix="tune "),
+    "tuning_again": partial(tuning_table, prefix="again: "),
+    "arms": arms_table,
+    "first_arms": partial(arms_table, names=FIRST_ARMS, prefix=OF_FIRST.prefix),
+    "measures": measures_table,
+    "budgets": partial(budgets_table, recipe=OF_DEMO),
+    "first_budgets": partial(budgets_table, recipe=OF_FIRST),
+    "layers": layers_table,
+}
+
+
+# ------------------------------------------------------------------------------------ pictures
+def draw_budgets(rows):
+    """Held-out loss over seconds of training, student and control; each budget is a run of its own."""
+    figure = new_figure()
+    axes = figure.subplots()
+    for who, colour, label_at in (("student", BLUE, (0, -13)), ("control", PURPLE, (3, 6))):
+        points = budget_points(rows, who, OF_DEMO)
+        seconds = [taken for _, taken, _ in points]
+        axes.plot(seconds, [average(seeds) for _, _, seeds in points], "-", color=colour, label=who)
+        for steps, taken, seeds in points:
+            axes.plot([taken] * len(seeds), [row["loss"] for row in seeds], "o", color=colour, markersize=4)
+            tokens = f"{steps * OF_DEMO.tokens / 1000:,.0f}k"
+            axes.annotate(tokens, (taken, average(seeds)), label_at, textcoords="offset points",
+                          color=colour, fontsize=8, ha="right" if who == "student" else "left")
+
+    teacher = next(iter(rows.values()))["teacher_loss"]
+    axes.axhline(teacher, color=ORANGE, linewidth=1.2, label="teacher")
+    axes.set(xscale="log", ylabel="held-out loss, nats per token",
+             xlabel="seconds of training on two CPU cores (beside the points: tokens)")
+    axes.set_xticks([10, 20, 50, 100, 200, 300])
+    axes.xaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}")
+    axes.minorticks_off()
+    axes.legend(frameon=False, labelcolor="linecolor")
+    axes.grid()
+    return figure
+
+
+def draw_divergences(rows):
+    """What each divergence is good for: five measures, a point for each seed."""
+    figure = new_figure(height=3.2)
+    panels = figure.subplots(1, len(MEASURES))
+    for axes, (column, title) in zip(panels, MEASURES.items(), strict=True):
+        for x, arm in enumerate(DIVERGENCES):
+            values = [row[column] for row in arms(rows).get(arm, []) if column in row]
+            axes.plot([x] * len(values), values, "o", color=(BLUE, ORANGE, GREEN, PURPLE)[x], alpha=0.8)
+        axes.set_title(title, fontsize=8)
+        axes.set_xticks(range(len(DIVERGENCES)), DIVERGENCES.values(), rotation=60, fontsize=8)
+        axes.margins(x=0.15)
+        axes.grid(axis="y")
+        axes.tick_params(axis="y", labelsize=8)
+    return figure
+
+
+PICTURES = {"atlas-budgets.png": draw_budgets, "atlas-divergences.png": draw_divergences}
+STUDY = Study("atlas", __doc__, plan(), one_run, TABLES, PICTURES)
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(STUDY.main)

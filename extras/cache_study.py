@@ -1,59 +1,56 @@
-"""What the teacher on disk is worth: students of the live teacher, of draws from it, of its likeliest tokens.
+"""How good are the students of a teacher on disk? The live teacher, draws from it, or its likeliest tokens.
 
-    python -m extras.cache_study                  what is not finished yet
-    python -m extras.cache_study --only "seed 1"  those whose name contains this
-    python -m extras.cache_study --list           all, and what is done
-    python -m extras.cache_study --table          puts the table into its page
+    python -m extras.cache_study                  makes the runs that are missing; stop and start as you like
+    python -m extras.cache_study --only "seed 1"  only runs whose name contains this
+    python -m extras.cache_study --list           prints the plan, and the result of each run that is done
+    python -m extras.cache_study --page           makes the table of docs/teacher-cache.md anew
 
 Read in this order:
   ARMS               what is compared
-  likeliest_losses   the usual way to keep a teacher, which is not in the product as it is biased
-  calibration_error  whether a model is as often right as it says
+  likeliest_losses   the usual way to keep a teacher's answers, which the product does not have: it is biased
+  calibration_error  is a model right as often as it claims?
   figures            all that is measured on the held-out text
-  one_run            distill.py's own functions, and a row of figures
-  table              what came of it, for docs/teacher-cache.md
 
-Each run is `python distill.py` with the flags that its row names, the first recipe of extras/atlas.py and
-perhaps a cache; what comes of it is a line of docs/teacher-cache.jsonl. Caches that are not there are made
-first. Losses are in nats per token, on the modules that the demo holds out.
+Each run is `python distill.py` with the flags in its row: the first recipe of extras/atlas.py, and a cache in
+the folder `caches`, which is made if it is missing (400 MB in all). Losses are in nats per token on the
+modules that the demo holds out.
 
 Shapes: B sequences, L tokens of each, N = B * L, V vocabulary.
 Reference: Guo et al. 2017, On Calibration of Modern Neural Networks (arXiv 1706.04599).
 """
-import shlex
-import tempfile
-import time
-from pathlib import Path
-from statistics import mean
-from typing import NamedTuple
-from unittest import mock
-
 import torch
 from torch.nn import functional as F
 
-import distill
-from extras.atlas import BASE, FIRST_DEMO, set_up
-from extras.atlas_page import arms, spread
-from extras.results import add_row, origin, read_rows
-from support.chunked_loss import chunked_losses
-from support.cli import InputError, format_table, new_parser, run_cli, user_path
-from support.files import replaced
-from support.runtime import autocast, keep_memory
+from distill import losses_of
+from extras.atlas import BASE, FIRST_DEMO, SEEDS
+from extras.study import Study, arms, average, spread, trained
+from support.cli import run_cli
+from support.ranks import autocast
 from support.scoring import held_out_batches
-from support.sparse_loss import Draws
+from support.teacher_cache import Draws
 
-DOCS = Path(__file__).parent.parent / "docs"
-RESULTS = DOCS / "teacher-cache.jsonl"
-PAGE = DOCS / "teacher-cache.md"
-SEEDS = (0, 1, 2)
-LIKELIEST = 12  # as many as the product draws
+LIKELIEST = 12  # tokens; the product draws the same number
+ARMS = {  # {arm: its flags}
+    "live teacher": "",
+    "50 draws": "--teacher-cache caches/50 --cache-draws 50",
+    "12 draws": "--teacher-cache caches/12 --cache-draws 12",
+    "4 draws": "--teacher-cache caches/4 --cache-draws 4",
+    "likeliest 12": "",  # see likeliest_losses
+}
 
 
-# ------------------------------------------------------------------------------------ what is compared
+def plan():
+    return {f"{arm}, seed {seed}": f"{BASE} {FIRST_DEMO} --seed {seed} {flags}".rstrip()
+            for seed in SEEDS for arm, flags in ARMS.items()}
+
+
+def one_run(name, flags):
+    return trained(flags, figures, likeliest_losses if name.startswith("likeliest") else None)
+
+
 def likeliest_losses(student_hidden, student_head, teacher_hidden, teacher_head, targets, settings):
-    """The loss if all that is kept of the teacher are its likeliest tokens, with probabilities that are made
-    to sum to 1: what most who keep a teacher's answers do. Arguments and result as distill.LOSSES has them.
-    """
+    """The loss if only the teacher's likeliest tokens are kept, their probabilities scaled to sum to 1, as
+    most code that keeps a teacher's answers does. Arguments and result are those of distill.losses_of."""
     counted = targets != -100
     t = F.linear(teacher_hidden[counted], teacher_head).float()  # (n, V)
     top = (t / settings.temperature).softmax(-1).topk(LIKELIEST)
@@ -62,69 +59,47 @@ def likeliest_losses(student_hidden, student_head, teacher_hidden, teacher_head,
     entropy = torch.special.entr(weights).sum(-1)
     clm = F.cross_entropy(t, targets[counted], reduction="none")
     answers = Draws(top.indices, weights, entropy, clm)
-    return chunked_losses(student_hidden, student_head, answers, None, targets, settings)
-
-
-class Arm(NamedTuple):
-    """A way for a student to learn from the demo's teacher."""
-    draws: int | None = None  # in a cache, made by distill.py's own code; None: the teacher itself
-    losses: dict = {}  # what replaces an entry of distill.LOSSES
-
-
-ARMS = {
-    "live teacher": Arm(),
-    "50 draws": Arm(draws=50),
-    "12 draws": Arm(draws=12),
-    "4 draws": Arm(draws=4),
-    "likeliest 12": Arm(losses={"chunked": likeliest_losses}),
-}
-
-
-def plan():
-    """All runs, in the order in which they are made: {name: (arm, seed)}."""
-    return {f"{name}, seed {seed}": (arm, seed) for seed in SEEDS for name, arm in ARMS.items()}
-
-
-def flags_of(arm, seed, caches):
-    """What makes a run differ from `python distill.py`. caches: the folder in which all caches lie."""
-    cache = f" --teacher-cache {shlex.quote(f'{caches}/{arm.draws}')} --cache-draws {arm.draws}"
-    return f"{BASE} {FIRST_DEMO} --seed {seed}" + (cache if arm.draws else "")
+    return losses_of(student_hidden, student_head, answers, None, targets, settings)
 
 
 # ------------------------------------------------------------------------------------ what is measured
 def calibration_error(confidence, reference, n_bins=15):
     """How far a model's confidence is from how often it is right: 0 for a model that knows what it knows.
 
-    confidence (n,): probability of the token that it finds likeliest; reference (n,): 1 where that token is
-    right, or a better model's probability of it. Tokens with similar confidence share one of n_bins bins of
-    equal width. The error is the distance between the two means in a bin, averaged over tokens: the expected
-    calibration error of Guo et al. 2017, section 2.
+    confidence (n,): probability of the token that it finds likeliest; reference (n,): 1 if that token is
+    right, or the probability that a better model gives to it. Tokens with similar confidence share one of
+    n_bins bins of equal width. The error is the distance between the two means in a bin, averaged over
+    tokens: the expected calibration error of Guo et al. 2017, section 2.
     """
-    bins = (confidence.double() * n_bins).ceil().long() - 1  # a bin has its upper end
+    bins = (confidence.double() * n_bins).ceil().long() - 1  # a bin includes its upper end
     gaps = torch.zeros(n_bins, dtype=torch.float64)
     gaps.index_add_(0, bins.clamp(min=0), confidence.double() - reference.double())
     return gaps.abs().sum().item() / len(confidence)
 
 
 @torch.no_grad()
-def figures(teacher, student, corpus, vocab_size, args):
-    """Figures of the student on the held-out text, and of the teacher beside it: {name: value}."""
+def figures(args, teacher, student, corpus, tokenizer):
+    """Figures of the student on the held-out text, and under "teacher" those of the teacher."""
     columns = {"student": [], "teacher": []}
     for ids, targets in held_out_batches(corpus, args, "cpu"):
         with autocast(args, torch.device("cpu")):
-            t, s = (F.linear(network.hidden(ids).flatten(0, 1), network.head_weight[:vocab_size]).float()
-                    for network in (teacher, student))  # each (N, V)
-        log_p = t.log_softmax(-1)
-        for name, logits in (("student", s), ("teacher", t)):
-            columns[name].append(columns_of(logits.log_softmax(-1), log_p, targets.flatten()))
+            log_p = log_probabilities(teacher, ids, tokenizer.vocab_size)  # (N, V)
+            log_q = log_probabilities(student, ids, tokenizer.vocab_size)
+        columns["teacher"].append(columns_of(log_p, log_p, targets.flatten()))
+        columns["student"].append(columns_of(log_q, log_p, targets.flatten()))
 
     found = {name: summary(torch.cat(parts, 1)) for name, parts in columns.items()}
-    return found["student"] | {"teacher": found["teacher"]}
+    return {**found["student"], "teacher": found["teacher"]}
+
+
+def log_probabilities(network, ids, vocab_size):
+    hidden = network.hidden(ids).flatten(0, 1)  # (N, C)
+    return F.linear(hidden, network.head_weight[:vocab_size]).float().log_softmax(-1)
 
 
 def columns_of(log_q, log_p, targets):
-    """A model's and its teacher's log-probabilities (N, V), targets (N,) -> six figures of each token,
-    (6, N), in the order of `summary`."""
+    """Log-probabilities of a model and of its teacher, (N, V), and targets (N,) -> six figures of each token,
+    (6, N), in the order in which `summary` takes them."""
     nll = -log_q.gather(1, targets[:, None])[:, 0]
     kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
     log_confidence, top = log_q.max(-1)
@@ -134,7 +109,7 @@ def columns_of(log_q, log_p, targets):
 
 
 def summary(columns):
-    """Columns of all tokens, (6, n) -> the figures of a model, by name."""
+    """Six figures of each token, (6, n) -> the figures of a model."""
     nll, kl, same, confidence, right, teachers = columns.double()
     return {
         "loss": nll.mean().item(),
@@ -148,102 +123,34 @@ def summary(columns):
     }
 
 
-def one_run(name, caches):
-    """Make a run and score it. Returns its row: a name, flags, figures."""
-    arm, seed = plan()[name]
-    flags = flags_of(arm, seed, caches)
-    with tempfile.TemporaryDirectory() as folder:
-        args, ranks, tokenizer, teacher, student, corpus = set_up(flags, folder)
-        if arm.draws:
-            distill.cache_teacher(args, teacher, corpus, tokenizer.vocab_size, ranks)
-
-        started = time.perf_counter()
-        with mock.patch.dict(distill.LOSSES, arm.losses):
-            distill.train(
-                args, student, None if arm.draws else teacher, corpus, tokenizer.vocab_size, ranks)
-        seconds = time.perf_counter() - started
-        found = figures(teacher, student, corpus, tokenizer.vocab_size, args)
-    return {"name": name, "flags": flags, "seed": seed, **found, "steps": args.steps,
-            "seconds": round(seconds, 1), **origin()}
-
-
-def table(rows):
-    """{name: row} -> the table of the page: for each arm the mean over its seeds, and the range."""
-    by_arm = arms(rows)
+# ------------------------------------------------------------------------------------ the table
+def arms_table(rows):
+    """For each arm the mean over its seeds, and the range of the losses."""
+    found = arms(rows)
     lines = []
-    for name in ARMS:
-        if of := by_arm.get(name):
-            lines.append(line(name, {column: spread(of, column) for column in ("loss", "kl")}, of))
-    teachers = [row["teacher"] for row in rows.values()]
-    lines.append(line("the teacher itself", {"loss": f"{teachers[0]['loss']:.4f}", "kl": "0"}, teachers))
-    return format_table(lines)
+    for arm in ARMS:
+        if seeds := found.get(arm):
+            lines.append(line(arm, spread(seeds), spread(seeds, "kl"), seeds))
+
+    teachers = [row["teacher"] for row in rows.values()]  # the same in all rows
+    lines.append(line("the teacher itself", f"{teachers[0]['loss']:.4f}", "0", teachers))
+    return lines
 
 
-def line(name, losses, of):
-    """A line of the table. of: rows of figures, over which all but `losses` are averaged."""
-    def average(column):
-        return f"{mean(row[column] for row in of):.3f}"
-
+def line(arm, loss, kl, seeds):
     return {
-        "learns from": name,
-        "held-out loss": losses["loss"],
-        "KL to teacher": losses["kl"],
-        "same top-1": average("same_top_1"),
-        "confidence": average("confidence"),
-        "right": average("right"),
-        "ECE, text": average("ece_text"),
-        "ECE, teacher": average("ece_teacher"),
+        "learns from": arm,
+        "held-out loss": loss,
+        "KL to teacher": kl,
+        "same top-1": f"{average(seeds, 'same_top_1'):.3f}",
+        "confidence": f"{average(seeds, 'confidence'):.3f}",
+        "right": f"{average(seeds, 'right'):.3f}",
+        "ECE, text": f"{average(seeds, 'ece_text'):.3f}",
+        "ECE, teacher": f"{average(seeds, 'ece_teacher'):.3f}",
     }
 
 
-def fill(page, rows):
-    """The text of the page, with the table between its two marks made anew."""
-    before, _, rest = page.partition("<!-- table -->\n")
-    _, _, after = rest.partition("<!-- end -->")
-    if not after:
-        raise InputError(f"{PAGE} has no place for the table: a line <!-- table --> and a line <!-- end -->")
-    return f"{before}<!-- table -->\n{table(rows)}\n<!-- end -->{after}"
-
-
-# ------------------------------------------------------------------------------------ the command
-def parse_args(argv=None):
-    parser = new_parser(__doc__, "python -m extras.cache_study [options]")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only runs with this in their name")
-    parser.add_argument("--list", action="store_true",
-                        help="show all runs, and what those that are done came to")
-    parser.add_argument("--table", action="store_true",
-                        help=f"put the table of what is done into docs/{PAGE.name}")
-    parser.add_argument("--caches", type=user_path, default="caches", metavar="DIR",
-                        help="where the caches lie, or are made: 400 MB in all")
-    return parser.parse_args(argv)
-
-
-def main():
-    args = parse_args()
-    names = [name for name in plan() if args.only in name]
-    if not names:
-        raise InputError(f"--only {args.only}: no run of the plan has this in its name; see --list")
-    done = read_rows(RESULTS)
-    if args.list:
-        for name in names:
-            print(f"{done[name]['loss']:.4f}" if name in done else "      ", name)
-        return
-    if args.table:
-        if not done:
-            raise InputError(f"{RESULTS} has no runs yet: python -m extras.cache_study makes them")
-        text = fill(PAGE.read_text(encoding="utf-8"), done)
-        with replaced(PAGE) as file:
-            file.write_text(text, encoding="utf-8")
-        return
-
-    keep_memory()
-    for name in names:
-        if name in read_rows(RESULTS):  # read again each time: another process may be at work
-            continue
-        row = one_run(name, args.caches)
-        add_row(RESULTS, row)
-        print(f"{row['loss']:.4f} {row['seconds']:6.0f} s  {name}", flush=True)
-
+STUDY = Study("cache_study", __doc__, plan(), one_run, {"arms": arms_table}, page="teacher-cache")
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(STUDY.main)

@@ -1,6 +1,6 @@
 """The runner of all studies: a plan of runs, a row of figures for each of them, and a page made of the rows.
 
-    python -m extras.atlas                  makes the runs that are missing; stop and start it as you like
+    python -m extras.atlas                  makes the runs that are missing; stop and start as you like
     python -m extras.atlas --only control   only runs whose name contains "control"
     python -m extras.atlas --list           prints the plan, and the result of each run that is done
     python -m extras.atlas --page           makes the tables and the pictures of docs/atlas.md anew
