@@ -50,7 +50,7 @@ from support.documents import open_data
 from support.hub import hub_error
 from support.progress import open_bar
 from support.readers import READERS, ending, read_file, text_of
-from support.scoring import SCORES, compare, score
+from support.scoring import SCORES, compare, ratio, score
 from support.tokenizer import load_tokenizer
 from support.wikitext import detokenize_wikitext, wikitext_articles
 
@@ -225,7 +225,7 @@ def evaluate(models, texts, args, tokenizer):
     if not windows:
         raise InputError(f"{args.data} is too short: no window for {args.protocol}, --context {args.context}")
 
-    scores = score_windows(models, windows, args, tokenizer.vocab_size)  # (M, 5, windows)
+    scores = score_windows(models, windows, args, tokenizer.vocab_size)  # (M, 6, windows)
     results = {}
     for (name, model), sums in zip(models.items(), scores, strict=True):
         speed = tokens_per_second(model, windows, args, tokenizer.vocab_size)
@@ -237,11 +237,11 @@ def evaluate(models, texts, args, tokenizer):
 
 
 def score_windows(models, windows, args, vocab_size):
-    """SCORES of each model in each window: (M, 5, windows)."""
+    """SCORES of each model in each window: (M, 6, windows)."""
     scores = torch.zeros(len(models), len(SCORES), len(windows), dtype=torch.float64)
     for i in open_bar(range(0, len(windows), args.batch_size), args.protocol, unit="batch"):
         ids, targets = collate(windows[i:i + args.batch_size], args.device)
-        sums = score(models.values(), ids, targets, vocab_size)  # (M, 5, B)
+        sums = score(models.values(), ids, targets, vocab_size)  # (M, 6, B)
         for name, nll in zip(models, sums[:, 0], strict=True):
             if not nll.isfinite().all():
                 raise InputError(f"{name}: its logits are NaN or infinite, so it has no perplexity: the "
@@ -276,12 +276,12 @@ def tokens_per_second(model, windows, args, vocab_size):
 
 # ------------------------------------------------------------------------------------ figures
 def figures(scores, windows, protocol, several):
-    """SCORES (5, windows) of one model -> {name: count, or (value, standard error)}.
+    """SCORES (6, windows) of one model -> {name: count, or (value, standard error)}.
 
     One NLL gives all perplexities: exp(NLL / words), exp(NLL / bytes), and exp(NLL / tokens), which cannot be
     compared between tokenizers. Bits per byte is NLL / bytes in bits. With `several` models: KL to the first.
     """
-    nll, kl, agree, right, tokens = scores
+    nll, kl, agree, _, right, tokens = scores
     pairs = [(window.words, window.bytes) for window in windows]
     words, size = torch.tensor(pairs, dtype=torch.float64).T  # each (windows)
     counts = {"token": tokens, "word": words, "byte": size}
@@ -303,14 +303,6 @@ def figures(scores, windows, protocol, several):
             mean, error = (number.item() for number in value)
             result[name] = (mean, error) if len(windows) > 1 else mean
     return result
-
-
-def ratio(totals, counts):
-    """sum(totals) / sum(counts) over windows, and its standard error, to first order."""
-    n = len(totals)
-    mean = totals.sum() / counts.sum()
-    error = (totals - mean * counts).norm() / counts.sum() * math.sqrt(n / max(1, n - 1))
-    return mean, error
 
 
 def report(results, args):

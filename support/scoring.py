@@ -1,10 +1,12 @@
-"""How models do on tokens that they have not written: the only place where evaluation has logits.
+"""How well models predict text that they have not written. Only this file holds logits for evaluation.
 
-  score      one batch of tokens -> sums for each model and sequence
-  compare    many batches -> sums for each model
-  validate   the rows of the table that a run of distill.py prints
+  score            one batch of tokens -> sums for each model and sequence
+  compare          many batches -> sums for each model
+  score_held_out   the held-out text of a run -> sums for each model and window
+  table_rows       these sums -> the rows of the table that a run prints; validate does both
+  difference       how far two models are apart on the same windows, with its noise
 
-Shapes: M models, B sequences, L tokens of each, N = B * L, C width, V vocabulary.
+Shapes: M models, B sequences, L tokens of each, N = B * L, C width, V vocabulary, W windows.
 """
 import math
 
@@ -14,9 +16,10 @@ from torch.nn import functional as F
 from support.cli import InputError
 
 SCORES = (  # what is summed over tokens
-    "nll",  # negative log-likelihood in nats, over all logits, as for anyone who loads it
+    "nll",  # negative log-likelihood in nats, over all logits, as anyone who loads the model would compute it
     "kl",  # KL(first model || model) in nats, over the tokens that both know
     "agree",  # the likeliest token is the first model's
+    "accepted",  # sum over V of min(p, q): the chance that the first model keeps a token drafted by this one
     "right",  # the likeliest token is the target
     "tokens",
 )
@@ -24,12 +27,12 @@ SCORES = (  # what is summed over tokens
 
 @torch.no_grad()
 def score(models, ids, targets, vocab_size, chunk_size=512):
-    """SCORES (M, 5, B): sums over the `targets` (B, L) that follow `ids` (B, L) and are not -100.
+    """SCORES (M, 6, B): sums over the `targets` (B, L) that follow `ids` (B, L) and are not -100.
 
-    The KL is over the first `vocab_size` logits: those beyond only pad, and not each model has as many.
-    Logits exist for `chunk_size` tokens at a time.
+    Two models are compared over the first `vocab_size` logits: those beyond are padding, and models differ in
+    how much of it they have. Logits exist for `chunk_size` tokens at a time.
     """
-    scores = torch.zeros(len(models), len(SCORES), targets.numel(), device=ids.device)  # (M, 5, N)
+    scores = torch.zeros(len(models), len(SCORES), targets.numel(), device=ids.device)  # (M, 6, N)
     hidden = [model.hidden(ids).flatten(0, 1) for model in models]  # each (N, C)
     flat = targets.flatten()
     counted = (flat != -100).nonzero().flatten()
@@ -40,15 +43,19 @@ def score(models, ids, targets, vocab_size, chunk_size=512):
             logits = F.linear(states[rows], model.head_weight).float()  # (chunk, V)
             nll = F.cross_entropy(logits, target, reduction="none")
             top = logits.argmax(-1)
+
+            kl = torch.zeros_like(nll)
+            accepted = torch.ones_like(nll)
             if i == 0:
                 first_logits = logits[:, :vocab_size]
                 first_top = top
-                kl = torch.zeros_like(nll)
             else:
-                log_q = logits[:, :vocab_size].log_softmax(-1)
                 log_p = first_logits.log_softmax(-1)
+                log_q = logits[:, :vocab_size].log_softmax(-1)
                 kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-            columns = (nll, kl, top == first_top, top == target, torch.ones_like(nll))
+                accepted = torch.minimum(log_p, log_q).exp().sum(-1)
+
+            columns = (nll, kl, top == first_top, accepted, top == target, torch.ones_like(nll))
             scores[i][:, rows] = torch.stack(columns)
 
     return scores.unflatten(-1, targets.shape).cpu().double().sum(-1)
@@ -56,36 +63,33 @@ def score(models, ids, targets, vocab_size, chunk_size=512):
 
 def compare(models, batches, vocab_size):
     """Sums over `batches` of (ids, targets), each (B, L): for each model a dict of SCORES."""
-    totals = sum(score(models, ids, targets, vocab_size).sum(-1) for ids, targets in batches)  # (M, 5)
+    totals = sum(score(models, ids, targets, vocab_size).sum(-1) for ids, targets in batches)  # (M, 6)
     return [dict(zip(SCORES, total, strict=True)) for total in totals.tolist()]
 
 
-def validate(networks, corpus, vocab_size, args, autocast, watch=iter):
-    """A row of the table for each network, on the start of the held-out text; a teacher comes first.
+# ------------------------------------------------------------------------------------ the held-out text of a run
+def validate(networks, corpus, vocab_size, args, autocast):
+    """A row of the table for each network, on the start of the held-out text; a teacher comes first."""
+    return table_rows(networks, score_held_out(networks, corpus, vocab_size, args, autocast), corpus)
 
-    Bits per byte are of tokens with the mean length of all that is held out.
-    `watch`: what the batches go through on their way, such as a progress bar.
-    """
+
+def score_held_out(networks, corpus, vocab_size, args, autocast, bar=None):
+    """SCORES (M, 6, W) of the windows that the first --eval-tokens of the held-out text are cut into."""
     device = networks[0].head_weight.device
     modes = [network.training for network in networks]
     for network in networks:
         network.eval()
+
+    batches = []
     with autocast:
-        sums = compare(networks, watch(held_out_batches(corpus, args, device)), vocab_size)
+        for ids, targets in held_out_batches(corpus, args, device):
+            batches.append(score(networks, ids, targets, vocab_size))  # (M, 6, B)
+            if bar is not None:
+                bar.update()
+
     for network, mode in zip(networks, modes, strict=True):
         network.train(mode)
-
-    bytes_per_token = corpus.meta["val"]["bytes"] / corpus.meta["val"]["tokens"]
-    rows = []
-    for network, total in zip(networks, sums, strict=True):
-        loss = total["nll"] / total["tokens"]
-        row = {"parameters": network.num_parameters(), "loss": loss, "perplexity": exp(loss),
-               "bits per byte": loss / bytes_per_token / math.log(2)}
-        if len(networks) > 1:
-            row["KL to teacher"] = total["kl"] / total["tokens"]
-            row["same top-1"] = total["agree"] / total["tokens"]
-        rows.append(row)
-    return rows
+    return torch.cat(batches, -1)
 
 
 def held_out_batches(corpus, args, device):
@@ -94,9 +98,55 @@ def held_out_batches(corpus, args, device):
     length = min(args.seq_len, len(tokens) - 1)
     if length < 1:
         raise InputError(f"{len(tokens)} held-out tokens are too few to be scored: take more text")
-    blocks = tokens.unfold(0, length + 1, length)  # (n, L + 1): the last of a block starts the next one
+    blocks = tokens.unfold(0, length + 1, length)  # (W, L + 1): the last of a block starts the next one
     for block in blocks.split(args.batch_size):
         yield block[:, :-1].to(device), block[:, 1:].to(device)
+
+
+def table_rows(networks, scores, corpus):
+    """SCORES (M, 6, W) -> a dict of figures for each network. Where there are several, the first is the teacher.
+
+    Bits per byte assume that these tokens have the mean length of all that is held out.
+    """
+    bytes_per_token = corpus.meta["val"]["bytes"] / corpus.meta["val"]["tokens"]
+    rows = []
+    for network, sums in zip(networks, scores.sum(-1), strict=True):
+        total = dict(zip(SCORES, sums.tolist(), strict=True))
+        loss = total["nll"] / total["tokens"]
+        row = {"parameters": network.num_parameters(), "loss": loss, "perplexity": exp(loss),
+               "bits per byte": loss / bytes_per_token / math.log(2)}
+        if len(networks) > 1:
+            row["KL to teacher"] = total["kl"] / total["tokens"]
+            row["same top-1"] = total["agree"] / total["tokens"]
+            row["acceptance"] = total["accepted"] / total["tokens"]
+        rows.append(row)
+    return rows
+
+
+# ------------------------------------------------------------------------------------ noise
+FEW_WINDOWS = 5  # fewer than these do not tell how much windows differ
+
+
+def ratio(totals, counts):
+    """sum(totals) / sum(counts) over windows, and its standard error, to first order."""
+    n = len(totals)
+    mean = totals.sum() / counts.sum()
+    error = (totals - mean * counts).norm() / counts.sum() * math.sqrt(n / max(1, n - 1))
+    return mean, error
+
+
+def difference(scores, a, b=None):
+    """The loss of model `a` minus that of model `b` (None: nothing), and two standard errors: 95% of the time
+    the difference on much more text of this kind is within them.
+
+    Both read the same windows, and a window that is hard for one is hard for the other. So the errors are
+    those of the differences, window by window, which are much smaller than those of the losses.
+    """
+    nll = scores[a, SCORES.index("nll")]  # (W)
+    if b is not None:
+        nll = nll - scores[b, SCORES.index("nll")]
+    mean, error = ratio(nll, scores[a, SCORES.index("tokens")])
+    return mean.item(), 2 * error.item() if len(nll) >= FEW_WINDOWS else math.inf
 
 
 def exp(nats):

@@ -298,6 +298,8 @@ def test_scores_of_several_models(zoo):
     assert twice[1] == twice[0] == pytest.approx(found[0])  # KL(model || itself) is 0
     assert found[0]["kl"] == 0 and found[0]["agree"] == found[0]["tokens"] == found[1]["tokens"] == 48
     assert found[1]["kl"] == pytest.approx((p * (p.log() - q.log())).sum().item(), rel=1e-5)
+    assert found[1]["accepted"] == pytest.approx(torch.minimum(p, q).sum().item(), rel=1e-5)
+    assert found[0]["accepted"] == 48, "a model accepts all of its own tokens"
     for z, sums in zip(logits, found, strict=True):
         target = targets[targets != -100]
         nll = -z.log_softmax(-1).gather(1, target[:, None]).sum().item()
@@ -341,7 +343,7 @@ def test_standard_error_is_the_jackknifes():
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, 20, 400)
     nll, size = tokens * (3 + rng.normal(size=400)), tokens * 4 + rng.integers(9, size=400)
-    scores = torch.stack([torch.tensor(row) for row in (nll, nll, nll, nll, tokens)])
+    scores = torch.stack([torch.tensor(row) for row in (nll, nll, nll, nll, nll, tokens)])
     windows = [eval_ppl.Window(None, n, n / 2, b) for n, b in zip(tokens, size, strict=True)]
     figures = eval_ppl.figures(scores, windows, "pages", several=False)
     without = (nll.sum() - nll) / (size.sum() - size)
