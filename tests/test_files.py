@@ -1,0 +1,172 @@
+"""support/files.py: writes that happen whole or not at all, locks, and other people's files left alone."""
+import errno
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from conftest import REPO
+
+from support import files
+from support.cli import InputError
+from support.files import locked, replaced
+
+
+def listing(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+# --- Writes -----------------------------------------------------------------------------------------------
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "x.json"
+    with replaced(path) as temporary:
+        temporary.write_text("one")
+    assert path.read_text() == "one"
+
+    class Killed(BaseException):
+        pass
+
+    for error in (Killed, OSError(errno.ENOSPC, "No space left on device"), KeyError):
+        with pytest.raises((Killed, InputError, KeyError)), replaced(path) as temporary:
+            temporary.write_text("two")
+            raise error
+        assert path.read_text() == "one"
+    assert listing(tmp_path) == ["new", "new/x.json"]  # nothing temporary is left
+
+
+def test_what_torch_and_safetensors_say_about_a_full_disk(tmp_path):
+    from safetensors import SafetensorError
+    path = tmp_path / "x"
+    path.write_text("one")
+    message = "No space left on device"
+    for error in (OSError(errno.ENOSPC, message), SafetensorError(message),
+                  RuntimeError(f"[enforce fail at inline_container.cc:672] {message}")):
+        with pytest.raises(InputError, match=r"x cannot be written \(.*No space.*unchanged"), replaced(path):
+            raise error
+    with pytest.raises(RuntimeError, match="a bug"), replaced(path):
+        raise RuntimeError("a bug")
+
+
+def test_names_that_may_be_the_users_are_left_alone(tmp_path):
+    (tmp_path / "theirs").write_text("precious")
+    path = tmp_path / "x.json"
+    for name in ("x.json.tmp", "x.json.lock", ".x.json.tmp", ".lock"):
+        (tmp_path / name).symlink_to("theirs")
+    with locked(tmp_path, "--out x"), replaced(path) as temporary:
+        temporary.write_text("one")
+    assert (tmp_path / "theirs").read_text() == "precious" and len(listing(tmp_path)) == 6
+
+    # Even if somebody has a file or a link with the name of our lock, it is neither emptied nor removed.
+    lock = tmp_path / ".distil-lock"
+    lock.write_text("notes of a week")
+    with locked(tmp_path, "--out x"):
+        pass
+    assert lock.read_text() == "notes of a week"
+    lock.unlink()
+    lock.symlink_to("theirs")
+    with pytest.raises(InputError, match="--out x cannot be written"), locked(tmp_path, "--out x"):
+        pass
+    assert (tmp_path / "theirs").read_text() == "precious" and lock.is_symlink()
+
+
+def test_a_link_becomes_a_file_and_modes_follow_the_umask(tmp_path):
+    (tmp_path / "blob").write_text("one")
+    (tmp_path / "x").symlink_to("blob")
+    with replaced(tmp_path / "x") as temporary:
+        temporary.write_text("two")
+        temporary.chmod(0o600)  # as safetensors does
+    assert (tmp_path / "blob").read_text() == "one" and (tmp_path / "x").read_text() == "two"
+    (tmp_path / "folder").mkdir()
+    assert (tmp_path / "x").stat().st_mode & 0o666 == (tmp_path / "folder").stat().st_mode & 0o666
+
+
+# --- File systems that lack something ---------------------------------------------------------------------
+
+def test_without_chmod_fsync_and_locks_work_goes_on_and_is_noted_once(tmp_path, monkeypatch, capsys):
+    import fcntl
+
+    def refuse(*args):
+        raise OSError(code, os.strerror(code))
+
+    files.note_once.cache_clear()
+    monkeypatch.setattr(files.Path, "chmod", refuse)
+    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    for code in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+        with locked(tmp_path / "out", "--out out"), replaced(tmp_path / "x") as temporary:
+            temporary.write_text(str(code))
+        assert (tmp_path / "x").read_text() == str(code)
+    notes = capsys.readouterr().err
+    assert notes.count("no file locks") == notes.count("no fsync") == 1
+    assert listing(tmp_path) == ["x"]
+
+    code = errno.ENOSPC  # a full disk is another matter
+    with pytest.raises(InputError, match="No space left"), replaced(tmp_path / "x") as temporary:
+        temporary.write_text("lost")
+
+
+# --- Locks ------------------------------------------------------------------------------------------------
+
+HOLDER = """
+import sys, time
+from support.files import locked
+with locked(sys.argv[1], "it"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_says_who_has_it_and_dies_with_its_process(tmp_path, monkeypatch):
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], cwd=REPO, text=True,
+                               stdout=subprocess.PIPE)
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(InputError, match=f"--out x is in use by process {process.pid} on ") as error:
+        with locked(tmp_path, "--out x"):
+            pass
+    assert "delete" not in str(error.value)
+    message = "not running any more, delete .*lock"
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=message):
+        patch.setattr(files.socket, "gethostname", lambda: "another-machine")
+        with locked(tmp_path, "--out x"):
+            pass
+
+    process.kill()
+    process.wait()
+    with locked(tmp_path, "--out x"), locked(tmp_path, "a file in it", name="x"):
+        pass
+    assert listing(tmp_path) == []
+
+
+def test_of_many_that_wait_one_at_a_time_gets_in(tmp_path):
+    """Each lock removes its file when it is done, so those that wait must not go on with a removed file."""
+    inside, most = [], []
+
+    def work():
+        with locked(tmp_path / "c", "it", wait=True):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.02)
+            inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 5 and listing(tmp_path) == []
+
+
+def test_folders_that_were_made_for_a_lock_go_if_they_stay_empty(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for folder, kept in (("a/b", False), ("mine", False), ("c/d", True)):
+        with locked(tmp_path / folder, "it"):
+            if kept:
+                (tmp_path / folder / "x").write_text("")
+    assert listing(tmp_path) == ["c", "c/d", "c/d/x", "mine"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--out x cannot be written .*file"):
+        with locked(tmp_path / "file" / "a", "--out x"):
+            pass
