@@ -295,7 +295,8 @@ def test_scores_of_several_models(zoo):
         logits = [model.double()(ids)[targets != -100] for model in models]
     p, q = (z[:, :vocab].softmax(-1) for z in logits)
     twice = scoring.compare(models[:1] * 2, [(ids, targets)], vocab)
-    assert twice[1] == twice[0] == pytest.approx(found[0])  # KL(model || itself) is 0
+    assert twice[1] == pytest.approx(twice[0]) and twice[0] == pytest.approx(found[0])
+    assert twice[1]["kl"] == 0, "KL(model || itself)"
     assert found[0]["kl"] == 0 and found[0]["agree"] == found[0]["tokens"] == found[1]["tokens"] == 48
     assert found[1]["kl"] == pytest.approx((p * (p.log() - q.log())).sum().item(), rel=1e-5)
     assert found[1]["accepted"] == pytest.approx(torch.minimum(p, q).sum().item(), rel=1e-5)
