@@ -1,48 +1,71 @@
-"""Losses that public distillation code has, or had, and what each does to a student of the demo's teacher.
+"""Mistakes of public distillation code: each one as a loss, and what it does to a student.
 
-    python -m extras.wrong_losses                 every run that is not finished; stop and start as you like
-    python -m extras.wrong_losses --only swapped  those whose name contains "swapped"
-    python -m extras.wrong_losses --table         what the runs came to, as docs/wrong-losses.md has it
+    python -m extras.wrong_losses                  makes the runs that are missing; it can be stopped
+    python -m extras.wrong_losses --only top-K     only runs whose name contains "top-K"
+    python -m extras.wrong_losses --page           writes the table of docs/wrong-losses.md anew
 
 Read in this order:
-  the mistakes  a function each, and under its name where it was found; distill.plain_loss is the right one
-  RUNS          which mistake trains with which settings, and the right loss with the same
-  usual_loop    how such code divides: each micro-batch by itself, then by the number of micro-batches
-  one_run       300 steps of a student, and a row of docs/wrong-losses.jsonl
+  Mistake       what is known about each mistake; MISTAKES holds all of them by name
+  the mistakes  one function each; the right loss is distill.plain_loss
+  PLAN          the settings that each mistake is trained with, and the right loss with the same settings
+  usual_loop    how such code divides: by the tokens of one micro-batch, then by the number of micro-batches
+  one_run       trains a student for 300 steps with one of them
 
-A mistake has the arguments of distill.plain_loss, but as such code has them: logits are (B, L, V), targets
-(B, L), and (loss, kl, clm) are means, or what its author took for one. Each function has one mistake, and
-where that is not about padding it leaves -100 alone, as its runs have none. docs/wrong-losses.md tells the
-story, and tests/test_wrong_losses.py shows that our loss makes none of them.
+The functions take the arguments of distill.plain_loss, in the shapes that such code uses: logits are
+(B, L, V) and targets (B, L). They return (loss, kl, clm) as means, or as what the author took for a mean.
+Each function makes one mistake. If that mistake is not about padding, it ignores -100, as its runs have none.
 
-Shapes: B sequences, L tokens of each, N = B * L, C width, V vocabulary. T is the temperature.
+Shapes: B sequences, L tokens in each, N = B * L, V vocabulary. T is the temperature.
 """
 import math
-from contextlib import ExitStack
-from pathlib import Path
-from unittest import mock
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 import distill
-from extras import atlas
-from extras.results import add_row, commit, read_rows
-from support.chunked_loss import Losses, LossSettings
-from support.cli import InputError, format_table, new_parser, run_cli
-from support.runtime import Ranks, autocast, keep_memory
+from extras.study import Study, trained
+from support.chunked_loss import Losses
+from support.cli import InputError, run_cli
+from support.ranks import autocast
+from support.scoring import validate
 
-RESULTS = Path(__file__).parent.parent / "docs" / "wrong-losses.jsonl"
-LENGTH = 256  # tokens of an example, in the demo
-PADDING_ROWS = 64  # by which a teacher's vocabulary is larger, where the two differ
+LENGTH = 256  # tokens in an example of the demo
+PADDING_ROWS = 64  # extra rows of a teacher's vocabulary that only pad it
+TOP = 12  # tokens that a truncated teacher keeps
+
+
+class Mistake(NamedTuple):
+    name: str  # in the table of the page
+    loss: Callable  # (student_logits, teacher_logits, targets, settings) -> (loss, kl, clm)
+    anchor: str  # the section of docs/wrong-losses.md
+    sources: tuple  # where it was found: "owner/repository #number"
+
+
+MISTAKES = {}  # by name, in the order of this file
+
+
+def mistake(name, anchor, *sources):
+    """Adds the function below it to MISTAKES."""
+    def add(loss):
+        MISTAKES[name] = Mistake(name, loss, anchor, sources)
+        return loss
+    return add
 
 
 # ------------------------------------------------------------------------------------ what they share
 def softened(student_logits, teacher_logits, settings):
-    """log q and log p, at temperature T."""
+    """log q and log p at temperature T."""
     T = settings.temperature
     return (student_logits / T).log_softmax(-1), (teacher_logits / T).log_softmax(-1)
+
+
+def mean_kl(log_q, log_p):
+    return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()
 
 
 def mean_clm(student_logits, targets):
@@ -55,104 +78,160 @@ def weighted(kl, clm, settings):
 
 
 # ------------------------------------------------------------------------------------ divisors
+@mistake("batchmean", "divisors", "huggingface/transformers #1181", "neuralmagic/sparseml #592")
 def batchmean(student_logits, teacher_logits, targets, settings):
-    """`batchmean` divides by B alone, so this is the KL of a sequence beside the CLM of a token.
-    transformers #1181, SparseML #592."""
+    """`batchmean` only divides by B: the KL of a whole sequence beside the CLM of one token."""
     log_q, log_p = softened(student_logits, teacher_logits, settings)
     kl = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
     return weighted(kl, mean_clm(student_logits, targets), settings)
 
 
+@mistake("mean over vocabulary", "divisors", "huggingface/trl #4105")
 def mean_over_vocabulary(student_logits, teacher_logits, targets, settings):
-    """`mean`, the default of F.kl_div, divides by B * L * V, too. TRL #4105 divided by L * V."""
+    """`mean`, the default of F.kl_div, divides by the vocabulary, too."""
     log_q, log_p = softened(student_logits, teacher_logits, settings)
     kl = F.kl_div(log_q, log_p, reduction="mean", log_target=True)
     return weighted(kl, mean_clm(student_logits, targets), settings)
 
 
+@mistake("divided twice", "divisors", "modelscope/easydistill #16")
 def divided_twice(student_logits, teacher_logits, targets, settings):
-    """A mean, and then a trainer that divides by the tokens again. torchtune's recipe, easydistill #16."""
+    """The loss is a mean already, and the trainer divides by the tokens again."""
     log_q, log_p = softened(student_logits, teacher_logits, settings)
     n_tokens = (targets != -100).sum()
     kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True) / n_tokens
     return weighted(kl / n_tokens, mean_clm(student_logits, targets) / n_tokens, settings)
 
 
+@mistake("mean of means", "divisors", "huggingface/trl #4719", "modelscope/ms-swift #10076")
 def mean_of_means(student_logits, teacher_logits, targets, settings):
-    """Right for a micro-batch; over several of unequal lengths, tokens of the short ones count more.
-    TRL #4719, transformers #34191."""
+    """Right for one micro-batch. If several differ in length, the tokens of short ones weigh more."""
     log_q, log_p = softened(student_logits, teacher_logits, settings)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)[targets != -100].mean()
     return weighted(kl, mean_clm(student_logits, targets), settings)
 
 
-def padding_counted(student_logits, teacher_logits, targets, settings):
-    """The CLM skips -100, the KL does not look. OptiPFair #34, Liger #974."""
+@mistake("divisor of other tokens", "divisors", "huggingface/trl #6452", "huggingface/trl #6478")
+def divisor_of_other_tokens(student_logits, teacher_logits, targets, settings):
+    """The sum skips padding, but its divisor counts other tokens than were summed."""
     log_q, log_p = softened(student_logits, teacher_logits, settings)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)[targets != -100].sum() / targets.numel()
+    return weighted(kl, mean_clm(student_logits, targets), settings)
+
+
+# ------------------------------------------------------------------------------------ padding
+@mistake("padding counted", "padding", "peremartra/optipfair #34", "linkedin/Liger-Kernel #974",
+         "jxiw/MambaInLlama #11")
+def padding_counted(student_logits, teacher_logits, targets, settings):
+    """The CLM skips -100, and the KL does not."""
+    log_q, log_p = softened(student_logits, teacher_logits, settings)
+    kl = mean_kl(log_q, log_p)
     return weighted(kl, mean_clm(student_logits, targets), settings)
 
 
 # ------------------------------------------------------------------------------------ weights
+@mistake("T² missing", "weights", "keras-team/keras-io #869", "IntelLabs/distiller #122")
 def t_squared_missing(student_logits, teacher_logits, targets, settings):
-    """The KL weighs 1 / T² of what its weight says. Keras-io #869."""
+    """Without T² the KL has 1 / T² of the weight that it was given."""
     log_q, log_p = softened(student_logits, teacher_logits, settings)
-    kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True) / targets.numel()
+    kl = mean_kl(log_q, log_p)
     clm = mean_clm(student_logits, targets)
     return settings.kd_weight * kl + settings.clm_weight * clm, kl, clm
 
 
+@mistake("only the report is right", "weights", "axolotl-ai-cloud/axolotl #3660")
 def only_the_report_is_right(student_logits, teacher_logits, targets, settings):
-    """T², the weights and the CLM reach the number, and not the gradient. axolotl #3660."""
+    """T², the weights and the CLM are in the number, but not in the gradient."""
     log_q, log_p = softened(student_logits, teacher_logits, settings)
-    kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True) / targets.numel()
+    kl = mean_kl(log_q, log_p)
     loss, kl, clm = weighted(kl, mean_clm(student_logits, targets), settings)
     return kl + (loss - kl).detach(), kl, clm
 
 
+@mistake("half the CLM unasked", "weights", "huggingface/trl #5731")
 def half_the_clm_unasked(student_logits, teacher_logits, targets, settings):
-    """A fused loss keeps its own default weights, whatever the run asked for. TRL #5731."""
+    """A fused loss keeps its own default weights, whatever weights the run asked for."""
     log_q, log_p = softened(student_logits, teacher_logits, settings)
-    kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True) / targets.numel()
+    kl = mean_kl(log_q, log_p)
     clm = mean_clm(student_logits, targets)
     return 0.5 * settings.temperature**2 * kl + 0.5 * clm, kl, clm
 
 
+@mistake("temperature ignored", "weights", "huggingface/trl #5731")
+def temperature_ignored(student_logits, teacher_logits, targets, settings):
+    """A fused loss softens with a temperature of its own, here 1, whatever temperature the run asked for."""
+    log_q, log_p = softened(student_logits, teacher_logits, replace(settings, temperature=1.0))
+    kl = mean_kl(log_q, log_p)
+    return weighted(kl, mean_clm(student_logits, targets), settings)
+
+
 # ------------------------------------------------------------------------------------ another divergence
+@mistake("no entropy", "another-divergence", "meta-pytorch/torchtune #1698")
 def no_entropy(student_logits, teacher_logits, targets, settings):
-    """A "forward KL" that is a cross-entropy: a perfect student scores its teacher's entropy.
-    torchtune #1698."""
+    """A "forward KL" that is a cross-entropy: a perfect student scores its teacher's entropy, not 0."""
     log_q, log_p = softened(student_logits, teacher_logits, settings)
     kl = -(log_p.exp() * log_q).sum(-1).mean()
     return weighted(kl, mean_clm(student_logits, targets), settings)
 
 
+@mistake("arguments swapped", "another-divergence", "paiml/aprender #2153")
 def arguments_swapped(student_logits, teacher_logits, targets, settings):
-    """F.kl_div(a, b) is KL(b || a): with the teacher in front it is the reverse KL. aprender #2153."""
+    """F.kl_div(a, b) is KL(b || a): with the teacher first it is the reverse KL."""
     log_q, log_p = softened(student_logits, teacher_logits, settings)
     kl = F.kl_div(log_p, log_q, reduction="sum", log_target=True) / targets.numel()
     return weighted(kl, mean_clm(student_logits, targets), settings)
 
 
+@mistake("mixture exchanged", "another-divergence", "huggingface/trl #3043")
+def mixture_exchanged(student_logits, teacher_logits, targets, settings):
+    """The mixture of the JSD gives the student the teacher's weight, and the other way round."""
+    log_q, log_p = softened(student_logits, teacher_logits, settings)
+    w = settings.jsd_weight
+    log_m = torch.logaddexp(log_q + math.log(w), log_p + math.log(1 - w))
+    kl = (w * log_p.exp() * (log_p - log_m) + (1 - w) * log_q.exp() * (log_q - log_m)).sum(-1).mean()
+    return weighted(kl, mean_clm(student_logits, targets), settings)
+
+
+@mistake("probability for logarithm", "another-divergence", "microsoft/ProDA #20", "microsoft/ProDA #43")
 def probability_for_logarithm(student_logits, teacher_logits, targets, settings):
-    """F.kl_div wants the student's logarithms; this is sum p * (log p - q). ProDA #20 and #43."""
+    """F.kl_div expects the student's log-probabilities. Given probabilities, it sums p * (log p - q)."""
     log_q, log_p = softened(student_logits, teacher_logits, settings)
     kl = F.kl_div(log_q.exp(), log_p.exp(), reduction="sum") / targets.numel()
     return weighted(kl, mean_clm(student_logits, targets), settings)
 
 
+@mistake("log_target forgotten", "another-divergence", "nlp-with-transformers/notebooks #94")
 def log_target_forgotten(student_logits, teacher_logits, targets, settings):
-    """Logarithms where F.kl_div expects the teacher's probabilities. Asked for in
-    nlp-with-transformers #94."""
+    """The teacher's log-probabilities are taken for probabilities."""
     log_q, log_p = softened(student_logits, teacher_logits, settings)
     kl = F.kl_div(log_q, log_p, reduction="sum") / targets.numel()
     return weighted(kl, mean_clm(student_logits, targets), settings)
 
 
-# ------------------------------------------------------------------------------------ numbers and columns
+@mistake("top-K on one side", "another-divergence", "AI-Hypercomputer/maxtext #4056")
+def top_k_on_one_side(student_logits, teacher_logits, targets, settings):
+    """The teacher's probabilities sum to 1 over its likeliest tokens, the student's over all of them."""
+    log_q, _ = softened(student_logits, teacher_logits, settings)
+    likeliest = teacher_logits.topk(TOP)
+    log_p = (likeliest.values / settings.temperature).log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q.gather(-1, likeliest.indices))).sum(-1).mean()
+    return weighted(kl, mean_clm(student_logits, targets), settings)
+
+
+@mistake("top-K clamped", "another-divergence", "verl-project/verl #7856")
+def top_k_clamped(student_logits, teacher_logits, targets, settings):
+    """The KL over the teacher's likeliest tokens can be below 0. Clamped there, it has no gradient."""
+    log_q, log_p = softened(student_logits, teacher_logits, settings)
+    log_p, ids = log_p.topk(TOP)
+    kl = (log_p.exp() * (log_p - log_q.gather(-1, ids))).sum(-1).clamp(min=0).mean()
+    return weighted(kl, mean_clm(student_logits, targets), settings)
+
+
+# ------------------------------------------------------------------------------------ numbers
+@mistake("logarithm of zero", "numbers", "linkedin/Liger-Kernel #769", "linkedin/Liger-Kernel #1397",
+         "linkedin/Liger-Kernel #1453")
 def logarithm_of_zero(student_logits, teacher_logits, targets, settings):
-    """JSD through the mixture of probabilities: 0 * log 0 is NaN where both are below 1e-45.
-    Liger #769, #1397, #1453."""
+    """The JSD mixes probabilities: 0 * log 0 is NaN where both are below 1e-45."""
     log_q, log_p = softened(student_logits, teacher_logits, settings)
     w = settings.jsd_weight
     log_m = (w * log_p.exp() + (1 - w) * log_q.exp()).log()
@@ -160,190 +239,226 @@ def logarithm_of_zero(student_logits, teacher_logits, targets, settings):
     return weighted(kl, mean_clm(student_logits, targets), settings)
 
 
+@mistake("NaN behind a finite loss", "numbers", "huggingface/trl #5594")
+def nan_behind_a_finite_loss(student_logits, teacher_logits, targets, settings):
+    """-inf marks padding in the teacher's answers. The sum leaves it out, but its gradient is 0 * inf."""
+    log_q, log_p = softened(student_logits, teacher_logits, settings)
+    log_p = log_p.masked_fill((targets == -100)[..., None], -math.inf)
+    kl = (log_q.exp() * (log_q - log_p)).nan_to_num().sum(-1)[targets != -100].mean()
+    return weighted(kl, mean_clm(student_logits, targets), settings)
+
+
+@mistake("softmax in bf16", "numbers", "linkedin/Liger-Kernel #1432")
 def softmax_in_bf16(student_logits, teacher_logits, targets, settings):
-    """Eight bits for a difference of two nearly equal logarithms. Liger #1432, torchforge #237."""
+    """Eight bits for the difference of two nearly equal logarithms."""
     with torch.autocast(student_logits.device.type, enabled=False):
         log_q, log_p = softened(student_logits.bfloat16(), teacher_logits.bfloat16(), settings)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
     return weighted(kl.float(), mean_clm(student_logits, targets), settings)
 
 
+# ------------------------------------------------------------------------------------ columns and positions
+@mistake("zeros for missing rows", "columns-and-positions", "linkedin/Liger-Kernel #634",
+         "arcee-ai/DistillKit #37")
 def zeros_for_missing_rows(student_logits, teacher_logits, targets, settings):
-    """A student with fewer rows than its teacher gets logits of 0 in their place. Liger #634,
-    DistillKit #37."""
-    # The stage: a teacher whose further rows only pad, so that its training has pushed them far down.
+    """A student whose vocabulary has fewer rows than its teacher's gets logits of 0 in their place."""
+    # Set the stage: a teacher with extra rows that only pad, so its training has pushed them far down.
     teacher_logits = F.pad(teacher_logits, (0, PADDING_ROWS), value=-100)
 
     missing = teacher_logits.size(-1) - student_logits.size(-1)
     log_q, log_p = softened(F.pad(student_logits, (0, missing)), teacher_logits, settings)
-    kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True) / targets.numel()
+    kl = mean_kl(log_q, log_p)
     return weighted(kl, mean_clm(student_logits, targets), settings)
 
 
+@mistake("softmax over the sequence", "columns-and-positions", "salesforce/ALBEF #58", "uta-smile/TCL #12")
+def softmax_over_the_sequence(student_logits, teacher_logits, targets, settings):
+    """The student's probabilities sum to 1 over the tokens of a sequence instead of the vocabulary."""
+    _, log_p = softened(student_logits, teacher_logits, settings)
+    log_q = (student_logits / settings.temperature).log_softmax(1)
+    kl = mean_kl(log_q, log_p)
+    return weighted(kl, mean_clm(student_logits, targets), settings)
+
+
+@mistake("teacher shifted alone", "columns-and-positions", "linkedin/fmchisel #23")
+def teacher_shifted_alone(student_logits, teacher_logits, targets, settings):
+    """The teacher's logits are shifted by a token and the student's are not."""
+    log_q, log_p = softened(student_logits[:, :-1], teacher_logits[:, 1:], settings)
+    kl = mean_kl(log_q, log_p)
+    return weighted(kl, mean_clm(student_logits, targets), settings)
+
+
+@mistake("labels shifted twice", "columns-and-positions", "huggingface/transformers #562",
+         "huggingface/transformers #44642", "huggingface/transformers #46898")
 def labels_shifted_twice(student_logits, teacher_logits, targets, settings):
-    """Targets that were shifted meet a model that shifts them again, and the student learns the token
-    after the next. transformers #562, #44642."""
+    """Targets that are shifted already meet a model that shifts them again: the student learns the token
+    after the next. (The three sources train language models; none of them distils.)"""
     log_q, log_p = softened(student_logits, teacher_logits, settings)
-    kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True) / targets.numel()
+    kl = mean_kl(log_q, log_p)
     clm = mean_clm(student_logits[:, :-1], targets[:, 1:])
     return weighted(kl, clm, settings)
 
 
+# ------------------------------------------------------------------------------------ the teacher
+@mistake("answers to another example", "the-teacher", "haitongli/knowledge-distillation-pytorch #4",
+         "haitongli/knowledge-distillation-pytorch #9", "haitongli/knowledge-distillation-pytorch #17")
+def answers_to_another_example(student_logits, teacher_logits, targets, settings):
+    """The teacher's answers were kept in one order, and the examples have been shuffled since."""
+    log_q, log_p = softened(student_logits, teacher_logits.roll(1, dims=0), settings)
+    kl = mean_kl(log_q, log_p)
+    return weighted(kl, mean_clm(student_logits, targets), settings)
+
+
+@mistake("teacher against itself", "the-teacher", "labmlai/annotated_deep_learning_paper_implementations #66")
+def teacher_against_itself(student_logits, teacher_logits, targets, settings):
+    """Both sides of the KL are the teacher's: it is 0, and the student learns from the text alone."""
+    log_q, log_p = softened(teacher_logits, teacher_logits, settings)
+    kl = mean_kl(log_q, log_p)
+    return weighted(kl, mean_clm(student_logits, targets), settings)
+
+
 # ------------------------------------------------------------------------------------ the runs
-ALONE = "--kd-weight 1 --clm-weight 0 --batch-size 4"  # as in the demo
+MACHINE = "--no-control --precision bf16 --device cpu"
+COMMON = ("--student-layers 0,2,5 --schedule cosine --betas 0.9 0.95 --lr 1e-3 --steps 300 "
+          f"--seq-len {LENGTH}")
+ALONE = "--kd-weight 1 --clm-weight 0 --batch-size 4"
 HALF = "--kd-weight 0.5 --clm-weight 0.5 --batch-size 4"
 SHORT = "--kd-weight 1 --clm-weight 0 --packing padded"  # on short documents: see short_documents
-ONE_BY_ONE = f"{SHORT} --batch-size 1 --grad-accum 4"
-JSD = f"{ALONE} --divergence jsd --temperature 0.25"
-COMMON = ("--student-layers 0,2,5 --schedule cosine --betas 0.9 0.95 --lr 1e-3 --steps 300 "
-          f"--seq-len {LENGTH} --loss plain")
+FOUR = "--batch-size 4"
+ONE_BY_ONE = "--batch-size 1 --grad-accum 4"
 
-RUNS = {  # name: (mistake, or None for our loss as it is; flags)
-    "right, KL alone": (None, ALONE),
-    "right, seed 1": (None, f"{ALONE} --seed 1"),
-    "no entropy": (no_entropy, ALONE),
-    "divided twice": (divided_twice, ALONE),
-    "half the CLM unasked": (half_the_clm_unasked, ALONE),
-    "arguments swapped": (arguments_swapped, ALONE),
-    "probability for logarithm": (probability_for_logarithm, ALONE),
-    "log_target forgotten": (log_target_forgotten, ALONE),
-    "zeros for missing rows": (zeros_for_missing_rows, ALONE),
-    "softmax in bf16": (softmax_in_bf16, ALONE),
-    "right, half and half": (None, HALF),
-    "batchmean": (batchmean, HALF),
-    "mean over vocabulary": (mean_over_vocabulary, HALF),
-    "T² missing": (t_squared_missing, HALF),
-    "only the report is right": (only_the_report_is_right, HALF),
-    "labels shifted twice": (labels_shifted_twice, HALF),
-    "right, short documents": (None, f"{SHORT} --batch-size 4"),
-    "padding counted": (padding_counted, f"{SHORT} --batch-size 4"),
-    "mean of means": (mean_of_means, ONE_BY_ONE),
-    "logarithm of zero": (logarithm_of_zero, JSD),
+SETTINGS = {  # a name of MISTAKES, or "right, ...": the flags that are added to COMMON
+    "right, KL alone": ALONE,
+    "right, seed 1": f"{ALONE} --seed 1",
+    "no entropy": ALONE,
+    "divided twice": ALONE,
+    "half the CLM unasked": ALONE,
+    "arguments swapped": ALONE,
+    "probability for logarithm": ALONE,
+    "log_target forgotten": ALONE,
+    "zeros for missing rows": ALONE,
+    "softmax in bf16": ALONE,
+    "temperature ignored": ALONE,
+    "top-K on one side": ALONE,
+    "top-K clamped": ALONE,
+    "softmax over the sequence": ALONE,
+    "teacher shifted alone": ALONE,
+    "answers to another example": ALONE,
+    "right, half and half": HALF,
+    "batchmean": HALF,
+    "mean over vocabulary": HALF,
+    "T² missing": HALF,
+    "only the report is right": HALF,
+    "labels shifted twice": HALF,
+    "teacher against itself": HALF,
+    "right, short documents": f"{SHORT} {FOUR}",
+    "padding counted": f"{SHORT} {FOUR}",
+    "divisor of other tokens": f"{SHORT} {FOUR}",
+    "mean of means": f"{SHORT} {ONE_BY_ONE}",
+    "right, jsd 0.1": f"{ALONE} --divergence jsd --jsd-weight 0.1",
+    "mixture exchanged": f"{ALONE} --divergence jsd --jsd-weight 0.1",
+    "logarithm of zero": f"{ALONE} --divergence jsd --temperature 0.25",
+    "NaN behind a finite loss": f"{SHORT} {FOUR} --divergence reverse",
 }
-
-SAME_GRADIENT = {  # as another run, by the tests, so that it need not be made again
-    "no entropy": "right, KL alone",
-    "half the CLM unasked": "right, half and half",
-}
+PLAN = {name: f"{COMMON} {flags}" for name, flags in SETTINGS.items()}
 
 
-def usual_loop(mistake, length=LENGTH):
-    """A mistake as distill.LOSSES has losses, N = B * length.
+def usual_loop(loss, length=LENGTH):
+    """A mistake in the form of distill.losses_of, for N = B * length tokens.
 
-    Usual code takes the mean of a micro-batch and divides by the number of micro-batches. Our loop divides
-    by `tokens`; so each micro-batch brings its mean, and says that it is one token.
+    Usual code takes the mean of each micro-batch and divides by the number of micro-batches. Our loop divides
+    by `tokens`; so a micro-batch hands in its mean, and says that it has one token.
     """
     def losses_of(student_hidden, student_head, teacher_hidden, teacher_head, targets, settings):
         student_logits = F.linear(student_hidden, student_head).float().unflatten(0, (-1, length))
         teacher_logits = F.linear(teacher_hidden, teacher_head).float().unflatten(0, (-1, length))
-        loss, kl, clm = mistake(student_logits, teacher_logits, targets.unflatten(0, (-1, length)), settings)
-        nothing = torch.zeros(())
-        return Losses(loss, kl.detach(), clm.detach(), nothing, nothing, tokens=torch.ones(()))
+        total, kl, clm = loss(student_logits, teacher_logits, targets.unflatten(0, (-1, length)), settings)
+        zero = torch.zeros(())
+        return Losses(total, kl.detach(), clm.detach(), zero, zero, tokens=torch.ones(()))
 
     return losses_of
 
 
 def short_documents(tokens, eot):
-    """The same text in documents of 8 to 256 tokens, short ones as likely as long ones on a logarithmic
-    scale: 73% of a padded batch is padding. (Where a module ends, they can be shorter.)"""
+    """The same text in documents of 8 to 256 tokens, evenly spread on a logarithmic scale: 73% of a padded
+    batch is padding. (The last document of a module can be shorter.)"""
     lengths = np.exp(np.random.default_rng(0).uniform(np.log(8), np.log(LENGTH), len(tokens) // 8))
     starts = lengths.astype(int).cumsum()
     return np.insert(tokens, starts[starts < len(tokens)], eot)
 
 
-def one_run(name):
-    """Train and score as extras/atlas.py does, with a mistake in place of the loss. Returns its row."""
-    mistake, flags = RUNS[name]
-    losses_of = usual_loop(mistake) if mistake else distill.plain_losses
-    load_corpus = distill.load_corpus
+def one_run(name, command):
+    """Train a student with this mistake, or with the right loss, and score it."""
+    losses_of = usual_loop(MISTAKES[name].loss) if name in MISTAKES else distill.losses_of
+    shown = {}
 
-    def load_short_corpus(args, tokenizer):
-        corpus = load_corpus(args, tokenizer)
-        if args.packing == "padded":
+    def cut(teacher, student, corpus):
+        if "--packing padded" in command:
             corpus.train = short_documents(corpus.train, corpus.eot)
-        return corpus
+        return teacher, student, corpus
 
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(distill.LOSSES, plain=losses_of))
-        stack.enter_context(mock.patch.object(distill, "load_corpus", load_short_corpus))
-        screen = on_the_screen(losses_of, flags)
-        row = {"name": name, "flags": f"{COMMON} {flags}", "commit": commit()}
-        if name in SAME_GRADIENT:
-            return row | screen | {"ends as": SAME_GRADIENT[name]}
-        try:
-            return atlas.one_run(name, row["flags"]) | screen
-        except InputError as error:  # a loss of NaN: the run stops at once, and says so
-            return row | screen | {"ends as": "stops at once", "why": str(error).split(". ")[0]}
+    def before_training(*parts):
+        shown.update(on_the_screen(losses_of, *parts))
+        return nullcontext()
+
+    try:
+        return trained(f"{MACHINE} {command}", score, losses_of, cut, before_training) | shown
+    except InputError as error:  # a loss of NaN: the run stops and says so
+        return shown | {"ends as": "stops at once", "why": str(error).split(". ")[0]}
 
 
-def on_the_screen(losses_of, flags):
-    """The loss that a run shows for its first step: of a perfect student, and of the one it starts from."""
-    args = distill.parse_args(f"{atlas.BASE} {COMMON} {flags}".split())
-    device = Ranks(args.device).device
-    tokenizer, teacher, student = distill.load_models(args, device)
-    corpus = distill.load_corpus(args, tokenizer)
-
+def on_the_screen(losses_of, args, teacher, student, corpus, tokenizer):
+    """The loss that a run shows for its first step: of a perfect student, and of the untrained one."""
+    device = torch.device(args.device)
     shown = {}
     for who, network in (("perfect", teacher), ("initial", student)):
         sums = torch.zeros(2)  # of the loss, of tokens
         for micro in range(args.grad_accum):
             ids, targets = distill.micro_batch(corpus, micro, args, device)
             with torch.no_grad(), autocast(args, device):
-                hidden, teacher_hidden = (x.hidden(ids).flatten(0, 1) for x in (network, teacher))
+                hidden = network.hidden(ids).flatten(0, 1)
+                teacher_hidden = teacher.hidden(ids).flatten(0, 1)
                 losses = losses_of(hidden, network.head_weight, teacher_hidden, teacher.head_weight, targets,
-                                   LossSettings.of(args))
+                                   distill.LossSettings.of(args))
             sums += torch.stack((losses.loss, losses.tokens)).float()
         loss = (sums[0] / sums[1]).item()
         shown[f"{who} on screen"] = loss if math.isfinite(loss) else None  # JSON has no NaN
     return shown
 
 
-# ------------------------------------------------------------------------------------ results
-def table(done):
-    """The rows that are done, in the order of RUNS, as Markdown."""
-    def show(value):
-        if value is None:
-            return "NaN"
-        return f"{value:.4f}" if abs(value) < 100 else f"{value:.1f}"
+def score(args, teacher, student, corpus, tokenizer):
+    """The student on the held-out text, by the definition, whatever loss it was trained with."""
+    context = autocast(args, torch.device(args.device))
+    _, row = validate([teacher, student], corpus, tokenizer.vocab_size, args, context)
+    return {"loss": row["loss"], "kl": row["KL to teacher"]}
 
-    rows = []
-    for name in RUNS:
-        if name in done:
-            row = done[name]
-            rows.append({
+
+# ------------------------------------------------------------------------------------ results
+def show(value):
+    if value is None:
+        return "NaN"
+    return f"{value:.4f}" if abs(value) < 100 else f"{value:.1f}"
+
+
+def losses_table(rows):
+    """The runs that are done, in the order of the plan."""
+    lines = []
+    for name in PLAN:
+        if name in rows:
+            row = rows[name]
+            ends_as = row.get("ends as")  # in place of figures
+            lines.append({
                 "loss": name,
                 "perfect student": show(row["perfect on screen"]),
                 "first step": show(row["initial on screen"]),
-                "held-out loss": row["ends as"] if "ends as" in row else show(row["loss"]),
-                "KL to teacher": "" if "ends as" in row else show(row["kl"]),
+                "held-out loss": ends_as or show(row["loss"]),
+                "KL to teacher": "" if ends_as else show(row["kl"]),
             })
-    return format_table(rows)
+    return lines
 
 
-def parse_args(argv=None):
-    parser = new_parser(__doc__, "python -m extras.wrong_losses [options]")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only runs with this in their name")
-    parser.add_argument("--table", action="store_true", help="make no run, show what is finished")
-    return parser.parse_args(argv)
-
-
-def main():
-    args = parse_args()
-    names = [name for name in RUNS if args.only in name]
-    if not names:
-        raise InputError(f"--only {args.only}: no run has this in its name; there are {', '.join(RUNS)}")
-    done = read_rows(RESULTS)
-    if args.table and not done:
-        raise InputError("--table: no run is done yet; without --table they are made")
-
-    for name in names:
-        if args.table or name in done:
-            continue
-        keep_memory()
-        done[name] = one_run(name)
-        add_row(RESULTS, done[name])
-    print(table(done))
-
+STUDY = Study("wrong_losses", __doc__, PLAN, one_run, tables={"losses": losses_table}, page="wrong-losses",
+              show=lambda row: row.get("ends as") or show(row["loss"]))
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(STUDY.main)
