@@ -1,58 +1,117 @@
-"""What a teacher says of a corpus, kept on disk: it answers once, then any number of students learn from it.
+"""A teacher's answers to a corpus, kept on disk: it answers once, then any number of students learn from it.
 
-  wanted_header   what makes a cache the one that a run needs
-  make            has the cache that is wanted, made by all ranks together if it is not there
-  Build           a cache that is being made, which survives a kill
-  answers_to      the teacher's answers to a few examples: a forward pass, and K draws for each token
-  TeacherCache    reads them back, as the Draws of support/sparse_loss.py
+  Draws          what is kept of the teacher's answer: K tokens drawn from its distribution, and two numbers
+  draw_tokens    K draws from each distribution
+  draws_loss     the loss if all that is left of the teacher are its draws
+  wanted_header  the description of the cache that a run needs; `check_fit` compares it with one on disk
+  make           builds the cache if it is missing, by all ranks together
+  answers_to     the teacher's answers to a few examples: a forward pass and the draws
+  TeacherCache   reads a finished cache
 
-A cache is a folder with two files. header.json says what it is. answers.bin has a row for each target of each
-example of the corpus, in their order: K ids of 16 bits, the entropy of the teacher's distribution at T, and
-the teacher's own loss at T = 1, each 32 bits. So it depends on no seed, batch size or number of steps.
+Why draws: with p = softmax(t / T), let p^ (p with a hat) be the share of each token among K draws. However
+small K is, the mean of p^ over all possible draws is p. So whatever is linear in p may use p^ instead and is
+right on average, which is all that gradient descent needs. The likeliest K tokens, which others keep, never
+add up to p, however many steps are made: unlikely tokens are lost, and students of them become too sure of
+themselves (Anshumann et al. 2025, Sparse Logit Sampling, arXiv 2503.16870).
 
-It is made in the folder NAME.part, chunk by chunk; the bytes of done.bin say which chunks are good. At the
-end the folder is renamed to NAME, so what is called NAME is whole. Draws of an example follow from its
-number, so after a kill, and with any number of ranks, the bytes are the same.
+A cache is a folder with two files. header.json describes it. answers.bin has a row for each target of each
+example of the corpus, in their order: K ids of 16 bits (32 for large vocabularies), then the entropy of the
+teacher's distribution at T and the teacher's own loss at T = 1, each of 32 bits. So a cache depends on no
+seed, batch size or number of steps. It grows in the folder NAME.part, which is renamed to NAME at the end.
+The draws of an example follow from its number, so after a kill, and with any number of ranks, the bytes are
+the same.
+
+Shapes: n counted tokens, K draws, V vocabulary; B sequences, L tokens of each, N = B * L, C width.
 """
 import contextlib
 import hashlib
 import json
 import math
-import os
 import shutil
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from support.cli import InputError
-from support.corpus import is_count, locked, read_object
-from support.files import replaced
-from support.progress import Progress
-from support.runtime import autocast, to_device
-from support.sparse_loss import Draws, draw_tokens
+from support.cli import InputError, note, open_bar, reading, say
+from support.files import locked, replaced, sync
+from support.ranks import autocast, to_device
 
-VERSION = 1
 CHUNK_TOKENS = 2**13  # whose answers are computed at a time
 SAVE_SECONDS = 5  # how much work a kill can cost
-KEPT = "what the teacher has answered is kept, and the same command goes on"
-ANEW = "Delete it, and the same command makes it anew"
-HEAD_TOKENS = 2**24  # of a corpus that are compared; no run reads fewer where there are as many
+HEAD_TOKENS = 2**24  # compare only these first tokens of a corpus
+AGAIN = "Delete the folder, and the same command makes it again"
 
-# What must be the same for a cache to fit, and what that is called in a message.
+# What must be equal for a cache to fit a run, and its name in messages.
 COMPARED = {
-    "version": "version of the format", "weights": "teacher", "corpus": "text to train on",
-    "packing": "--packing", "seq_len": "--seq-len", "temperature": "--temperature", "draws": "--cache-draws",
-    "vocab_size": "vocabulary", "precision": "--precision"}
+    "version": "version of the format",
+    "weights": "teacher",
+    "corpus": "text to train on",
+    "packing": "--packing",
+    "seq_len": "--seq-len",
+    "temperature": "--temperature",
+    "draws": "--cache-draws",
+    "vocab_size": "vocabulary",
+    "precision": "--precision",
+}
+
+
+# ------------------------------------------------------------------------------------ the loss from draws
+class Draws(NamedTuple):
+    """A teacher's answers at temperature T: one row for each token of a micro-batch that has a target, in the
+    order of the tokens, and no row for tokens whose target is -100."""
+    ids: torch.Tensor  # (n, K) int64: the tokens drawn; a token may occur several times
+    weights: torch.Tensor  # (n, K): what each of them counts; 1 / K for draws
+    entropy: torch.Tensor  # (n,): of the teacher's whole distribution at T, in nats
+    clm: torch.Tensor  # (n,): the teacher's own loss on the target, at T = 1
+
+
+def draw_tokens(p, offsets, n_draws):
+    """Distributions p (n, V), offsets (n, 1) uniform in (0, 1] -> ids (n, K) of K draws from each.
+
+    Let the probabilities lie side by side and fill the line from 0 to 1. The points u / K, (1 + u) / K,
+    (2 + u) / K, ... share one random offset u, and each draws the token on whose piece it lies. For p = 0.5,
+    0.3, 0.2, K = 4 and u = 0.1 they are 0.025, 0.275, 0.525 and 0.775, which gives the ids 0, 0, 1, 1.
+
+    A token is drawn K * p times on average, as if each point were drawn on its own. But its count is K * p
+    rounded down or up and never further away, which avoids most of the noise of likely tokens (systematic
+    sampling, Madow and Madow 1944).
+    """
+    ends = p.cumsum(-1)  # (n, V): where the pieces end; the last one not exactly at 1
+    points = (torch.arange(n_draws, device=p.device) + offsets) / n_draws  # (n, K)
+    return torch.searchsorted(ends, points * ends[:, -1:])  # the first piece that ends there or later
+
+
+def draws_loss(student_logits, draws, targets, settings):
+    """distill.plain_loss with Draws of n tokens instead of the teacher's logits: (loss, kl, clm), sums.
+
+    With H the entropy of p, for one token
+
+        KL(p || q) = sum p * log(p / q) = -H - sum p * log q
+
+    H is known, and the last sum is linear in p, so p^ takes the place of p: the sum over the draws of
+    w_k * log q[id_k], with weights w_k = 1 / K. The mean over all possible draws of the gradient,
+    T * (q - p^), is that of the whole distribution, T * (q - p). The value is right on average, too; for a
+    good student it can be below 0.
+    """
+    T = settings.temperature
+    counted = targets != -100
+    s = student_logits[counted]  # (n, V)
+
+    log_q = (s / T).log_softmax(-1).gather(1, draws.ids)  # (n, K)
+    kl = -draws.entropy.sum() - (draws.weights * log_q).sum()
+    clm = F.cross_entropy(s, targets[counted], reduction="sum")
+    return settings.kd_weight * T**2 * kl + settings.clm_weight * clm, kl, clm
 
 
 # ------------------------------------------------------------------------------------ what a cache is
 def wanted_header(args, teacher, corpus, vocab_size, offsets):
     """The header of the cache that a run needs. offsets: see TeacherCache."""
     return {
-        "version": VERSION,
+        "version": 1,
         "teacher": args.teacher,
         "weights": fingerprint(teacher),
         "data": args.data,
@@ -69,7 +128,7 @@ def wanted_header(args, teacher, corpus, vocab_size, offsets):
 
 
 def fingerprint(network):
-    """16 letters that another network would not have: of its configuration and its weights."""
+    """16 characters that identify a network: its configuration and its weights."""
     digest = hashlib.sha256(repr(network.config).encode())
     for name, parameter in network.named_parameters():
         content = parameter.detach().cpu().contiguous().view(torch.uint8)
@@ -80,192 +139,172 @@ def fingerprint(network):
 
 def row_type(header):
     """A row of answers.bin: 32 bytes for 12 draws."""
-    letter = "<u2" if header["vocab_size"] <= 2**16 else "<u4"
-    return np.dtype([("ids", letter, (header["draws"],)), ("entropy", "<f4"), ("clm", "<f4")])
+    id_type = "<u2" if header["vocab_size"] <= 2**16 else "<u4"
+    return np.dtype([("ids", id_type, (header["draws"],)), ("entropy", "<f4"), ("clm", "<f4")])
 
 
 def read_header(path):
-    """The header of the cache in a folder, which fits its files. InputError if it is damaged, or no cache."""
-    path = Path(path)
+    """What the cache in the folder `path`, finished or not, says about itself."""
     if not (path / "header.json").is_file():
-        raise InputError(f"{path} is no cache of a teacher: it has no header.json. Choose another "
+        raise InputError(f"{path} is not a teacher's cache, as it has no header.json: choose a different "
                          "--teacher-cache")
-    header = read_object(path / "header.json")
-    counts = ("draws", "vocab_size", "examples", "tokens")
-    sound = COMPARED.keys() <= header.keys() and all(
-        is_count(header.get(name)) and header[name] > 0 for name in counts)
-    answers = path / "answers.bin"
-    if sound and header["version"] == VERSION:
-        size = header["tokens"] * row_type(header).itemsize
-        sound = answers.is_file() and answers.stat().st_size == size
-    if not sound:
-        raise InputError(f"{path} is damaged: its header.json does not fit its answers.bin. {ANEW}")
-    return header
+    with reading(path / "header.json", "the header of a teacher's cache"):
+        header = json.loads((path / "header.json").read_bytes())
+        return {name: header[name] for name in (*COMPARED, "teacher", "data", "examples", "tokens")}
 
 
-def refuse_other(path, header, wanted):
-    """InputError if the cache at `path` is another than the one that is wanted, or too small."""
-    names = [name for name in COMPARED if header[name] != wanted[name]]
-    if "precision" in names and "weights" in names:
-        names.remove("weights")  # which may be the same, but rounded in another way
-    if names:
-        differences = [f"{COMPARED[name]} {header[name]!s:.99} there, {wanted[name]!s:.99} here"
-                       for name in names]
-        made_of = f"of {header.get('teacher')!s:.99} on {header.get('data')!s:.99}"
-        raise InputError(f"{path} is another cache, {made_of}: {'; '.join(differences)}. Choose another "
-                         "--teacher-cache")
-    if header["examples"] < wanted["examples"] or header["tokens"] < wanted["tokens"]:
+def check_fit(path, wanted):
+    """The header of the cache at `path`. InputError if it is not the one that a run needs."""
+    header = read_header(path)
+    different = [name for name in COMPARED if header[name] != wanted[name]]
+    if "precision" in different and "weights" in different:
+        different.remove("weights")  # perhaps the same weights, rounded in another way
+    if different:
+        listed = "; ".join(f"{COMPARED[name]} {header[name]!s:.99} there, {wanted[name]!s:.99} here"
+                           for name in different)
+        raise InputError(f"{path} is the cache of another run, of {header['teacher']!s:.99} on "
+                         f"{header['data']!s:.99}: {listed}. Choose a different --teacher-cache")
+
+    with reading(path / "header.json", "the header of a teacher's cache"):
+        is_enough = header["examples"] >= wanted["examples"] and header["tokens"] >= wanted["tokens"]
+    if not is_enough:
         raise InputError(f"{path} has answers for {header['tokens']:,} tokens of this text, and this run "
-                         f"reads {wanted['tokens']:,}: choose another --teacher-cache, or fewer --steps")
+                         f"reads {wanted['tokens']:,}: choose a different --teacher-cache, or fewer --steps")
+    return header
 
 
 # ------------------------------------------------------------------------------------ making one
 def make(path, wanted, answers_of, offsets, ranks, reads):
-    """Have the cache that is wanted at `path`. answers_of: range of examples -> their rows; offsets: see
-    TeacherCache; reads: how many tokens this run is going to read."""
+    """Have the wanted cache at `path`: build it if it is missing, refuse one that does not fit.
+
+    answers_of: range of examples -> their rows of answers.bin; offsets: see TeacherCache; reads: how many
+    tokens this run is going to read.
+    """
     path = Path(path)
-    size = wanted["tokens"] * row_type(wanted).itemsize
-    about = f"{wanted['draws']} draws for each of {wanted['tokens']:,} tokens, {size / 1e6:,.0f} MB"
-    try:
-        if ranks.any(not is_there(path)):
-            if ranks.is_first:
-                print(f"cache      {path}/: {about}; the teacher answers first", flush=True)
-                if reads < wanted["tokens"] / 2:
-                    print(f"note       this run reads only {reads:,} of them; without --teacher-cache the "
-                          "teacher\n           would answer for no more than that", flush=True)
-            with locked(path) if ranks.is_first else contextlib.nullcontext():
+    is_missing = ranks.any(not is_there(path))
+    if ranks.is_first:
+        size = wanted["tokens"] * row_type(wanted).itemsize
+        say(f"cache      {path}/: {wanted['draws']} draws for each of {wanted['tokens']:,} tokens, "
+            f"{size / 1e6:,.0f} MB" + ("; the teacher answers first" if is_missing else ""))
+        if is_missing and reads < wanted["tokens"] / 2:
+            note(f"this run reads only {reads:,} of these tokens; without --teacher-cache the teacher would "
+                 "not answer for more than that")
+
+    if is_missing:
+        lock = locked(path.parent, f"the cache {path}", name=path.name, wait=True)
+        try:
+            with lock if ranks.is_first else contextlib.nullcontext():
                 make_missing(path, wanted, answers_of, offsets, ranks)
-        refuse_other(path, read_header(path), wanted)
-        if ranks.is_first:
-            print(f"cache      {path}/: {about}; it is there", flush=True)
-    except OSError as error:
-        raise InputError(f"{error.filename or path}: {error.strerror or error}; {KEPT}") from error
-    except SystemExit:  # Ctrl-C or SIGTERM
-        if ranks.is_first and not is_there(path):
-            print(KEPT, flush=True)
-        raise
+        except OSError as error:
+            raise InputError(f"{error.filename or path}: {error.strerror or error}. The answers so far are "
+                             "kept, and the same command goes on") from error
+
+    header = check_fit(path, wanted)
+    with reading(path / "answers.bin", "the answers of a teacher"):
+        found = (path / "answers.bin").stat().st_size
+    expected = header["tokens"] * row_type(header).itemsize
+    if found != expected:
+        raise InputError(f"{path} is damaged: its answers.bin has {found:,} bytes instead of {expected:,}. "
+                         f"{AGAIN}")
 
 
 def is_there(path):
-    """Whether something is at `path` that is no empty folder."""
-    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    """Whether something is at `path`, besides a folder that is empty or has temporary files of a kill."""
+    if path.is_dir():
+        return any(not entry.name.startswith(".distil-") for entry in path.iterdir())
+    return path.exists()
 
 
 def make_missing(path, wanted, answers_of, offsets, ranks):
-    """Build the cache, unless another process did while this one waited for its turn."""
-    part = path.with_name(path.name + ".part")
+    """Build the cache, unless another process has done so while this one waited for the lock."""
+    part = Path(f"{path}.part")
     if ranks.is_first and not is_there(path):
         begin(part, wanted)
-    if not ranks.any(not is_there(path)):  # asked together: nobody looks before the first has prepared it
+    if not ranks.any(not is_there(path)):  # asked together, so no rank looks before the first has begun
         return
 
-    with Build(part, wanted, offsets) as build:
-        todo = np.flatnonzero(build.done == 0)
-        ranks.wait()  # all have read what is done, before any of them changes it
-        mine = [int(todo[i]) for i in ranks.share(len(todo))]
-        line = Progress("answering ", len(mine), silent=not ranks.is_first)
-        for i, chunk in enumerate(mine, 1):
-            build.add(chunk, answers_of(build.examples(chunk)))
-            line.advance(f"{i}/{len(mine)}", [])
-        line.close()
-
+    build(part, wanted, answers_of, offsets, ranks)
     ranks.wait()  # all are done
     if ranks.is_first:
         (part / "done.bin").unlink()
         with contextlib.suppress(FileNotFoundError):
-            path.rmdir()
+            path.rmdir()  # an empty folder
         part.rename(path)
     ranks.wait()
 
 
 def begin(part, wanted):
-    """The folder in which the cache grows: a new one, or that of a build which was killed."""
+    """Prepare the folder in which the cache grows: a new one, or one that a killed build has left."""
     size = wanted["tokens"] * row_type(wanted).itemsize
     n_chunks = math.ceil(wanted["examples"] / examples_of_chunk(wanted))
-    if is_there(part) and (part / "header.json").exists():
-        found = read_object(part / "header.json")
-        changed = [name for name in (*COMPARED, "tokens") if found.get(name) != wanted[name]]
-        if changed:
-            raise InputError(f"{part} is an unfinished cache with other settings ({', '.join(changed)}): "
-                             "delete it, or choose another --teacher-cache")
+    n_done = 0
+    if is_there(part):
+        if check_fit(part, wanted)["tokens"] != wanted["tokens"]:
+            raise InputError(f"{part} is an unfinished cache of more text: delete it, or choose a different "
+                             "--teacher-cache")
+        if (part / "done.bin").exists():
+            n_done = (part / "done.bin").read_bytes().count(1)
 
-    # What is still to be written must have room. The files get their size at once, but not their space.
-    done = np.fromfile(part / "done.bin", np.uint8) if (part / "done.bin").exists() else np.zeros(1)
-    needed = round(size * (1 - done.mean()))
-    folder = next(folder for folder in part.absolute().parents if folder.exists())
-    there = shutil.disk_usage(folder).free
-    if needed > there:
-        raise InputError(f"{part} takes {needed / 1e6:,.0f} MB, and the disk has {there / 1e6:,.0f} MB: make "
+    missing = round(size * (1 - n_done / n_chunks))
+    free = shutil.disk_usage(part.parent).free
+    if missing > free:
+        raise InputError(f"{part} needs {missing / 1e6:,.0f} MB, and the disk has {free / 1e6:,.0f} MB: make "
                          "room, choose a --teacher-cache on another disk, or fewer --cache-draws")
 
-    part.mkdir(parents=True, exist_ok=True)
-    with replaced(part / "header.json") as file:
+    with replaced(part / "header.json") as file:  # first, as it tells that the folder is ours
         file.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
     for name, length in (("answers.bin", size), ("done.bin", n_chunks)):
         with open(part / name, "ab") as file:
-            file.truncate(length)
+            file.truncate(length)  # takes space on the disk only where it is written
 
 
 def examples_of_chunk(header):
-    """How many examples are answered at a time. It follows from the header, so that no rounding of a product
-    depends on the run that makes the cache."""
+    """How many examples are answered at a time. It follows from the header alone, so that rounding in the
+    teacher's products does not depend on the run that makes the cache."""
     return max(1, CHUNK_TOKENS // header["seq_len"])
 
 
-class Build:
-    """The files of a cache that is being made; each rank writes the rows of its own chunks."""
+def build(part, header, answers_of, offsets, ranks):
+    """Write the rows that are missing in answers.bin; each rank takes chunks of its own. The byte of a chunk
+    in done.bin becomes 1 when its rows are safe on disk."""
+    todo = np.flatnonzero(np.fromfile(part / "done.bin", np.uint8) == 0)
+    ranks.wait()  # all ranks have read what is done before one of them changes it
+    mine = [int(todo[i]) for i in ranks.share(len(todo))]
+    size = examples_of_chunk(header)
+    unsaved = []  # chunks whose rows are written, but perhaps not yet on the disk
+    saved = time.monotonic()
 
-    def __init__(self, part, header, offsets):
-        self.part = part
-        self.header = header
-        self.offsets = offsets
-        self.done = np.fromfile(part / "done.bin", np.uint8)
-        self.unsaved = []  # chunks whose rows are written, but perhaps not on the disk
-        self.saved = time.monotonic()
+    with open(part / "answers.bin", "r+b") as answers, open(part / "done.bin", "r+b") as done:
+        def save():
+            sync(answers)
+            for chunk in unsaved:
+                done.seek(chunk)
+                done.write(b"\1")
+            done.flush()
+            unsaved.clear()
 
-    def __enter__(self):
-        self.answers_file = open(self.part / "answers.bin", "r+b")
-        self.done_file = open(self.part / "done.bin", "r+b")
-        return self
-
-    def __exit__(self, *error):
-        with self.answers_file, self.done_file:
-            self.save()
-
-    def examples(self, chunk):
-        """The numbers of the examples of a chunk."""
-        size = examples_of_chunk(self.header)
-        return range(chunk * size, min((chunk + 1) * size, self.header["examples"]))
-
-    def add(self, chunk, rows):
-        """Write the rows of a chunk's examples."""
-        start = int(self.offsets[self.examples(chunk).start])
-        self.answers_file.seek(start * rows.itemsize)
-        self.answers_file.write(rows.tobytes())
-        self.unsaved.append(chunk)
-        if time.monotonic() > self.saved + SAVE_SECONDS:
-            self.save()
-
-    def save(self):
-        """Note which chunks are done, and not before their rows are on the disk."""
-        self.answers_file.flush()
-        os.fsync(self.answers_file.fileno())
-        for chunk in self.unsaved:
-            self.done_file.seek(chunk)
-            self.done_file.write(b"\1")
-        self.done_file.flush()
-        self.unsaved = []
-        self.saved = time.monotonic()
+        try:
+            for chunk in open_bar(mine, "answering", unit=" chunks", disable=not ranks.is_first):
+                examples = range(chunk * size, min((chunk + 1) * size, header["examples"]))
+                rows = answers_of(examples)
+                answers.seek(int(offsets[examples.start]) * rows.itemsize)
+                answers.write(rows.tobytes())
+                unsaved.append(chunk)
+                if time.monotonic() > saved + SAVE_SECONDS:
+                    save()
+                    saved = time.monotonic()
+        finally:
+            save()
 
 
 @torch.no_grad()
 def answers_to(teacher, ids, targets, numbers, args, header):
-    """The rows of answers.bin for the examples with these numbers; ids, targets (B, L): what is in them."""
+    """The rows of answers.bin for the examples with these numbers; ids, targets (B, L): their content."""
     device = teacher.head_weight.device
     counted = np.flatnonzero(targets.reshape(-1) != -100)
     rows = np.empty(len(counted), row_type(header))
 
-    # Offsets of the draws: a number for each target, from a generator of each example's own.
+    # Offsets of the draws: a number for each target, from a generator that each example has for itself.
     n_targets = (targets != -100).sum(1)
     random = [np.random.default_rng(i).random(n, np.float32) for i, n in zip(numbers, n_targets, strict=True)]
     offsets = to_device(1 - np.concatenate(random)[:, None], device)  # (n, 1), in (0, 1]
@@ -279,7 +318,7 @@ def answers_to(teacher, ids, targets, numbers, args, header):
         few = 512 if device.type == "cuda" else max(1, 2**21 // len(head))  # rows of logits at a time
         for start in range(0, len(rows), few):
             part = slice(start, start + few)
-            logits = F.linear(hidden[part], head).float()
+            logits = F.linear(hidden[part], head).float()  # (few, V)
             log_p = (logits / args.temperature).log_softmax(-1)
             p = log_p.exp()
             rows["ids"][part] = draw_tokens(p, offsets[part], header["draws"]).cpu()
@@ -297,19 +336,20 @@ class TeacherCache:
     """A finished cache. offsets: the row of the first target of each example, and the number of all rows."""
 
     def __init__(self, path, offsets):
-        self.path = path
-        self.header = read_header(path)
+        self.path = Path(path)
+        self.header = read_header(self.path)
         self.offsets = offsets
-        self.rows = np.memmap(Path(path, "answers.bin"), row_type(self.header), "r")
+        self.rows = np.memmap(self.path / "answers.bin", row_type(self.header), "r")
 
     def draws(self, numbers, device):
-        """What the teacher said of these examples, one after the other: Draws of their n targets."""
+        """The teacher's answers to these examples, one after the other: Draws of their n targets."""
         rows = np.concatenate([self.rows[self.offsets[i]:self.offsets[i + 1]] for i in numbers])
         ids = rows["ids"].astype(np.int64)  # (n, K)
         entropy = rows["entropy"].copy()
         clm = rows["clm"].copy()
         if ids.max() >= self.header["vocab_size"] or not np.isfinite(entropy + clm).all():
-            raise InputError(f"{self.path} is damaged: its answers.bin has what no teacher says. {ANEW}")
+            raise InputError(f"{self.path} is damaged: its answers.bin has values that no teacher gives. "
+                             f"{AGAIN}")
 
         weights = torch.full((1, 1), 1 / ids.shape[1], device=device).expand(ids.shape)
         return Draws(to_device(ids, device), weights, to_device(entropy, device), to_device(clm, device))
