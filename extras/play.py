@@ -1,29 +1,33 @@
 """A page to play with: what the teacher knows and the student does not, token by token.
 
-    python -m extras.play                    out, its teacher, its control
-    python -m extras.play out-2              another student, and its teacher
-    python -m extras.play gpt2 distilgpt2    teacher, student, by name
+    python -m extras.play                            out, its teacher, its control
+    python -m extras.play out-2                      another student, and its teacher
+    python -m extras.play gpt2 distilgpt2            teacher, student, by name
+    python -m extras.play out --save page.html       one file, which needs no server
+    python -m extras.play out --save page.html --texts a.txt b.txt
 
 Read in this order:
-  Classroom          the models, and the three things that the page asks of them: score, position, write
-  one_by_one         model.generate turned inside out, so that text comes token by token
-  Page, Server       HTTP, from the standard library; who is answered, and how much is read
+  Classroom          the models, and the three questions of the page: score, position, write
+  saved_page         the page with all answers in it, as one file
+  Page, Server       HTTP, from the standard library: who is answered, and how much is read
   find_models, main  the command
 
-play.html, beside this file, is all that the browser gets; it asks nobody but this server, and the server
-remembers nothing between two requests. It listens on 127.0.0.1 alone. For a machine elsewhere, forward the
-port: `ssh -L 8000:127.0.0.1:8000 machine`, with one number at both ends.
-Shapes: L tokens, C width, V tokens in the vocabulary. Surprise and KL are in nats.
+The browser gets play.html and nothing else. That page asks only this server, which remembers nothing between
+two requests and listens on 127.0.0.1 alone. If it runs on another machine, forward the port with the same
+number at both ends: `ssh -L 8000:127.0.0.1:8000 machine`.
+
+Shapes: L tokens, V tokens in the vocabulary, n temperatures. Surprise and KL are in nats.
 """
-import base64
+if not __package__:  # started as a file, from which Python does not find the rest of the project
+    raise SystemExit("error: run this from the project's folder, as `python -m extras.play`")
+
 import codecs
 import contextlib
 import functools
-import itertools
 import json
 import math
 import os
-import queue
+import re
 import socketserver
 import sys
 import threading
@@ -34,27 +38,63 @@ import torch
 from torch.nn import functional as F
 
 import sample
+from data import load_tokenizer
 from model import load
-from support.cli import InputError, checked, new_parser, pick_device, run_cli, user_path
-from support.tokenizer import load_tokenizer
+from support.cli import InputError, checked, new_parser, note, reading, run_cli, user_path
+from support.files import replaced
+from support.ranks import pick_device
+from support.scoring import SCORES, exp, score
 
 ROLES = ("teacher", "student", "control")
-CHUNK = 128  # tokens whose logits exist at a time
-N_SHOWN = 15  # bars of a position, the teacher's likeliest tokens
+PAGE = Path(__file__).with_name("play.html")
+N_SHOWN = 15  # the teacher's likeliest tokens that a position shows
+TEMPERATURES = [0.5 + 0.25 * i for i in range(31)]  # of the slider: 0.5 to 8
 
 FIRST_PORT, N_PORTS = 8000, 20
 MAX_BYTES = 256 * 1024  # of a request: a text far longer than any context
-MAX_DRAINED = 64 * MAX_BYTES  # of one that is refused; see read_body
-PATIENCE = 60  # seconds that a client may neither send nor receive
+POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
+          "connect-src 'self'; base-uri 'none'; form-action 'none'")  # load nothing, ask only this server
+SAFETY = [("Content-Security-Policy", f"{POLICY}; frame-ancestors 'none'"),
+          ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
+          ("Cache-Control", "no-store")]
 
-WRITING = {  # setting of sample.py: its type, lowest and highest value
-    "temperature": (float, 0, 100), "top_k": (int, 0, 10**6), "top_p": (float, 0.001, 1),
-    "seed": (int, 0, 2**53 - 1), "tokens": (int, 1, 2000)}  # a browser's integers end at 2**53
+WRITING = ("temperature", "top_k", "top_p", "seed", "tokens")  # settings of sample.py that the page has
+
+TEXTS = {  # to begin with: short, as a saved page holds all that can be asked about them
+    "reading settings": '''def read_config(path):
+    """Read a file of settings, one on each line."""
+    result = {}
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            key, value = line.split("=", 1)
+            if not isinstance(value, str):
+                raise TypeError("value must be a string")
+            result[key.strip()] = value.strip()
+    return result
+''',
+    "a class": '''class Queue:
+    """First in, first out."""
+
+    def __init__(self, items=()):
+        self.items = list(items)
+
+    def put(self, item):
+        self.items.append(item)
+
+    def get(self):
+        if not self.items:
+            raise IndexError("the queue is empty")
+        return self.items.pop(0)
+''',
+    "plain English": """The ferry left at seven. Nobody on the pier had seen the dog jump, but an hour later
+it was asleep in the captain's chair, and the lights of the harbour were far behind them. \N{HOT BEVERAGE}
+""",
+}
 
 
 # ----------------------------------------------------------------------------------------- the models
 def one_at_a_time(method):
-    """PyTorch has all cores to itself, and memory for one text. No two requests share anything else."""
+    """Let requests wait for each other: PyTorch uses all cores, and there is memory for one text."""
     @functools.wraps(method)
     def alone(self, *args):
         with self.lock:
@@ -63,46 +103,47 @@ def one_at_a_time(method):
 
 
 class Classroom:
-    """Teacher, student and perhaps a control, all of one tokenizer."""
+    """Teacher, student and perhaps a control, all with one tokenizer."""
 
     def __init__(self, names, device):
         """`names`: {role: name of a model}, the teacher first."""
         self.names = names
         self.device = device
-        self.lock = threading.Lock()  # whoever computes holds it: for a text, or for a token that is written
+        self.lock = threading.Lock()  # held while a text is scored, or one token is written
 
         tokenizers = {role: load_tokenizer(name) for role, name in names.items()}
         self.tokenizer = tokenizers["teacher"]
         for role, tokenizer in tokenizers.items():
             if tokenizer.fingerprint != self.tokenizer.fingerprint:
-                raise InputError(f"{names[role]} and {names['teacher']} have different tokenizers, so "
-                                 "no token could be asked of both: name models of one family")
+                raise InputError(f"{names[role]} and {names['teacher']} have different tokenizers, so they "
+                                 "cannot be compared token by token: name models of one family")
 
         self.models = {role: load(name, device) for role, name in names.items()}
         self.context = min(model.context for model in self.models.values())
 
     def about(self):
-        """What the page shows before anything is asked; the defaults of writing are sample.py's."""
+        """What the page needs at the start. The default settings for writing are those of sample.py."""
         models = [{"role": role, "name": name, "parameters": self.models[role].num_parameters()}
                   for role, name in self.names.items()]
         defaults = vars(sample.parse_args([]))
         return {"models": models, "context": self.context, "vocab_size": self.tokenizer.vocab_size,
-                "max_bytes": MAX_BYTES, "defaults": {name: defaults[name] for name in ["prompt", *WRITING]}}
+                "max_bytes": MAX_BYTES, "temperatures": TEMPERATURES, "texts": TEXTS,
+                "defaults": {name: defaults[name] for name in ["prompt", *WRITING]}}
 
     def window(self, text):
-        """(ids, how many tokens of the text were cut): what the models see. The first id is only context.
+        """A text -> (ids that the models see, ids that were cut off in front of them).
 
-        It is <|endoftext|>, which stands before every document in training, so that the first token of
-        the text is scored, too. Of a text that is too long the end is kept.
+        The first id that they see is only context: <|endoftext|>, which stands before every document in
+        training, so that the first token of the text is scored, too. Of a long text the end is kept.
         """
         ids = [self.tokenizer.eot, *self.tokenizer.encode(text)]
         if len(ids) == 1:
             raise InputError("there is no text")
         n_cut = max(0, len(ids) - 1 - self.context)
-        return ids[n_cut:], n_cut
+        return ids[n_cut:], ids[1:n_cut + 1]
 
     def show(self, token):
-        """A token for the page. Bytes that are half a character are written as \\xc3."""
+        """A token for the page. `half`: its bytes are only a part of a character, written as \\xc3."""
         raw = self.tokenizer.decode_bytes([token])
         try:
             return {"text": raw.decode("utf-8"), "half": False}
@@ -111,45 +152,64 @@ class Classroom:
 
     @one_at_a_time
     def score(self, text):
-        """How each model did at each token of a text, and over all of them."""
-        ids, n_cut = self.window(text)
-        scores = token_scores(self.models, ids, self.tokenizer.vocab_size, self.device)
-        for role, columns in scores.items():
-            if not columns.isfinite().all():
-                raise InputError(f"{self.names[role]}: its logits are NaN or infinite: its weights are "
-                                 "broken")
+        """How surprised each model was by each token of a text, and the figures of the whole text."""
+        ids, cut = self.window(text)
+        inputs = torch.tensor([ids[:-1]], device=self.device)  # (1, L)
+        targets = torch.tensor(ids[1:], device=self.device)[:, None]  # (L, 1): sums over one token each
+        scores = score([*self.models.values()], inputs, targets, self.tokenizer.vocab_size)
 
         n_bytes = len(self.tokenizer.decode_bytes(ids[1:]))
-        return {"tokens": [self.show(token) for token in ids[1:]], "cut": n_cut,
-                "scores": {role: columns.tolist() for role, columns in scores.items()},
-                "totals": {role: totals(columns, n_bytes) for role, columns in scores.items()}}
+        columns = {}
+        totals = {}
+        for (role, name), sums in zip(self.names.items(), scores, strict=True):
+            found = dict(zip(SCORES, sums, strict=True))  # {name: (L)}
+            if not (found["nll"].isfinite() & found["kl"].isfinite()).all():
+                raise InputError(f"{name}: its logits are NaN or infinite: its weights are broken")
+            columns[role] = {"surprise": found["nll"].tolist(), "kl": found["kl"].tolist(),
+                             "same": found["agree"].tolist()}
+            loss = found["nll"].mean().item()
+            perplexity = exp(loss)
+            totals[role] = {
+                "loss": loss, "perplexity": perplexity if math.isfinite(perplexity) else "overflow",
+                "bits_per_byte": found["nll"].sum().item() / math.log(2) / n_bytes,
+                "kl": found["kl"].mean().item(), "agreement": found["agree"].mean().item()}
+        return {"tokens": [self.show(token) for token in ids[1:]], "scores": columns, "totals": totals,
+                "n_cut": len(cut), "cut": self.tokenizer.decode(cut)}
 
     @one_at_a_time
     @torch.no_grad()
     def position(self, text, index):
-        """All logits with which the models predict token `index` of a text, as float32 in base64.
+        """The distributions with which the models predict token `index` of a text.
 
-        With these the browser has the exact distribution at any temperature and asks no more.
-        `shown`: the teacher's likeliest tokens, then the text's and each model's favourite.
+        `shown` are the teacher's likeliest tokens, then the text's own and each model's favourite. The page
+        gets their logits, and of all other tokens only what they add up to: `log_sums`, the logarithm of
+        the sum of exp(logit / T) over the whole vocabulary at each of TEMPERATURES. So it has the exact
+        probability of each token shown, exp(logit / T - log_sum), without asking again.
         """
         ids, _ = self.window(text)
         if not 0 <= index < len(ids) - 1:
             raise InputError(f"there is no token {index}: the text has {len(ids) - 1}")
         before = torch.tensor([ids[:index + 1]], device=self.device)  # (1, L)
+        T = torch.tensor(TEMPERATURES, dtype=torch.float64)[:, None]  # (n, 1)
 
         logits = {}
+        log_q = {}  # {role: (n, V)}
         for role, model in self.models.items():
-            last = model.hidden(before)[0, -1]  # (C)
-            every = F.linear(last, model.head_weight)  # the rows that pad a vocabulary, too
-            logits[role] = every[:self.tokenizer.vocab_size].float().cpu()  # (V)
+            every = F.linear(model.hidden(before)[0, -1], model.head_weight)
+            logits[role] = every[:self.tokenizer.vocab_size].cpu().double()  # without rows that only pad
+            log_q[role] = (logits[role] / T).log_softmax(-1)
 
-        shown = logits["teacher"].topk(min(N_SHOWN, self.tokenizer.vocab_size)).indices.tolist()
-        extra = [ids[index + 1], *(values.argmax().item() for values in logits.values())]
-        shown += [token for token in dict.fromkeys(extra) if token not in shown]
-        return {"target": ids[index + 1], "n_likeliest": N_SHOWN,
-                "shown": [{"id": token, **self.show(token)} for token in shown],
-                "logits": {role: base64.b64encode(values.numpy().astype("<f4").tobytes()).decode()
-                           for role, values in logits.items()}}
+        likeliest = logits["teacher"].topk(min(N_SHOWN, self.tokenizer.vocab_size)).indices.tolist()
+        favourites = [values.argmax().item() for values in logits.values()]
+        shown = [*dict.fromkeys([*likeliest, ids[index + 1], *favourites])]
+
+        log_p = log_q["teacher"]
+        kl = {role: (log_p.exp() * (log_p - log_q[role])).sum(-1) for role in self.names}  # each (n)
+        log_sums = {role: (logits[role] / T).logsumexp(-1) for role in self.names}
+        return {"target": ids[index + 1], "shown": [{"id": token, **self.show(token)} for token in shown],
+                "logits": {role: rounded(values[shown]) for role, values in logits.items()},
+                "log_sums": {role: rounded(values) for role, values in log_sums.items()},
+                "kl": {role: rounded(values) for role, values in kl.items()}}
 
     def write(self, prompt, settings):
         """Yield what teacher and student write after a prompt, in turns, a token of each at a time."""
@@ -158,9 +218,8 @@ class Classroom:
             yield {"note": f"The prompt has {len(ids)} tokens; the models see the last {self.context} at a "
                            "time."}
         with contextlib.ExitStack() as stack:
-            texts = {role: self.continuation(role, ids, settings) for role in ROLES[:2]}
-            for text in texts.values():
-                stack.enter_context(contextlib.closing(text))
+            texts = {role: stack.enter_context(contextlib.closing(self.continuation(role, ids, settings)))
+                     for role in ROLES[:2]}
             while texts:
                 for role in list(texts):
                     with self.lock:
@@ -174,88 +233,70 @@ class Classroom:
         generator = torch.Generator(self.device).manual_seed(settings["seed"])
         choose = functools.partial(sample.draw, temperature=settings["temperature"], top_k=settings["top_k"],
                                    top_p=settings["top_p"], generator=generator)
-        tokens = one_by_one(self.models[role], torch.tensor([ids], device=self.device),
-                            settings["tokens"], choose)
+        prompt = torch.tensor([ids], device=self.device)
 
         # A token may end within a character; the decoder keeps such bytes until the others have come.
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        with contextlib.closing(tokens):
-            for token in itertools.takewhile(lambda token: token != self.tokenizer.eot, tokens):
-                yield decoder.decode(self.tokenizer.decode_bytes([token]))
+        with contextlib.closing(self.models[role].tokens(prompt, settings["tokens"], choose)) as tokens:
+            for token in tokens:
+                if token.item() == self.tokenizer.eot:
+                    break
+                yield decoder.decode(self.tokenizer.decode_bytes([token.item()]))
         yield decoder.decode(b"", final=True)
 
 
-@torch.no_grad()
-def token_scores(models, ids, vocab_size, device):
-    """{role: (3, L)}: surprise, KL(teacher || model), 1 where the favourite is the teacher's, at ids[1:].
-
-    As in eval_ppl.py: the surprise is over all rows of a model, those that pad its vocabulary, too; the KL
-    is over the `vocab_size` tokens that all models have.
-    """
-    inputs = torch.tensor([ids[:-1]], device=device)  # (1, L)
-    targets = torch.tensor(ids[1:], device=device)  # (L)
-    hidden = {role: model.hidden(inputs)[0] for role, model in models.items()}  # each (L, C)
-
-    columns = {role: [] for role in models}
-    for rows in torch.arange(len(targets), device=device).split(CHUNK):
-        for role, model in models.items():
-            logits = F.linear(hidden[role][rows], model.head_weight).float()  # (chunk, V)
-            surprise = F.cross_entropy(logits, targets[rows], reduction="none")
-            favourite = logits.argmax(-1)
-            log_q = logits[:, :vocab_size].log_softmax(-1)
-            if role == "teacher":
-                log_p, teachers_favourite = log_q, favourite
-            kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-            columns[role].append(torch.stack((surprise, kl, favourite == teachers_favourite)))
-    return {role: torch.cat(chunks, 1).cpu() for role, chunks in columns.items()}
+def rounded(values):
+    """A tensor as a list of numbers with five decimals: more would only make the page larger."""
+    return [round(value, 5) for value in values.tolist()]
 
 
-def totals(columns, n_bytes):
-    """Columns (3, L) of one model -> the figures that eval_ppl.py has for a text."""
-    nll = columns[0].double().sum().item()
-    loss, kl, agreement = columns.double().mean(1).tolist()
-    return {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": nll / math.log(2) / n_bytes,
-            "kl": kl, "agreement": agreement}
+# ----------------------------------------------------------------------------------------- one file
+SAVED_TOKENS = 200  # of each text; a position takes about 2.5 kB
+MAX_PAGE = 2_000_000  # bytes
 
 
-class Stopped(Exception):
-    """Nobody wants the next token."""
+def saved_page(classroom, texts):
+    """play.html with the answers to all that can be asked about `texts`, {title: text}."""
+    kept = {}  # {title: text}
+    answers = {}  # {text: what the page may ask about it}
+    for title, text in texts.items():
+        ids = classroom.tokenizer.encode(text)
+        longest = min(SAVED_TOKENS, classroom.context)
+        if len(ids) > longest:
+            note(f"{title}: the page has its first {longest} of {len(ids)} tokens")
+            text = classroom.tokenizer.decode(ids[:longest])
+        scored = classroom.score(text)
+        positions = [classroom.position(text, i) for i in range(len(scored["tokens"]))]
+        kept[title] = text
+        answers[text] = {"scored": scored, "positions": positions}
+
+    about = {**classroom.about(), "texts": kept}
+    written = {"teacher": "", "student": ""}
+    for piece in classroom.write(about["defaults"]["prompt"], about["defaults"]):
+        if "role" in piece:
+            written[piece["role"]] += piece["text"]
+
+    saved = {"about": about, "answers": answers, "written": written}
+    data = json.dumps(saved, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    policy = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+    page = PAGE.read_text(encoding="utf-8")
+    page = page.replace("<title>", f"{policy}\n<title>", 1)
+    return page.replace('id="saved">null<', f'id="saved">{data}<', 1)
 
 
-def one_by_one(model, ids, n_tokens, choose):
-    """Yield the tokens that model.generate would append; nothing is computed before it is asked for.
-
-    generate runs in a thread of its own and stops inside `choose` until the next token is wanted. So
-    there is one way to generate, with its cache and its window, and closing this iterator ends it.
-    """
-    wanted, chosen = queue.SimpleQueue(), queue.SimpleQueue()
-
-    def choose_and_wait(logits):
-        token = choose(logits)
-        chosen.put(token.item())
-        if not wanted.get():
-            raise Stopped
-        return token
-
-    def generate():
-        try:
-            if wanted.get():
-                model.generate(ids, n_tokens, choose_and_wait)
-        except Stopped:
-            pass
-        except Exception as error:  # whoever waits for a token has to hear of it
-            chosen.put(error)
-
-    threading.Thread(target=generate, name="generate", daemon=True).start()
-    try:
-        for _ in range(n_tokens):
-            wanted.put(True)
-            token = chosen.get()
-            if isinstance(token, Exception):
-                raise token
-            yield token
-    finally:
-        wanted.put(False)
+def save_page(classroom, path, files):
+    """Write saved_page to `path`, with the texts of `files`, or with TEXTS."""
+    texts = {}
+    for name in files or ():
+        with reading(name, "a text in UTF-8"):
+            texts[Path(name).name] = Path(name).read_text(encoding="utf-8")
+    page = saved_page(classroom, texts or TEXTS).encode()
+    if len(page) > MAX_PAGE:
+        raise InputError(f"the page would have {len(page) / 1e6:.1f} MB, more than {MAX_PAGE / 1e6:.0f}: "
+                         "name fewer --texts")
+    with replaced(path) as temporary:
+        Path(temporary).write_bytes(page)
+    print(f"{path}: {len(page) / 1e6:.1f} MB; open it in a browser")
 
 
 # ----------------------------------------------------------------------------------------- HTTP
@@ -263,76 +304,35 @@ class Refused(Exception):
     """A request that gets no answer: status, and one line that says why."""
 
 
-def field(request, name, kind, low=None, high=None):
-    """A checked field of a request."""
-    value = request.get(name)
-    if kind is str:
-        if not isinstance(value, str):
-            raise InputError(f"{name} has to be text")
-        return value
-    numbers = (int, float) if kind is float else int
-    # True is an int, too, and NaN is not between anything.
-    if isinstance(value, bool) or not isinstance(value, numbers) or not low <= value <= high:
-        raise InputError(f"{name.replace('_', '-')} has to be a{'n integer' if kind is int else ' number'} "
-                         f"from {low:,} to {high:,}")
-    return value
-
-
 class Page(BaseHTTPRequestHandler):
-    """One request. HTTP/1.0: the end of the connection is the end of an answer, of a stream as well."""
-    timeout = PATIENCE
-    disable_nagle_algorithm = True  # a token should be on the screen when it is there
+    """One request. In HTTP/1.0 the end of the connection is the end of an answer, also of a stream."""
+    timeout = 60  # seconds that a browser may neither send nor receive
+    disable_nagle_algorithm = True  # show each token as soon as it is there
 
     def do_GET(self):
-        self.reply({"/": self.send_page, "/about": self.send_about})
-
-    def do_POST(self):
-        self.reply({"/score": self.send_scores, "/position": self.send_position, "/write": self.send_text})
-
-    def reply(self, routes):
-        """Answer from `routes`, or say in one line of JSON why not."""
-        path = self.path.partition("?")[0]
+        """Answer, or say in one line of JSON why not."""
+        answers = {"GET /": self.send_page, "GET /about": self.send_about, "POST /score": self.send_scores,
+                   "POST /position": self.send_position, "POST /write": self.send_text}
+        wanted = f"{self.command} {self.path.partition('?')[0]}"
         try:
-            body = self.read_body()
             self.check_sender()
-            if path not in routes:
-                raise Refused(404, f"there is no {self.command} {path[:99]} here")
-            if self.command == "POST":
-                routes[path](self.parse(body))
-            else:
-                routes[path]()
+            self.request_body = self.read_body()
+            if wanted not in answers:
+                raise Refused(404, f"there is no {wanted[:99]} here")
+            answers[wanted]()
         except Refused as refused:
             status, reason = refused.args
             self.send_json({"error": reason}, status)
         except InputError as error:
             self.send_json({"error": str(error)}, 400)
 
-    def read_body(self):
-        """The bytes of the request; those of one that is too long are read and forgotten.
-
-        A connection that is closed while bytes are still coming is reset, and the browser shows its own
-        error instead of ours.
-        """
-        try:
-            length = int(self.headers.get("Content-Length", 0))
-        except ValueError:
-            length = -1
-        if length < 0 or "Transfer-Encoding" in self.headers:
-            raise Refused(411, "a request needs a Content-Length")
-        if length <= MAX_BYTES:
-            return self.rfile.read(length)
-
-        left = min(length, MAX_DRAINED)
-        while left and (block := self.rfile.read(min(left, MAX_BYTES))):
-            left -= len(block)
-        raise Refused(413, f"the text is too long: {length:,} bytes with its envelope, and {MAX_BYTES:,} "
-                           "are read; send the part that matters")
+    do_POST = do_GET
 
     def check_sender(self):
-        """Only a page that came from here is answered.
+        """Answer only the page that came from here.
 
-        Any page on the Web may send requests to 127.0.0.1, and one that lets its own name point there
-        (DNS rebinding) could read the answers. It cannot hide its name: that is in Host, and in Origin.
+        Any page on the Web may send requests to 127.0.0.1, and a page whose own name points there (DNS
+        rebinding) could read the answers. But it cannot hide its name, which is in Host and in Origin.
         """
         port = self.server.server_port
         hosts = {f"{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]")}
@@ -341,41 +341,51 @@ class Page(BaseHTTPRequestHandler):
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
         if host.lower() not in hosts or origin and origin not in {f"http://{name}" for name in hosts}:
             raise Refused(403, f"only http://127.0.0.1:{port} is answered, not {(origin or host)[:99]!r}")
-        # A form of a foreign page can post without asking, but not as JSON.
+        # A form on a foreign page can post without asking first, but not as JSON.
         if self.command == "POST" and self.headers.get_content_type() != "application/json":
             raise Refused(415, "a request has to be application/json")
 
-    def parse(self, body):
-        """The JSON object of a request."""
+    def read_body(self):
+        length = self.headers.get("Content-Length", "0")
+        if not re.fullmatch("[0-9]{1,15}", length) or "Transfer-Encoding" in self.headers:
+            raise Refused(411, "a request needs a Content-Length")
+        if int(length) > MAX_BYTES:
+            raise Refused(413, f"the text is too long: {int(length):,} bytes with its envelope, and at most "
+                               f"{MAX_BYTES:,} are read; send the part that matters")
+        return self.rfile.read(int(length))
+
+    def fields(self, **kinds):
+        """{name: value} of the request, a JSON object; `kinds`: the type that each field has to have."""
         try:
-            request = json.loads(body)
+            request = json.loads(self.request_body)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"this is no JSON: {str(error)[:99]}") from error
+            raise InputError(f"this is not JSON: {str(error)[:99]}") from error
         if not isinstance(request, dict):
             raise InputError("a request has to be a JSON object")
+        for name, kind in kinds.items():
+            if type(request.get(name)) is not kind:  # not isinstance: True is an int, too
+                raise InputError(f"{name} has to be {'text' if kind is str else 'an integer'}")
         return request
 
     def send_page(self):
-        page = Path(__file__).with_name("play.html").read_bytes()  # anew, for whoever edits it meanwhile
-        self.send_head(200, "text/html; charset=utf-8", len(page))
-        self.wfile.write(page)
+        self.send_body(PAGE.read_bytes(), "text/html; charset=utf-8")  # read again, in case you edit it
 
     def send_about(self):
         self.send_json(self.server.classroom.about())
 
-    def send_scores(self, request):
-        self.send_json(self.server.classroom.score(field(request, "text", str)))
+    def send_scores(self):
+        self.send_json(self.server.classroom.score(self.fields(text=str)["text"]))
 
-    def send_position(self, request):
-        text, index = field(request, "text", str), field(request, "index", int, 0, MAX_BYTES)
-        self.send_json(self.server.classroom.position(text, index))
+    def send_position(self):
+        request = self.fields(text=str, index=int)
+        self.send_json(self.server.classroom.position(request["text"], request["index"]))
 
-    def send_text(self, request):
-        """A line of JSON for each token. When the browser has gone, sending fails, and that ends it all."""
-        prompt = field(request, "prompt", str)
-        settings = {name: field(request, name, *bounds) for name, bounds in WRITING.items()}
+    def send_text(self):
+        """A line of JSON for each token. If the browser has gone, sending fails, which ends the text."""
+        request = self.fields(prompt=str)
+        settings = writing_settings(request)
         self.send_head(200, "application/x-ndjson")
-        with contextlib.closing(self.server.classroom.write(prompt, settings)) as pieces:
+        with contextlib.closing(self.server.classroom.write(request["prompt"], settings)) as pieces:
             try:
                 for piece in pieces:
                     self.wfile.write(json.dumps(piece).encode() + b"\n")
@@ -383,36 +393,38 @@ class Page(BaseHTTPRequestHandler):
                 self.wfile.write(json.dumps({"error": str(error)}).encode() + b"\n")
 
     def send_json(self, answer, status=200):
-        body = json.dumps(answer).encode()
-        self.send_head(status, "application/json", len(body))
+        self.send_body(json.dumps(answer, allow_nan=False).encode(), "application/json", status)
+
+    def send_body(self, body, kind, status=200):
+        self.send_head(status, kind, [("Content-Length", str(len(body)))])
         self.wfile.write(body)
 
-    def send_head(self, status, kind, length=None):
-        """Headers. The policy lets the page load nothing and talk to nobody, except to this server."""
+    def send_head(self, status, kind, more=()):
         self.send_response(status)
-        self.send_header("Content-Type", kind)
-        if length is not None:
-            self.send_header("Content-Length", str(length))
-        self.send_header("Content-Security-Policy",
-                         "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-                         "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-                         "frame-ancestors 'none'")
-        self.send_header("X-Content-Type-Options", "nosniff")
-        self.send_header("Referrer-Policy", "no-referrer")
-        self.send_header("Cache-Control", "no-store")
+        for name, value in [("Content-Type", kind), *SAFETY, *more]:
+            self.send_header(name, value)
         self.end_headers()
 
     def log_message(self, *args):
-        """The terminal stays as it is."""
+        """Print nothing for a request."""
+
+
+def writing_settings(request):
+    """The settings of a text that is to be written, checked as if they were flags of sample.py."""
+    flags = [f"--{name.replace('_', '-')}={request.get(name)}" for name in WRITING]
+    try:
+        return vars(sample.parse_args(flags))
+    except InputError as error:
+        raise InputError(str(error).removeprefix("--").removesuffix("; see --help")) from error
 
 
 class Server(ThreadingHTTPServer):
-    """A thread for each request; `classroom` is what they all ask."""
+    """A thread for each request; `classroom` answers them all."""
     daemon_threads = True
     allow_reuse_address = os.name != "nt"  # on Windows it would let two servers share a port
 
     def server_bind(self):
-        socketserver.TCPServer.server_bind(self)  # HTTPServer's asks the DNS for this machine's name
+        socketserver.TCPServer.server_bind(self)  # HTTPServer would ask the DNS for this machine's name
         self.server_name, self.server_port = self.server_address
 
     def handle_error(self, request, client_address):
@@ -421,7 +433,7 @@ class Server(ThreadingHTTPServer):
 
 
 def listen(port):
-    """A server on this port; on the first free one from FIRST_PORT if it is None."""
+    """A server on this port; if it is None, on the first free one from FIRST_PORT."""
     ports = range(FIRST_PORT, FIRST_PORT + N_PORTS) if port is None else [port]
     for number in ports:
         try:
@@ -429,8 +441,8 @@ def listen(port):
         except OSError as error:
             reason = error.strerror or error
             if port is None:
-                print(f"port {number} cannot be had ({reason}); trying the next", file=sys.stderr)
-    raise InputError(f"port {number} cannot be had ({reason}): name a free one with --port")
+                note(f"port {number} is not free ({reason}); trying the next one")
+    raise InputError(f"port {number} is not free ({reason}): name another one with --port")
 
 
 # ----------------------------------------------------------------------------------------- the command
@@ -445,12 +457,15 @@ def find_models(given):
     if not given and not Path(student, "config.json").is_file():
         raise InputError("no student in out/ yet: run `python distill.py` first, or name a teacher and a "
                          "student, as in `python -m extras.play gpt2 distilgpt2`")
+    if not Path(student).is_dir():
+        raise InputError(f"there is no folder {student}: name the folder of a run, or a teacher and a "
+                         "student, as in `python -m extras.play gpt2 distilgpt2`")
     teacher = None
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        teacher = json.loads(Path(student, "args.json").read_text()).get("teacher")
+        teacher = json.loads(Path(student, "args.json").read_text(encoding="utf-8")).get("teacher")
     if teacher in (None, "none"):
-        raise InputError(f"{student} does not say who its teacher was (no args.json, or none in it): name it "
-                         f"first, as in `python -m extras.play demo/teacher {student}`")
+        raise InputError(f"{student} does not say who its teacher was (no args.json, or no teacher in it): "
+                         f"name it first, as in `python -m extras.play demo/teacher {student}`")
 
     names = {"teacher": teacher, "student": student}
     control = Path(student, "control")
@@ -463,19 +478,31 @@ def parse_args(argv=None):
     parser = new_parser(__doc__, "python -m extras.play [MODEL ...] [options]")
     add = parser.add_argument_group("models").add_argument
     add("models", nargs="*", type=user_path, metavar="MODEL",
-        help="folders, or names on the Hub, of one tokenizer: teacher, student, control; a student alone is "
-             "asked who its teacher was; without any it is out")
-    add("--device", default="auto", help="cuda, mps or cpu; auto takes the first of them that is there")
+        help="folders, or names on the Hub, with one tokenizer: teacher, student, control; a student alone "
+             "brings the teacher and the control of its run; without any name it is out")
+    add("--device", default="auto", help="cuda, mps or cpu; auto takes the first of them that works here")
 
     add = parser.add_argument_group("page").add_argument
     add("--port", type=checked(int, "0 to 65535", lambda n: 0 <= n < 2**16), metavar="N",
-        help=f"where the page is; 0: any that is free; without it, the first free one from {FIRST_PORT}")
-    return parser.parse_args(argv)
+        help=f"where the page is served; 0: any free port; without it, the first free one from {FIRST_PORT}")
+    add("--save", type=user_path, metavar="FILE",
+        help="instead of serving the page, write it into one .html file that works without a server")
+    add("--texts", nargs="+", type=user_path, metavar="FILE",
+        help=f"texts for the saved page, the first {SAVED_TOKENS} tokens of each; without them, three "
+             "short ones")
+    args = parser.parse_args(argv)
+    if args.texts and not args.save:
+        raise InputError("--texts is for a saved page: add --save FILE")
+    return args
 
 
 def main():
     args = parse_args()
     names = find_models(args.models)
+    if args.save:
+        save_page(Classroom(names, pick_device(args.device)), args.save, args.texts)
+        return
+
     with listen(args.port) as server:  # before the models, as it fails sooner
         server.classroom = Classroom(names, pick_device(args.device))
         for role, name in names.items():
@@ -485,7 +512,7 @@ def main():
             server.serve_forever()
         except KeyboardInterrupt:
             print("\nended")
-            # From now on nobody computes: where Python ends a thread inside PyTorch, the process aborts.
+            # From now on nothing is computed: Python aborts if it ends while a thread is inside PyTorch.
             server.classroom.lock.acquire()
 
 
