@@ -21,13 +21,13 @@ Reference: Guo et al. 2017, On Calibration of Modern Neural Networks (arXiv 1706
 import torch
 from torch.nn import functional as F
 
-from distill import losses_of
 from extras.atlas import BASE, FIRST_DEMO, SEEDS
 from extras.study import Study, arms, average, spread, trained
+from support.chunked_loss import chunked_loss
 from support.cli import run_cli
 from support.ranks import autocast
 from support.scoring import held_out_batches
-from support.teacher_cache import Draws
+from support.teacher_cache import Draws, draws_loss
 
 LIKELIEST = 12  # tokens; the product draws the same number
 ARMS = {  # {arm: its flags}
@@ -59,7 +59,7 @@ def likeliest_losses(student_hidden, student_head, teacher_hidden, teacher_head,
     entropy = torch.special.entr(weights).sum(-1)
     clm = F.cross_entropy(t, targets[counted], reduction="none")
     answers = Draws(top.indices, weights, entropy, clm)
-    return losses_of(student_hidden, student_head, answers, None, targets, settings)
+    return chunked_loss(draws_loss, student_hidden, student_head, answers, None, targets, settings)
 
 
 # ------------------------------------------------------------------------------------ what is measured

@@ -37,7 +37,6 @@ from unittest import mock
 import torch
 
 import distill
-from support import flags
 from support.cli import InputError, format_table, new_parser, reading
 from support.files import replaced
 from support.ranks import Ranks, keep_memory, pick_device
@@ -163,7 +162,6 @@ def trained(command, score, losses_of=None, change=None, around=None):
     """
     with tempfile.TemporaryDirectory() as folder:
         args = distill.parse_args(shlex.split(f"{command} --out {folder}/out"))
-        flags.check(args)
         args.device = pick_device(args.device)
         ranks = Ranks(args.device)
 

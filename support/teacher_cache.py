@@ -40,6 +40,7 @@ from support.cli import InputError, note, open_bar, reading, say
 from support.files import locked, replaced, sync
 from support.ranks import autocast, to_device
 
+VERSIONS = {"constant": 1, "padded": 2}  # since 2 the end of a padded document is a target, too
 CHUNK_TOKENS = 2**13  # whose answers are computed at a time
 SAVE_SECONDS = 5  # how much work a kill can cost
 HEAD_TOKENS = 2**24  # compare only these first tokens of a corpus
@@ -86,32 +87,33 @@ def draw_tokens(p, offsets, n_draws):
 
 
 def draws_loss(student_logits, draws, targets, settings):
-    """distill.plain_loss with Draws of n tokens instead of the teacher's logits: (loss, kl, clm), sums.
+    """distill.plain_loss with Draws instead of the teacher's logits: (loss, kl, clm), sums over n tokens.
 
-    With H the entropy of p, for one token
+    student_logits (n, V), targets (n,): of the tokens that have a target, as support/chunked_loss.py passes
+    them. With H the entropy of p, for one token
 
         KL(p || q) = sum p * log(p / q) = -H - sum p * log q
 
-    H is known, and the last sum is linear in p, so p^ takes the place of p: the sum over the draws of
-    w_k * log q[id_k], with weights w_k = 1 / K. The mean over all possible draws of the gradient,
-    T * (q - p^), is that of the whole distribution, T * (q - p). The value is right on average, too; for a
-    good student it can be below 0.
+    H is known, and the last sum is linear in p, so p^ takes the place of p: it becomes the sum over the draws
+    of w_k * log q[id_k], with weights w_k = 1 / K. The gradient T * (q - p^) is T * (q - p) on average, that
+    of the whole distribution. The value is right on average, too; for a good student it can be below 0.
     """
     T = settings.temperature
-    counted = targets != -100
-    s = student_logits[counted]  # (n, V)
-
-    log_q = (s / T).log_softmax(-1).gather(1, draws.ids)  # (n, K)
+    log_q = (student_logits / T).log_softmax(-1).gather(1, draws.ids)  # (n, K)
     kl = -draws.entropy.sum() - (draws.weights * log_q).sum()
-    clm = F.cross_entropy(s, targets[counted], reduction="sum")
+    clm = F.cross_entropy(student_logits, targets, reduction="sum")
     return settings.kd_weight * T**2 * kl + settings.clm_weight * clm, kl, clm
+
+
+draws_loss.formula = ("{kd_weight:g} * {temperature:g}² * KL(teacher || student, T = {temperature:g}, "
+                      "{cache_draws} draws) + {clm_weight:g} * CLM")
 
 
 # ------------------------------------------------------------------------------------ what a cache is
 def wanted_header(args, teacher, corpus, vocab_size, offsets):
     """The header of the cache that a run needs. offsets: see TeacherCache."""
     return {
-        "version": 1,
+        "version": VERSIONS[args.packing],
         "teacher": args.teacher,
         "weights": fingerprint(teacher),
         "data": args.data,
