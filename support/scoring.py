@@ -67,7 +67,7 @@ def compare(models, batches, vocab_size):
     return [dict(zip(SCORES, total, strict=True)) for total in totals.tolist()]
 
 
-# ------------------------------------------------------------------------------------ the held-out text of a run
+# ------------------------------------------------------------------------------------ held-out text
 def validate(networks, corpus, vocab_size, args, autocast):
     """A row of the table for each network, on the start of the held-out text; a teacher comes first."""
     return table_rows(networks, score_held_out(networks, corpus, vocab_size, args, autocast), corpus)
@@ -104,7 +104,7 @@ def held_out_batches(corpus, args, device):
 
 
 def table_rows(networks, scores, corpus):
-    """SCORES (M, 6, W) -> a dict of figures for each network. Where there are several, the first is the teacher.
+    """SCORES (M, 6, W) -> a dict of figures for each network. If there are several, the first is the teacher.
 
     Bits per byte assume that these tokens have the mean length of all that is held out.
     """
