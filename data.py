@@ -4,34 +4,36 @@ Read in this order:
   prepare      the text that --data names -> a Corpus on disk: the ids of all documents, one after the other
   Corpus       these ids, as arrays that stay on disk until they are read
   batch_at     batch number i of a run, as a function of its arguments
-  examples_at  how the tokens are cut
+  examples_at  how the tokens are cut into examples
 
-The tokenizer is in support/tokenizer.py, what --data can name in support/documents.py, and how a corpus is
-written so that a kill loses nothing in support/corpus.py.
+The tokenizer is in support/tokenizer.py, the names that --data takes are in support/text.py, and
+support/corpus.py writes a corpus so that a kill loses nothing.
 
 Shapes: B sequences in a batch, L tokens in a sequence.
 
     python data.py --data my_texts/
     python data.py --data openwebtext --tokenizer gpt2 --max-tokens 1e9
 """
-import support.start  # noqa: F401  (first: Ctrl-C ends in one line while PyTorch loads)
+import support  # noqa: F401  (first: Ctrl-C ends in one line while PyTorch loads)
 
 import functools
+import hashlib
+from collections import deque
 from pathlib import Path
 
 import numpy as np
 
 from support.cli import InputError, checked, new_parser, run_cli, user_path
 from support.corpus import SPLITS, check_ids, corpus_path, fits, make, read_meta
-from support.documents import DATA_CHOICES, open_data
+from support.text import DATA_CHOICES, open_data
 from support.tokenizer import load_tokenizer
 
 
 class Corpus:
     """A text as token ids: `train` and `val`, arrays of uint16.
 
-    The documents lie one after the other, each with the end-of-text id `eot` before it. `meta` says of what
-    data and tokenizer they are, and counts documents, tokens and bytes of text in each split.
+    The documents lie one after the other, each with the end-of-text id `eot` before it. `meta` names the data
+    and the tokenizer, and counts documents, tokens and bytes of text in each split.
     """
 
     def __init__(self, path):
@@ -49,11 +51,25 @@ class Corpus:
     def vocab_size(self):
         return self.meta["vocab_size"]
 
+    @functools.cached_property
+    def fingerprint(self):
+        """A short hash of the ids, by which a run knows its text again.
+
+        Up to 32M tokens all of them count; of more, 512 pieces that are spread over the whole array.
+        """
+        digest = hashlib.sha256()
+        for ids in (self.train, self.val):
+            digest.update(str(len(ids)).encode())
+            step = max(2**16, len(ids) // 512)
+            for start in range(0, len(ids), step):
+                digest.update(ids[start:start + 2**16])
+        return digest.hexdigest()[:16]
+
 
 def prepare(data, tokenizer, folder="corpora", max_tokens=None, workers=1, text_column="text"):
-    """The corpus of `data` in ids of `tokenizer`: all training tokens, or at least `max_tokens`.
+    """The corpus of `data` in ids of `tokenizer`: all of the training tokens, or at least `max_tokens`.
 
-    It is made when `folder` has none of this version of the data; corpora of other data stay as they are.
+    It is made if `folder` does not have it for this version of the data; other corpora there stay untouched.
     """
     if tokenizer.vocab_size > 2**16:
         raise InputError(f"a vocabulary of {tokenizer.vocab_size} does not fit the 16-bit ids of a corpus")
@@ -68,17 +84,17 @@ def prepare(data, tokenizer, folder="corpora", max_tokens=None, workers=1, text_
 def batch_at(tokens, seed, index, batch_size, context, packing="constant", eot=None):
     """Batch number `index` of a run: ids and targets, each (B, L) int64.
 
-    The target of a position is the id that follows it; -100 is no target. It is a pure function, so a run
-    resumes from one number. A packing is a way to cut the tokens into examples of at most L + 1 ids. Say that
-    L is 4, and 0 is the end-of-text id:
+    The target of a position is the id that follows it; -100 means no target. This is a pure function, so a
+    run resumes from one number. The packing says how the tokens are cut into examples of at most L + 1 ids.
+    If L is 4 and the end-of-text id is 0:
 
         tokens      0 5 6 7 0 8 0 1 2 3 4 9
         "constant"  0 5 6 7 0 | 0 8 0 1 2        blocks, wherever documents end; what is left over is dropped
-        "padded"    0 5 6 7 | 0 8 | 0 1 2 3 4    documents, cut after L targets; their end is no target
+        "padded"    0 5 6 7 0 | 0 8 0 | 0 1 2 3 4    documents with their end, cut after L targets
 
-    The block 0 5 6 7 0 gives the ids 0 5 6 7 and the targets 5 6 7 0. The document 0 8 is shorter: the ids
-    0 0 0 0 and the targets 8 -100 -100 -100. It is filled up on the right, where in a causal model no earlier
-    token can look, so there is no need of an attention mask.
+    The block 0 5 6 7 0 gives the ids 0 5 6 7 and the targets 5 6 7 0. The document 0 8 is shorter: its ids
+    are 0 8 0 0 and its targets 8 0 -100 -100. It is filled up on the right, where no earlier token of a
+    causal model looks, so an attention mask is not needed.
     """
     starts, _ = cut(tokens, context, packing, eot)
     numbers = numbers_at(seed, index, batch_size, len(starts))
@@ -92,6 +108,10 @@ def examples_at(tokens, numbers, context, packing, eot):
     targets = np.full((len(numbers), context), -100)  # (B, L)
     for row, i in enumerate(numbers):
         example = tokens[starts[i]:min(ends[i], starts[i] + context + 1)]
+        if packing == "padded" and len(example) <= context:
+            # A whole document. A model that never sees the end as a target never learns to stop.
+            example = np.append(example, eot)
+
         n = len(example) - 1
         ids[row, :n] = example[:-1]
         targets[row, :n] = example[1:]
@@ -99,7 +119,7 @@ def examples_at(tokens, numbers, context, packing, eot):
 
 
 def numbers_at(seed, index, batch_size, n):
-    """Which of n examples batch number `index` has: each epoch takes each once, in an order of its own."""
+    """Which of n examples are in batch number `index`: an epoch takes each once, in an order of its own."""
     numbers = []
     for place in range(index * batch_size, (index + 1) * batch_size):
         epoch, position = divmod(place, n)
@@ -114,19 +134,19 @@ def permutation(seed, epoch, n):
 
 
 def cut(tokens, context, packing, eot):
-    """Starts and ends of all examples, which have at least two tokens each."""
+    """Starts and ends of all examples."""
     return cut_documents(tokens, eot) if packing == "padded" else cut_blocks(tokens, context)
 
 
 def target_offsets(tokens, context, packing, eot):
-    """If the targets of all examples stood in one line: where those of each begin, and where the last end.
+    """If the targets of all examples were in one line: where each example begins, and where the last ends.
 
-    For the documents of `batch_at`, cut after 4 targets: 0, 3, 4, 8.
+    For the documents of `batch_at`, cut after 4 targets: 0, 4, 6, 10.
     """
     starts, ends = cut(tokens, context, packing, eot)
     if packing == "constant":
         return range(0, len(starts) * context + 1, context)
-    n_targets = np.minimum(ends - starts - 1, context)
+    n_targets = np.minimum(ends - starts, context)  # the end-of-text id makes up for the first one
     return np.concatenate(([0], n_targets.cumsum()))
 
 
@@ -135,32 +155,20 @@ def cut_blocks(tokens, context):
     first input of the next."""
     n = (len(tokens) - 1) // context
     if n < 1:
-        raise InputError(f"{len(tokens)} tokens make no block of {context} + 1; take a shorter --seq-len")
+        raise InputError(f"{len(tokens)} tokens are too few for one block of {context} + 1; take a shorter "
+                         "--seq-len, or more text")
     return range(0, n * context, context), range(context + 1, n * context + 2, context)
+
+
+CUT = deque(maxlen=4)  # (tokens, eot, result) of the last calls: looking through all tokens takes seconds
 
 
 def cut_documents(tokens, eot):
     """Starts and ends of the documents that have any text."""
-    return documents_in(SameArray(tokens), eot)
+    for known_tokens, known_eot, known in CUT:
+        if known_tokens is tokens and known_eot == eot:
+            return known
 
-
-class SameArray:
-    """An array as a key of a cache, which arrays themselves cannot be: equal to itself alone."""
-
-    def __init__(self, array):
-        self.array = array  # kept, so that its id stays taken
-
-    def __hash__(self):
-        return id(self.array)
-
-    def __eq__(self, other):
-        return self.array is other.array
-
-
-@functools.lru_cache(maxsize=4)  # to look through all tokens takes seconds
-def documents_in(key, eot):
-    """Starts and ends of the documents in the array of a SameArray."""
-    tokens = key.array
     step = 2**24  # an array can be larger than memory
     found = [i + np.flatnonzero(tokens[i:i + step] == eot) for i in range(0, len(tokens), step)]
     starts = np.concatenate(found)
@@ -168,7 +176,8 @@ def documents_in(key, eot):
     with_text = ends > starts + 1
     if not with_text.any():
         raise InputError(f"{len(tokens)} tokens with no document that has any text")
-    return starts[with_text], ends[with_text]
+    CUT.append((tokens, eot, (starts[with_text], ends[with_text])))
+    return CUT[-1][2]
 
 
 def parse_args(argv=None):
@@ -176,16 +185,16 @@ def parse_args(argv=None):
     add = parser.add_argument_group("what is prepared").add_argument
     add("--data", type=user_path, default="stdlib", help=f"the text: {DATA_CHOICES}")
     add("--text-column", default="text", metavar="NAME",
-        help="the column or JSON key that holds the text; change it when the data has no such column")
+        help="the column or JSON key that holds the text; '' reads files as they are, even JSON")
     add("--tokenizer", type=user_path, default="demo/teacher", metavar="MODEL",
-        help="the model, by folder or Hub name, whose tokenizer makes the ids: name your teacher")
+        help="the model (a folder or a Hub name) whose tokenizer makes the ids: your teacher")
     add("--max-tokens", type=checked(float, "1 to 1e18, as in 1e9", lambda n: 1 <= n <= 1e18), metavar="N",
-        help="stop after N tokens to train on; without it all of the data is taken, and downloaded")
+        help="stop after N training tokens; without it, all of the data is downloaded and used")
     add = parser.add_argument_group("how").add_argument
     add("--workers", type=checked(int, "1 to 1024", lambda n: 1 <= n <= 1024), default=1, metavar="N",
-        help="cores that tokenize; more are faster and change nothing else")
+        help="cores that tokenize: more are faster, and the result is the same")
     add("--folder", type=user_path, default="corpora",
-        help="where corpora are kept; a corpus that is there already is not made again")
+        help="where corpora are kept; one that is there already is not made again")
     return parser.parse_args(argv)
 
 

@@ -7,17 +7,15 @@
   Build          what has been written so far, which survives a kill
 
 A build lives in the folder NAME.part. Every few seconds its progress.json notes how much of the two growing
-files is good; a build that is started again cuts them to that and goes on. The last file to be written is
-meta.json, and then the folder is renamed to NAME. So what is called NAME is whole, and an older corpus of
-that name is there until then.
+files is good; a build that is started again cuts them to that length and goes on. The last file to be
+written is meta.json, and then the folder is renamed to NAME. So a folder called NAME is complete, and an
+older corpus of that name is there until then.
 """
 import contextlib
-import errno
 import hashlib
 import itertools
 import json
-import math
-import os
+import re
 import shutil
 import sys
 import time
@@ -27,19 +25,16 @@ from pathlib import Path
 
 import numpy as np
 
-from support.cli import InputError
-from support.files import replaced
-from support.progress import open_bar
+from support.cli import InputError, open_bar
+from support.files import locked, read_object, replaced, sync
 
 SPLITS = ("train", "val")
 COUNTS = ("documents", "tokens", "bytes")
 SAVE_SECONDS = 5  # how much work a kill can cost
 BATCH_CHARS = 2**20  # how much text is tokenized at a time
-ANEW = "Delete it and make it anew with `python data.py`"
 
 
-# --- Finished corpora -------------------------------------------------------------------------------------
-
+# ------------------------------------------------------------------------------------ finished corpora
 def corpus_path(folder, source, tokenizer):
     """FOLDER/NAME-HASH. The hash tells data of one name apart; it stays when the content of files changes."""
     place = {key: value for key, value in source.identity.items() if key != "files"}
@@ -48,138 +43,87 @@ def corpus_path(folder, source, tokenizer):
 
 
 def read_meta(path):
-    """The meta.json of a corpus, whose numbers are sound and fit its files; otherwise an InputError."""
-    if not (path / "meta.json").is_file():
-        raise InputError(f"{path} is no corpus: it has no meta.json. `python data.py` makes one")
+    """The meta.json of a corpus whose numbers agree with its files; otherwise an InputError."""
     meta = read_object(path / "meta.json")
-    sizes = [file_size(path / f"{split}.bin") for split in SPLITS]
+    sizes = sizes_of(path, meta)
+    eot, vocab_size = meta.get("eot"), meta.get("vocab_size")
     sound = (
-        has_counts(meta)
-        and all(meta[split]["tokens"] >= 2 for split in SPLITS)
-        and sizes == [2 * meta[split]["tokens"] for split in SPLITS]
-        and is_count(meta.get("vocab_size")) and 0 < meta["vocab_size"] <= 2**16
-        and is_count(meta.get("eot")) and meta["eot"] < meta["vocab_size"]
+        sizes == [2 * meta[split]["tokens"] for split in SPLITS]
+        and min(sizes) >= 4
+        and is_count(eot) and is_count(vocab_size) and eot < vocab_size <= 2**16
         and isinstance(meta.get("complete"), bool)
         and isinstance(meta.get("source"), dict) and isinstance(meta.get("tokenizer"), str)
-    )
+    ) if sizes else False
     if not sound:
-        raise InputError(f"{path} is damaged: its meta.json does not fit its files. {ANEW}")
+        # The folder may be somebody else's, so this does not say that it should be deleted.
+        raise InputError(f"{path} is not a complete corpus: its meta.json does not describe a train.bin and "
+                         "a val.bin beside it. `python data.py` makes corpora, also in place of broken ones")
     return meta
 
 
-def check_ids(path, ids, vocab_size):
-    """Refuse ids that the vocabulary does not have: they would crash a model.
-
-    Looks at both ends of a file, at 64 MB of it at most. Damage that keeps a file's size is rare, and to read
-    all of 17 GB would take minutes at each start.
-    """
-    for part in (ids[:2**24], ids[-2**24:]):
-        if part.max() >= vocab_size:
-            raise InputError(f"{path} is damaged: id {part.max()} in a vocabulary of {vocab_size}. {ANEW}")
-
-
-def read_object(path):
-    """The JSON object in a file; an empty one if there is none."""
+def sizes_of(folder, numbers):
+    """The bytes in train.bin and val.bin, if `numbers` counts them as a corpus does; otherwise None."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def has_counts(numbers):
-    """Whether all that is counted, in whole and by split, is there as numbers that can be."""
-    splits = [numbers.get(split) for split in SPLITS]
-    return is_count(numbers.get("documents")) and all(
-        isinstance(split, dict) and all(is_count(split.get(key)) for key in COUNTS) for split in splits)
+        counts = [numbers["documents"], *(numbers[split][key] for split in SPLITS for key in COUNTS)]
+        sizes = [(folder / f"{split}.bin").stat().st_size for split in SPLITS]
+    except (KeyError, TypeError, OSError):
+        return None
+    return sizes if all(map(is_count, counts)) else None
 
 
 def is_count(value):
     return type(value) is int and 0 <= value < 2**62
 
 
-def file_size(path):
-    return path.stat().st_size if path.is_file() else 0
+def check_ids(path, ids, vocab_size):
+    """Refuse ids that the vocabulary does not have, because they would crash a model.
+
+    This looks at 64 MB at most, at both ends of a file. Damage that keeps the size of a file is rare, and
+    reading all 17 GB of OpenWebText would take minutes at each start.
+    """
+    for part in (ids[:2**24], ids[-2**24:]):
+        if part.max() >= vocab_size:
+            raise InputError(f"{path} is damaged: it has the id {part.max()} in a vocabulary of "
+                             f"{vocab_size}. Move it away and make it again with `python data.py`")
 
 
 def fits(path, wanted, max_tokens):
-    """Whether the corpus at `path` is whole, of this data and tokenizer, and large enough."""
+    """Whether the corpus at `path` is complete, of this data and tokenizer, and large enough.
+
+    Any revision of a Hub data set will do; `source` in meta.json also says which one it is.
+    """
     try:
         meta = read_meta(path)
     except InputError:
         return False
     enough = meta["complete"] or bool(max_tokens) and meta["train"]["tokens"] >= max_tokens
-    return enough and wanted.items() <= meta.items()
+    same = meta["tokenizer"] == wanted["tokenizer"] and wanted["source"].items() <= meta["source"].items()
+    return enough and same
 
 
-# --- Building ---------------------------------------------------------------------------------------------
-
+# ------------------------------------------------------------------------------------ building
 def make(path, wanted, source, tokenizer, max_tokens, workers):
-    """Build the corpus and put it to `path`, in place of one that does not fit."""
+    """Build the corpus and put it at `path`, in place of one that does not fit. One process at a time."""
     part = path.with_name(path.name + ".part")
     try:
-        with locked(path):
-            if fits(path, wanted, max_tokens):  # made by another process in the meantime
+        with locked(path.parent, f"the corpus {path}", path.name, wait=True):
+            if fits(path, wanted, max_tokens):  # another process made it in the meantime
                 return
             if not fits(part, wanted, max_tokens):
                 build(part, wanted, source, tokenizer, max_tokens, workers)
             shutil.rmtree(path, ignore_errors=True)
             part.rename(path)
     except OSError as error:
-        size = f"{2 * max_tokens // 10**6:,} MB" if max_tokens else "about half the size of its text"
-        room = f"; it takes {size}. Make room and start again: it goes on where it stopped"
-        hint = room if error.errno == errno.ENOSPC else ""
-        raise InputError(f"{error.filename or path}: {error.strerror or error}{hint}") from error
-
-
-@contextlib.contextmanager
-def locked(path):
-    """One process at a time makes `path`; others wait here. The system frees the lock of one that dies.
-
-    At the end the lock is removed, and so are folders that were made for it if nothing has come into them.
-    """
-    new_folders = [folder for folder in path.parents if not folder.exists()]  # the innermost first
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with lock(f"{path}.lock") as file:
-            try:
-                yield
-            finally:
-                with contextlib.suppress(OSError):  # Windows removes no open file
-                    os.unlink(file.name)
-    finally:
-        with contextlib.suppress(OSError):  # one that is not empty, so those around it are not
-            for folder in new_folders:
-                folder.rmdir()
-
-
-def lock(path):
-    """The file `path`, open and locked."""
-    while True:
-        file = open(path, "w")
-        try:
-            import fcntl
-        except ImportError:  # Windows has no such lock
-            return file
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"another process makes what {path} is for; waiting for it", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-
-        # The process that had it may have removed the file, and another one be behind a new file already.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
-                return file
-        file.close()
+        # On a full disk it helps to know how much room is needed.
+        raise InputError(f"{error.filename or path}: {error.strerror or error}; start again, and it goes on "
+                         "from what was saved (a corpus takes about half the size of its text)") from error
 
 
 class Build:
     """A corpus that is being written into the folder `part`.
 
-    `numbers` is what will be its meta.json: what was asked for, whether the data was read to its end, and
-    documents, tokens and bytes of text, in each split and (documents) in all.
+    `numbers` will be its meta.json: what was asked for, whether the data was read to its end, and the
+    documents, tokens and bytes of text, for each split and (documents) in all.
     """
 
     def __init__(self, part, wanted):
@@ -194,9 +138,10 @@ class Build:
             self.numbers.update((split, dict.fromkeys(COUNTS, 0)) for split in SPLITS)
 
     def can_go_on(self, wanted):
-        """Whether a killed build of the same corpus has left its files, and as much in them as it noted."""
-        return (wanted.items() <= self.numbers.items() and has_counts(self.numbers)
-                and all(file_size(self.part / f"{split}.bin") >= 2 * self.tokens(split) for split in SPLITS))
+        """Whether a killed build of the same corpus has left its files, at least as long as it noted."""
+        sizes = sizes_of(self.part, self.numbers)
+        return (sizes is not None and wanted.items() <= self.numbers.items()
+                and all(size >= 2 * self.tokens(split) for size, split in zip(sizes, SPLITS, strict=True)))
 
     def __enter__(self):
         self.files = {split: open(self.part / f"{split}.bin", "ab") for split in SPLITS}
@@ -223,10 +168,9 @@ class Build:
         counts["bytes"] += len(text.encode("utf-8", "replace"))
 
     def save(self, path):
-        """Note the numbers in a file, and not before what they say about the other files is true."""
+        """Note the numbers in a file, but only once what they say about the other files is true."""
         for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         with replaced(path) as temporary:
             temporary.write_text(json.dumps(self.numbers, indent=2))
         self.saved = time.monotonic()
@@ -239,9 +183,10 @@ class Build:
 
 def build(part, wanted, source, tokenizer, max_tokens, workers):
     """Write a corpus into the folder `part`, from where a killed build of it stopped."""
+    source = pinned(source, part)
     limit = max_tokens or sys.maxsize
     size = source.size()
-    with Build(part, wanted) as corpus, progress_bar(source.name) as bar:
+    with Build(part, {**wanted, "source": source.identity}) as corpus, progress_bar(source.name) as bar:
         todo = itertools.islice(source.documents, corpus.numbers["documents"], None)
         for batch, encoded in tokenized(batched(todo), tokenizer, workers):
             for (split, text), ids in zip(batch, encoded, strict=True):
@@ -267,6 +212,20 @@ def build(part, wanted, source, tokenizer, max_tokens, workers):
         bar.total = bar.n
 
 
+def pinned(source, part):
+    """A source that cannot change between the start of a build and its end.
+
+    A data set of the Hub may get a new version while a killed build of it waits. The build goes on with the
+    version that it noted, because half of one and half of another would be no data set at all.
+    """
+    if source.pinned is None:  # "files" in the identity of local data changes with them
+        return source
+    noted = read_object(part / "progress.json").get("source")
+    commit = noted.get("revision") if isinstance(noted, dict) else None
+    is_commit = isinstance(commit, str) and re.fullmatch("[0-9a-f]{40}", commit)
+    return source.pinned(commit if is_commit else None)
+
+
 def progress_bar(name):
     return open_bar(title=name, unit=" tokens", unit_scale=True)
 
@@ -274,16 +233,16 @@ def progress_bar(name):
 def show(bar, corpus, size, max_tokens):
     """Move the bar. It ends where the budget or the data will be used up, whichever comes first.
 
-    The tokens in the data follow from its `size`, if that is known, and the text so far; if not, nobody can
-    say whether the budget will be used up, and the bar has no end.
+    How many tokens there are in `size` bytes of data follows from the text so far.
     """
     tokens = sum(corpus.tokens(split) for split in SPLITS)
-    end = math.inf
-    if size and (read := sum(corpus.numbers[split][size.unit] for split in SPLITS)):
-        end = max(tokens, tokens * size.amount / read)
-        if max_tokens:
-            end = min(end, max_tokens + corpus.tokens("val"))
-    bar.total = round(end) if end < math.inf else None
+    n_bytes = sum(corpus.numbers[split]["bytes"] for split in SPLITS)
+    ends = []
+    if max_tokens:
+        ends.append(max_tokens + corpus.tokens("val"))
+    if size and n_bytes:
+        ends.append(max(tokens, round(tokens * size / n_bytes)))
+    bar.total = min(ends, default=None)
     bar.update(tokens - bar.n)
 
 
@@ -300,9 +259,10 @@ def batched(documents):
 
 
 def tokenized(batches, tokenizer, workers):
-    """(batch, ids of each of its documents), in order, so that `workers` changes nothing but the time.
+    """(batch, ids of each of its documents), in order, so that `workers` changes only the time.
 
-    Few batches are read ahead, so memory is bounded. Threads do use all cores: tiktoken lets the others run.
+    Few batches are read ahead, so memory stays bounded. Threads use all cores, as tiktoken runs outside of
+    Python's lock.
     """
     def encode(batch):
         return [np.append(tokenizer.eot, tokenizer.encode_array(text)).astype(np.uint16) for _, text in batch]

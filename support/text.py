@@ -1,0 +1,579 @@
+"""What --data can name: documents, each of them to train on or held out.
+
+  open_data      a name -> Source: its documents, and what identifies this version of them
+  hold_out       the split of data that has none of its own
+  stdlib_*       the Python standard library, whose split is the same on every machine
+  open_local     a file or a folder; files called train, valid or test are used as such
+  read_file      the texts in one file, by the ending of its name
+  open_hub       a data set of the Hub, streamed
+
+Texts are read as they are asked for, so memory stays bounded. wikitext.py cuts WikiText into articles.
+"""
+import codecs
+import contextlib
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import math
+import operator
+import os
+import platform
+import re
+import reprlib
+import shlex
+import sysconfig
+import unicodedata
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from support.cli import InputError, lookalike, note, reading
+from support.hub import hub_error
+from support.wikitext import wikitext_articles
+
+HUB_DATA = {"openwebtext": "Skylion007/openwebtext", "pile": "EleutherAI/the_pile_deduplicated",
+            "wikitext-103": "Salesforce/wikitext:wikitext-103-raw-v1",
+            "wikitext-2": "Salesforce/wikitext:wikitext-2-raw-v1"}
+DATA_CHOICES = (f"stdlib, {', '.join(HUB_DATA)}, a data set of the Hub (owner/name, owner/name:config or "
+                "owner/name@revision:config), a file of text, or a folder of .txt, .md, .jsonl, .parquet or "
+                "source files")
+
+
+class Source(NamedTuple):
+    """What a name of data stands for."""
+    identity: dict  # changes when the data does; "files" in it stands for the content of local files
+    documents: Iterable  # pairs ("train" or "val", text) in a fixed order, read as they are taken
+    name: str  # for people, and for the name of a folder
+    size: Callable  # () -> about how many bytes of text there are; None if unknown
+    pinned: Callable = None  # of the Hub: (commit or None) -> the Source at that commit, or at the newest
+
+
+def open_data(data, text_column="text"):
+    """What --data stands for, as a Source. No file is opened before its first document is taken."""
+    if data == "stdlib":
+        identity = {"data": data, "python": platform.python_version()}
+        paths = [path for _, path in stdlib_modules()]
+        return Source(identity, stdlib_split(), data, partial(size_of, paths))
+    if data not in HUB_DATA and os.path.exists(data):
+        return open_local(Path(data), text_column)
+
+    repo = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:@([^:]+))?(?::(.+))?", HUB_DATA.get(data, data))
+    # Do not ask the Hub, which can take half a minute, for a name that is close to one here or looks local.
+    near = lookalike(data, ["stdlib", *HUB_DATA])
+    if not repo or data not in HUB_DATA and (near or ending(data) in (*ROWS, *TEXT)):
+        hint = f" (did you mean {near}?)" if near else ""
+        raise InputError(f"{not_there(data)}{hint}; --data takes {DATA_CHOICES}")
+    return open_hub(data, *repo.groups(), text_column)
+
+
+def not_there(data):
+    """What is wrong with a name that is neither here nor on the Hub."""
+    if os.path.lexists(data):
+        return f"{data} is a link to something that does not exist"
+    return f"there is no {'file' if ending(data) in (*ROWS, *TEXT) else 'folder'} {data}"
+
+
+def plain_name(text):
+    """A name that a file can have, in any script: "owner/name:main" -> "owner-name-main"."""
+    text = unicodedata.normalize("NFC", text)
+    kept = [c if unicodedata.category(c)[0] in "LMN" or c in "._" else "-" for c in text]
+    return re.sub("-+", "-", "".join(kept)).strip("-.")[-40:] or "data"
+
+
+# ------------------------------------------------------------------------------------ what is held out
+REMEMBERED = 2**18  # texts whose copies are recognised, in about 40 MB of memory
+
+
+def hold_out(texts, one_in=200, longest=2**16):
+    """Split texts: pairs (split, text), where "val" gets one character in `one_in`.
+
+    The first text is held out, so there is always something; later ones whenever less than the share is. A
+    copy goes to the split of the earlier text, unless far too much is held out already.
+      hold_out(["one", "two", "six", "two"], one_in=3) -> val one, train two, train six, train two
+
+    A long text would be more than its share, so texts are split in pieces of at most `longest` characters;
+    neighbours in one split are joined again. Only a text longer than that can be in both splits.
+    """
+    held_out = 0  # characters
+    fair_share = 0.0  # of the characters so far
+    remembered = {}  # hash of a text -> the splits of its pieces
+
+    for text in filter(None, texts):
+        parts = list(pieces(text, longest))
+        earlier = remembered.get(stable_hash(text), ())
+        splits = []
+        for number, piece in enumerate(parts):
+            far_too_much = held_out > 2 * fair_share + longest
+            if number < len(earlier) and not far_too_much:
+                split = earlier[number]
+            elif len(remembered) < REMEMBERED:
+                split = "val" if held_out <= fair_share else "train"
+            else:  # memory is full: the hash takes a fair share, and still sends copies the same way
+                split = "val" if stable_hash(piece) % one_in == 0 else "train"
+            splits.append(split)
+            held_out += len(piece) if split == "val" else 0
+            fair_share += len(piece) / one_in
+
+        if len(remembered) < REMEMBERED:
+            remembered.setdefault(stable_hash(text), tuple(splits))
+        for split, neighbours in itertools.groupby(zip(splits, parts, strict=True), operator.itemgetter(0)):
+            yield split, "".join(piece for _, piece in neighbours)
+
+
+def pieces(text, longest):
+    """A text in pieces of at most `longest` characters: of whole lines or words, if it has any.
+
+    pieces("one\\ntwo three\\n", 8) -> "one\\n", "two ", "three\\n"
+    """
+    start = 0
+    while len(text) - start > longest:
+        stop = start + longest
+        cut = text.rfind("\n", start, stop) + 1 or text.rfind(" ", start, stop) + 1 or stop
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+
+def stable_hash(text):
+    """A number that is the same on every machine and in every run; hash(text) is not."""
+    return zlib.crc32(text.encode("utf-8", "replace"))
+
+
+# ------------------------------------------------------------------------------------ the standard library
+NOT_STDLIB = {"test", "tests", "idle_test", "idlelib", "lib2to3", "encodings", "site-packages",
+              "dist-packages"}
+
+
+def stdlib_modules():
+    """(relative path, path) of each module of the Python standard library, sorted by relative path."""
+    root = Path(sysconfig.get_path("stdlib"))  # in a virtual environment this is the base interpreter's
+    for name, path in sorted((path.relative_to(root).as_posix(), path) for path in root.rglob("*.py")):
+        skipped = NOT_STDLIB & set(name.split("/")) or name.startswith(("config-", "_sysconfigdata"))
+        if not skipped and path.is_file():
+            yield name, path
+
+
+def stdlib_documents():
+    """(relative path, text) of each of these modules: about 10 MB."""
+    for name, path in stdlib_modules():
+        with contextlib.suppress(UnicodeDecodeError):  # an old module may have another encoding
+            yield name, path.read_text(encoding="utf-8")
+
+
+def stdlib_held_out(name):
+    """Whether a module (its relative path) is validation: the same one in 20 on every machine."""
+    return stable_hash(name) % 20 == 0
+
+
+def stdlib_split():
+    """The held-out modules come first, so that all of them are there even if few tokens are asked for."""
+    for name, text in sorted(stdlib_documents(), key=lambda document: not stdlib_held_out(document[0])):
+        yield ("val" if stdlib_held_out(name) else "train"), text
+
+
+# ------------------------------------------------------------------------------------ files and folders
+SPLIT_NAMES = {"train": "train", "training": "train", "valid": "val", "validation": "val", "val": "val",
+               "dev": "val", "test": "test", "testing": "test"}
+JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".ldjson")
+ROWS = (*JSON_LINES, ".json", ".parquet")  # files whose rows have a column of text
+SOURCES = tuple(".py .pyi .c .h .cc .cpp .hpp .cu .cs .java .kt .scala .swift .js .jsx .ts .tsx .go .rs .rb "
+                ".php .pl .lua .r .jl .sh .sql .hs .tex .rst".split())
+TEXT = (".txt", ".md", *SOURCES)
+IN_FOLDERS = (*JSON_LINES, ".parquet", *TEXT)  # not .json: in folders those are settings
+PACKED = (".gz", ".zst")
+LONGEST = 2**22  # characters; a longer text becomes several documents
+
+
+def ending(path):
+    """The ending of a file's name, packing aside: x.TXT -> ".txt", x.jsonl.gz -> ".jsonl"."""
+    path = Path(str(path).lower())
+    return Path(path.stem).suffix if path.suffix in PACKED else path.suffix
+
+
+def open_local(path, text_column):
+    """A file or a folder as a Source."""
+    if not path.is_dir() and not path.is_file():
+        raise InputError(f"{path} is neither a file nor a folder")
+    try:
+        train, val, about = find_files(path) if path.is_dir() else ([path], [], "")
+        stats = [(str(file.resolve()), file.stat()) for file in train + val]
+    except OSError as error:
+        raise InputError(f"{error.filename or path} could not be read: {error.strerror}") from error
+
+    # The resolved path, so that the same data spelt in another way is the same data.
+    stamps = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    identity = {"data": str(path.resolve()), "text_column": text_column,
+                "files": hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]}
+    documents = local_documents(train, val, about, text_column, sum(stat.st_size for _, stat in stats))
+    return Source(identity, documents, plain_name(path.resolve().name), partial(size_of, train + val))
+
+
+def size_of(files):
+    """About how many bytes of text there are in files; None if that is unknown."""
+    total = 0
+    with contextlib.suppress(Exception):  # a broken file is reported when it is read
+        for file in files:
+            if file.suffix.lower() in PACKED:
+                return None
+            if ending(file) == ".parquet":  # compressed, but it says how large its parts are without that
+                from pyarrow.parquet import read_metadata
+                table = read_metadata(file)
+                total += sum(table.row_group(i).total_byte_size for i in range(table.num_row_groups))
+            else:
+                total += file.stat().st_size
+        return total
+
+
+def local_documents(train, val, about, text_column, size):
+    """Pairs (split, text) of these files, which have `size` bytes."""
+    def texts_of(files):
+        for file in files:
+            for text in read_file(file, text_column):
+                yield from filter(None, pieces(text, LONGEST))
+
+    if about:
+        note(about)
+    if val:  # all of it first, even if few tokens are asked for
+        yield from (("val", text) for text in texts_of(val))
+        yield from (("train", text) for text in texts_of(train))
+    else:
+        # In a small corpus 64k characters are more than the share; below 512 a piece says little.
+        yield from hold_out(texts_of(train), one_in=20, longest=min(max(size // 40, 512), 2**16))
+
+
+def find_files(root):
+    """The readable files in a folder, to train on and to hold out, and a line that tells the user of them."""
+    left_out = Counter()
+    found = list(walk(root, left_out))
+    by_split = {"train": [], "val": [], "test": [], None: []}
+    for file in found:
+        by_split[split_named(file.relative_to(root))].append(file)
+
+    n_named = len(found) - len(by_split[None])
+    if splits_cover(by_split, root):
+        left_out.update({"called test": len(by_split["test"]), "of no split": len(by_split[None])})
+        train, val = by_split["train"], by_split["val"]
+        about = f", by their names {len(train):,} to train on and {len(val):,} held out"
+    else:
+        # One file that happens to be called training.md must not leave out the 40 others.
+        train, val = found, []
+        about = f"; {n_named:,} named train, valid or test is read like the others" if n_named else ""
+
+    left_out = f"; left out: {listed(left_out)}" if +left_out else ""
+    if not train:
+        raise InputError(f"{root} has no .txt, .md, .jsonl, .parquet or source file to train on{left_out}")
+    n = len(train + val)
+    kinds = listed(Counter(ending(file) for file in train + val))
+    return train, val, f"{root}: {n:,} file{'s' * (n != 1)} ({kinds}){about}{left_out}"
+
+
+def splits_cover(by_split, root):
+    """Whether the names of splits count: some files are to train on, and no file of text is in no split.
+
+    A README, a licence, and scripts at the top of a folder of data are about the text, not part of it.
+    """
+    named = [file for split in ("train", "val", "test") for file in by_split[split]]
+    sources_are_data = any(ending(file) in SOURCES for file in named)
+
+    def is_about(file):
+        script = ending(file) in SOURCES and file.parent == root and not sources_are_data
+        return script or re.match(r"(readme|licen[sc]e)\b", file.name.lower())
+
+    return bool(by_split["train"]) and all(map(is_about, by_split[None]))
+
+
+def split_named(relative):
+    """The split that the name of a file, or of a folder on the way to it, says; the nearest one counts.
+
+    "valid.txt" -> "val", "train/a.txt" -> "train", "test-00000-of-00002.parquet" -> "test", "training.md" ->
+    "train", "latest.txt" -> None, "test-drive.txt" -> None
+    """
+    for part in reversed(relative.parts):
+        name = re.fullmatch(r"([a-z]+)([-_.]?\d.*|\..*)?", part.lower())
+        if name and name[1] in SPLIT_NAMES:
+            return SPLIT_NAMES[name[1]]
+    return None
+
+
+def walk(root, left_out):
+    """The readable files below a folder, sorted; the others are counted in `left_out`.
+
+    Hidden ones are left out: ._a.txt on a Mac is not text, and .ipynb_checkpoints holds old copies.
+    """
+    found, visited = [], set()
+
+    def refuse(error):
+        raise error
+
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
+        if os.path.realpath(folder) in visited:  # links can go round in circles
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(folder))
+        left_out["hidden"] += sum(name.startswith(".") for name in folders + names)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+
+    for file in sorted(found):
+        packed_parquet = file.suffix.lower() in PACKED and ending(file) == ".parquet"
+        if not file.is_file():
+            left_out["broken links" if file.is_symlink() else "not regular files"] += 1
+        elif ending(file) not in IN_FOLDERS or packed_parquet:
+            left_out[file.suffix.lower() or "without an ending"] += 1
+        else:
+            yield file
+
+
+def listed(counts):
+    """The largest counts in words: "2 .txt, 1 .md"."""
+    return ", ".join(f"{n:,} {kind}" for kind, n in (+counts).most_common(8))
+
+
+# ------------------------------------------------------------------------------------ one file
+BLOCK = 2**22  # bytes of text that are read at a time
+LONGEST_LINE = 2**16  # a block ends with a line, unless the line is longer than this
+LARGEST_JSON = 2**28  # characters that are parsed at once; a small .gz can be unpacked to any size
+STARTS = {  # how files start that are not UTF-8 text -> what they are, or how to convert them
+    rb"PK\x03\x04": "a zip archive: unpack it first",
+    rb"7z\xbc\xaf": "a 7z archive: unpack it first",
+    rb"(?s).{257}ustar": "a tar archive: unpack it first",
+    rb"BZh[1-9]1AY": "packed with bzip2: unpack it first",
+    rb"\xfd7zXZ": "packed with xz: unpack it first",
+    rb"\x1f\x8b": "packed with gzip: give its name the ending .gz",
+    rb"\x28\xb5\x2f\xfd": "packed with zstandard: give its name the ending .zst",
+    rb"PAR1": "a parquet file: give its name the ending .parquet",
+    rb"%PDF-": "a PDF: extract its text first (pdftotext)",
+    rb"\xff\xfe\0\0|\0\0\xfe\xff": "UTF-32",
+    rb"\xff\xfe|\xfe\xff": "UTF-16",
+}
+
+
+def read_file(path, column="text"):
+    """The texts of one file, as they are asked for. A file without a known ending is plain text.
+
+    With the column "" every file but .parquet is plain text, JSON too.
+    """
+    kind = ending(path)
+    if kind in (".csv", ".tsv"):
+        raise InputError(f"{path} is a table: write its column of texts as .jsonl or .parquet")
+    if kind == ".parquet" and Path(path).suffix.lower() in PACKED:
+        raise InputError(f"{path}: unpack it first; a parquet file is compressed already")
+
+    with reading(path, f"a {kind} file" if kind in ROWS else "a file of text"):
+        if kind == ".parquet":
+            yield from read_parquet(path, column)
+            return
+        with unpacked(path) as file:
+            blocks = text_blocks(path, file)
+            if column and kind in ROWS:
+                rows = json_lines(path, blocks) if kind in JSON_LINES else json_list(path, blocks)
+                yield from (text_of(row, column, where) for where, row in rows)
+            else:
+                yield from plain_text(path, blocks, column)
+
+
+def unpacked(path):
+    """An open file of bytes; .gz and .zst are unpacked on the way."""
+    suffix = Path(path).suffix.lower()
+    if suffix == ".gz":
+        return gzip.open(path, "rb")
+    if suffix != ".zst":
+        return open(path, "rb")
+    try:
+        import zstandard
+    except ImportError as error:
+        raise InputError(f"{path} needs a package: pip install zstandard (or unpack it: unzstd)") from error
+    reader = zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True)
+    return io.BufferedReader(reader)
+
+
+def text_blocks(path, file):
+    """The text of an open file in blocks of about 4 MB, of whole lines; an InputError if it is not UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # drops a byte order mark, keeps half a character
+    start = 0
+    while True:
+        block = file.read(BLOCK) + file.readline(LONGEST_LINE)
+        if start == 0:
+            refuse_known_starts(path, block)
+        if (nul := block.find(b"\0")) >= 0:
+            raise InputError(f"{path} is not text: its byte {start + nul} is NUL")
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            # error.object ends where the block does, and may start with half a character of the one before.
+            byte = start + len(block) - len(error.object) + error.start
+            raise InputError(f"{path} is not UTF-8 text: see its byte {byte}; if it is WINDOWS-1252: "
+                             f"{iconv(path, 'WINDOWS-1252')}") from error
+        if text:
+            yield text
+        if not block:
+            return
+        start += len(block)
+
+
+def refuse_known_starts(path, block):
+    for pattern, what in STARTS.items():
+        if re.match(pattern, block):
+            way_on = f", not UTF-8: {iconv(path, what)}" if what.startswith("UTF") else ""
+            raise InputError(f"{path} is {what}{way_on}")
+
+
+def iconv(path, encoding):
+    """The command that converts a file to UTF-8."""
+    path = Path(path)
+    new = shlex.quote(str(path.with_name(f"{path.stem}-utf8{path.suffix}")))
+    return f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > {new}"
+
+
+def plain_text(path, blocks, column):
+    """Each block is a document. JSON lines under another name are refused, unless no column is wanted."""
+    for number, block in enumerate(blocks):
+        if number == 0 and column and all_json_objects(block):
+            raise InputError(f"{path} has a JSON object in every line: give its name the ending .jsonl to "
+                             f"read the {column!r} of each, or add --text-column '' to read it as it is")
+        yield block
+
+
+def all_json_objects(text):
+    """Whether each line is a JSON object. The last of several may be cut off, and does not count."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    for line in lines[:-1] or lines:
+        try:
+            if not isinstance(json.loads(line), dict):
+                return False
+        except (ValueError, RecursionError):
+            return False
+    return bool(lines)
+
+
+def json_lines(path, blocks):
+    """(where it is, its value) for each line of JSON."""
+    number = 0
+    rest = ""
+    for block in itertools.chain(blocks, ["\n"]):  # the last line may have no line break
+        *lines, rest = (rest + block).split("\n")
+        for line in lines:
+            number += 1
+            where = f"{path}, line {number}"
+            if line.strip(" \t\r\f\v"):
+                yield where, parse_json(line, where)
+        check_size(rest, f"{path}, line {number + 1}")
+
+
+def json_list(path, blocks):
+    """(where it is, its value) for each entry of a JSON list, which is read as a whole."""
+    content = ""
+    for block in blocks:
+        content += block
+        check_size(content, path)
+    rows = parse_json(content, path)
+    if not isinstance(rows, list):
+        raise InputError(f"{path} is not a list of JSON objects; with one object per line, call it .jsonl")
+    yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def check_size(content, where):
+    """InputError for JSON that would take several times its size of memory to be parsed."""
+    if len(content) > LARGEST_JSON:
+        raise InputError(f"{where} is more than {LARGEST_JSON // 2**20} MB of JSON in one piece: write it as "
+                         ".jsonl, one object per line (jq -c '.[]' x.json > x.jsonl)")
+
+
+def parse_json(text, where):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        hint = "; with one object per line, call it .jsonl" if "Extra data" in str(error) else ""
+        raise InputError(f"{where} is not JSON: {error}{hint}") from error
+
+
+def read_parquet(path, column):
+    """A row's `column` is a document."""
+    from pyarrow.parquet import ParquetFile
+    with ParquetFile(path) as table:
+        if column not in table.schema_arrow.names:
+            raise no_column(path, column, table.schema_arrow.names)
+        # Take few rows at a time: in a file of 2 kB each of 1,000 rows can stand for one text of 100 MB.
+        for batch in table.iter_batches(8, columns=[column]):
+            for value in batch.column(0).to_pylist():
+                yield text_of({column: value}, column, path)
+
+
+def text_of(row, column, where):
+    """The text in a row; "" for a null."""
+    if not isinstance(row, dict):
+        raise InputError(f"{where} is not a JSON object with {column!r} in it, but {reprlib.repr(row)}")
+    if column not in row:
+        raise no_column(where, column, row)
+    if not isinstance(row[column], (str, type(None))):
+        kind = type(row[column]).__name__
+        raise InputError(f"{where}: {column!r} is {kind}, not text: see --text-column")
+    return row[column] or ""
+
+
+def no_column(where, column, names):
+    there = reprlib.repr(list(names))
+    return InputError(f"{where} has no column {column!r}, only {there}: see --text-column")
+
+
+# ------------------------------------------------------------------------------------ the Hub
+ENOUGH = 10_000  # documents of a validation split to measure with
+
+
+def open_hub(data, repo, revision, config, text_column):
+    """A data set of the Hub as a Source, streamed: no more of it is downloaded than is taken."""
+    identity = {"data": data, "text_column": text_column}
+    size = math.inf if data in ("openwebtext", "pile") else None  # more than any run asks for
+
+    def pinned(commit=None):
+        """The same Source at one commit, which its identity names: a build can go on with that one later."""
+        with asking_the_hub(repo):
+            from datasets import load_dataset_builder
+            try:
+                builder = load_dataset_builder(repo, config, revision=commit or revision)
+            except RuntimeError:  # a repository with a loading script, which datasets >= 4 does not run
+                builder = load_dataset_builder(repo, config, revision="refs/convert/parquet")
+            splits = builder.as_streaming_dataset()
+        known = {**identity, "revision": builder.hash}
+        return Source(known, hub_documents(repo, splits, text_column), plain_name(data), lambda: size)
+
+    def documents():
+        yield from pinned().documents
+
+    return Source(identity, documents(), plain_name(data), lambda: size, pinned)
+
+
+@contextlib.contextmanager
+def asking_the_hub(repo):
+    """Errors of the Hub's clients, of a dozen classes, become InputErrors."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise hub_error(repo, error) from error
+
+
+def hub_documents(repo, splits, column):
+    """Pairs (split, text) of a data set's splits (name -> rows)."""
+    if "train" not in splits:
+        raise InputError(f"{repo} has no train split, only {', '.join(splits)}")
+
+    def texts(split):
+        rows = (text_of(row, column, repo) for row in splits[split])
+        articles = wikitext_articles(rows) if repo == "Salesforce/wikitext" else rows
+        return filter(None, articles)
+
+    with asking_the_hub(repo):
+        held_out = next((name for name in splits if SPLIT_NAMES.get(name) == "val"), None)
+        if held_out is None:
+            yield from hold_out(texts("train"))
+            return
+        note(f"{repo}: its split {held_out} is held out, the first {ENOUGH:,} documents of it at most")
+        yield from (("val", text) for text in itertools.islice(texts(held_out), ENOUGH))
+        yield from (("train", text) for text in texts("train"))

@@ -1,0 +1,510 @@
+"""support/text.py: what --data can name, what is held out, and files that are not what they seem."""
+import gzip
+import importlib.util
+import json
+import lzma
+import os
+import random
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+from texts import make_texts, write
+
+from data import load_tokenizer, prepare
+from support import corpus, text
+from support.cli import InputError
+from support.text import hold_out, open_data
+from support.wikitext import wikitext_articles
+
+WITH_ZSTD = importlib.util.find_spec("zstandard") is not None
+
+
+@pytest.fixture
+def tok(tokenizers_dir):
+    return load_tokenizer(tokenizers_dir / "gpt2")
+
+
+def by_split(pairs):
+    """Pairs (split, text) -> {"train": texts, "val": texts}."""
+    pairs = list(pairs)
+    return {split: [text for s, text in pairs if s == split] for split in ("train", "val")}
+
+
+def read(path, column="text"):
+    return "".join(text for _, text in open_data(str(path), column).documents)
+
+
+def refusal(path, column="text"):
+    """The one line that reading a file ends in."""
+    with pytest.raises(InputError) as error:
+        read(path, column)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 700
+    return str(error.value)
+
+
+# --- The standard library ---------------------------------------------------------------------------------
+
+def test_stdlib():
+    modules = dict(text.stdlib_documents())
+    assert list(modules) == sorted(modules) and len(modules) > 300
+    assert 5e6 < sum(map(len, modules.values())) < 3e7
+    assert "argparse.py" in modules and "json/decoder.py" in modules
+    assert not [n for n in modules if "test" in n.split("/") or "site-packages" in n or "idlelib" in n]
+    assert [name for name in modules if text.stdlib_held_out(name)][:3] == [
+        "asyncio/sslproto.py", "asyncio/subprocess.py", "collections/abc.py"]  # the same on every machine
+
+    pairs = list(text.stdlib_split())
+    held_out = {text_ for name, text_ in modules.items() if text.stdlib_held_out(name)}
+    assert {text_ for split, text_ in pairs if split == "val"} == held_out
+    splits = [split for split, _ in pairs]
+    assert len(pairs) == len(modules) and splits == sorted(splits, reverse=True)  # "val" first
+
+
+# --- What is held out -------------------------------------------------------------------------------------
+
+def test_one_character_in_twenty_is_held_out(tmp_path):
+    many_sizes = [int(300 * random.Random(i).paretovariate(1.1)) for i in range(1000)]
+    draw = random.Random(0)
+    lines = ["".join(draw.choices("abcdef ", k=59)) + "\n" for _ in range(1000)]
+    for sizes in ([20_000], [4_300_000], [1_000_000, 1_000], [1_000, 1_000_000], [10_000] * 10, [300] * 1000,
+                  [300, 3_000_000, 40, 70_000, 9], many_sizes):
+        texts = ["".join(draw.choices(lines, k=size // 60 + 1))[:size] for size in sizes]
+        path = tmp_path / ("x.txt" if len(sizes) == 1 else "x.jsonl")
+        if len(sizes) == 1:
+            path.write_text(texts[0])
+        else:
+            write(path, texts)
+        pairs = list(open_data(str(path)).documents)
+        held_out = sum(len(text) for split, text in pairs if split == "val")
+        assert 0.04 < held_out / sum(sizes) < 0.08, sizes[:9]
+        assert "".join(text for _, text in pairs) == "".join(texts)
+
+
+def test_one_character_in_200_of_the_hubs_data():
+    texts = [f"{i} " + "x" * (i % 700) for i in range(20_000)]
+    found = by_split(hold_out(texts))
+    assert 0.0045 < sum(map(len, found["val"])) / sum(map(len, texts)) < 0.0055
+    assert found["val"][0] == texts[0]  # so there is something, however few tokens are asked for
+
+
+def test_copies_stay_together(monkeypatch):
+    for remembered in (text.REMEMBERED, 1000):  # also when there are too many texts to remember
+        monkeypatch.setattr(text, "REMEMBERED", remembered)
+        texts = [f"text {i % 9000} of many\n" * 9 for i in range(10_000)]  # the last thousand are copies
+        found = by_split(hold_out(texts, one_in=20))
+        assert not set(found["val"]) & set(found["train"])
+        assert len(found["val"] + found["train"]) == 10_000
+        assert 0.04 < len(found["val"]) / 10_000 < 0.06
+
+    found = by_split(hold_out(["the same again\n" * 10] * 1000, one_in=20, longest=512))
+    assert 0.04 < len(found["val"]) / 1000 < 0.11  # what is copied without end is not all held out
+    texts = [f"{'the same start ' * 100}{i}\n" for i in range(50)]  # the same pieces are no copies of a text
+    assert sum(map(len, by_split(hold_out(texts, 20, 512))["val"])) < 0.07 * sum(map(len, texts))
+
+
+def test_pieces_are_of_whole_lines_or_words():
+    assert list(text.pieces("one\ntwo three\n", 8)) == ["one\n", "two ", "three\n"]
+    assert list(text.pieces("abcdefgh", 3)) == ["abc", "def", "gh"]
+    pairs = list(hold_out(["".join(f"line {i}\n" for i in range(1000))], 20, longest=200))
+    assert all(text.endswith("\n") for _, text in pairs)
+    assert all(a != b for (a, _), (b, _) in zip(pairs, pairs[1:], strict=False))  # neighbours are joined
+
+
+# --- Files ------------------------------------------------------------------------------------------------
+
+def test_a_large_text_file_is_read_in_blocks(tmp_path):
+    content = "".join(f"{i} \u00e9\n" for i in range(700_000))
+    (tmp_path / "x.txt").write_bytes(content.encode())
+    blocks = list(text.read_file(tmp_path / "x.txt"))
+    assert len(blocks) > 1 and "".join(blocks) == content and all(block.endswith("\n") for block in blocks)
+    (tmp_path / "x.txt").write_bytes(content.replace("\n", "\u20ac").encode())  # one line
+    blocks = list(text.read_file(tmp_path / "x.txt"))
+    assert "".join(blocks) == content.replace("\n", "\u20ac") and max(map(len, blocks)) < 5_000_000
+
+
+def test_kinds_of_files(tmp_path):
+    rows = [{"text": "one\n"}, {"text": None}, {"text": "two\n"}]
+    lines = "\n".join(map(json.dumps, rows))
+    contents = dict.fromkeys(("jsonl", "ndjson", "jsonlines", "ldjson"), lines) | {"json": json.dumps(rows)}
+    for name in ("x.txt.gz", "x.md.gz", "x.jsonl.gz", "X.TXT", "X.JSONL", "x.json", "x.ndjson", "x.ldjson.gz",
+                 "x.jsonlines", "x.tex", "x.py", "x", "x.JSON.GZ", "x.jsonl.zst", "x.txt.zst"):
+        content = contents.get(f"{name}.".lower().split(".")[1], "one\ntwo\n")
+        for mark in ("", "\ufeff"):  # a byte order mark is not text
+            path = tmp_path / name
+            packed = unpacked = (mark + content).encode()
+            if name.lower().endswith(".gz"):
+                packed = gzip.compress(unpacked, mtime=0)
+            if name.endswith(".zst"):
+                if not WITH_ZSTD:
+                    path.write_bytes(b"\x28\xb5\x2f\xfd")
+                    assert "pip install zstandard" in refusal(path)
+                    continue
+                import zstandard
+                halves = unpacked[:5], unpacked[5:]  # a file can be several frames
+                packed = b"".join(map(zstandard.compress, halves))
+            path.write_bytes(packed)
+            assert read(path) == "one\ntwo\n", name
+
+
+def test_json_lines_by_another_name_are_not_taken_for_text(tmp_path):
+    lines = "".join(json.dumps({"url": i, "body": f"tale {i}"}) + "\n" for i in range(9))
+    for name in ("x.jl", "x.jsonl.txt", "x.txt", "x.data", "x", "x.txt.gz"):
+        content = lines.encode()
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        assert "in every line: give its name the ending .jsonl" in refusal(tmp_path / name, "body")
+        assert read(tmp_path / name, column="") == lines  # a way on for whoever wants the JSON itself
+    for content in (lines + "and prose\n" * 2, "{not JSON}\n", "[1]\n[2]\n", "{\n", ""):
+        (tmp_path / "x.txt").write_text(content)
+        assert read(tmp_path / "x.txt") == content
+
+
+def test_wrong_encodings_name_the_byte_and_the_command_that_helps(tmp_path):
+    path = tmp_path / "a b.txt"
+    long = "".join(f"{i} \u00e9\n" for i in range(700_000)).encode()[:5_000_000]
+    for byte, content in {len(long): long + b"\xff", 5: b"\xef\xbb\xbfab\xe9 c", 2: b"ab\xc3"}.items():
+        path.write_bytes(content)
+        assert f"a b.txt is not UTF-8 text: see its byte {byte};" in refusal(path)
+        assert f"iconv -f WINDOWS-1252 -t UTF-8 '{path}' > '{tmp_path}/a b-utf8.txt'" in refusal(path)
+    for encoding in ("UTF-16", "UTF-32"):
+        path.write_bytes("caf\u00e9\n".encode(encoding))
+        command = refusal(path).split(f"is {encoding}, not UTF-8: ")[1]
+        subprocess.run(command, shell=True, check=True)
+        assert read(tmp_path / "a b-utf8.txt") == "caf\u00e9\n"
+
+
+def test_files_that_are_not_text_are_named_and_not_converted(tmp_path):
+    import bz2
+    lines = b'{"text": "one"}\n' * 9
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.jsonl", lines)
+    for name, content in {"a.jsonl.bz2": bz2.compress(lines), "a.xz": lzma.compress(lines), "a.md": b"\0\1\2",
+                          "g.jsonl": gzip.compress(lines), "g.txt": gzip.compress(lines),
+                          "a.pdf": b"%PDF-1.4\n%\xe2\xe3\xcf\xd3\n1 0 obj", "t.tar.gz": None}.items():
+        if content is None:
+            subprocess.run(["tar", "czf", "t.tar.gz", "a.zip"], cwd=tmp_path, check=True)
+        else:
+            (tmp_path / name).write_bytes(content)
+    for name, message in {"a.zip": "zip archive: ", "a.jsonl.bz2": "bzip2: unpack", "a.xz": "xz: unpack",
+                          "g.jsonl": "gzip: give its name the ending .gz", "g.txt": "ending .gz",
+                          "a.pdf": "a PDF", "t.tar.gz": "a tar archive", "a.md": "its byte 0 is NUL"}.items():
+        assert message in refusal(tmp_path / name) and "iconv" not in refusal(tmp_path / name)
+
+
+def test_pointers_of_git_lfs(tmp_path):
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{0:064}\nsize 12345\n"
+    for name in ("x.txt", "x.jsonl", "x.parquet", "x.txt.gz"):
+        (tmp_path / name).write_text(pointer)
+        assert "git lfs pull" in refusal(tmp_path / name)
+    assert "git lfs pull" in refusal(tmp_path)
+
+
+def test_bad_files(tmp_path):
+    for name, content, message in (
+        ("x.jsonl", b'{"text": "a"}\n{"text": ', "x.jsonl, line 2 is not JSON"),
+        ("x.jsonl", b'{"text": "a"}\n["b"]', "line 2 is not a JSON object with 'text' in it, but ['b']"),
+        ("x.jsonl", b'"' + b"word " * 10**5 + b'"', "line 1 is not a JSON object with 'text' in it, but 'wo"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": "b\xff"}', "x.jsonl is not UTF-8 text: see its byte 25;"),
+        ("x.jsonl", b"[" * 10**6, "line 1 is"),
+        ("x.jsonl", b'{"text": 1' + b"0" * 5000 + b"}", "line 1 "),
+        ("x.jsonl", b'{"text": [1]}', "'text' is list, not text"),
+        ("x.jsonl", json.dumps({f"column {i}": 1 for i in range(9999)}).encode(), "no column 'text', only ["),
+        ("x.json", b'{"text": "a"}', "is not a list of JSON objects"),
+        ("x.json", b'{"text": "a"}\n{"text": "b"}', "call it .jsonl"),
+        ("x.json", b'[{"text": "a"}, 3]', "row 2 is not a JSON object with 'text' in it, but 3"),
+        ("x.parquet", b"PAR1" + b"\0" * 50 + b"\xff\xff\xff\x7fPAR1", "x.parquet"),
+        ("x.parquet.gz", b"", "unpack it first"),
+        ("x.txt.gz", b"plain text", "Not a gzipped file"),
+        ("x.txt.gz", gzip.compress(b"text " * 999, mtime=0)[:-20], "x.txt.gz"),
+        ("x.csv", b"text\n1\n", "is a table: write its column of texts as .jsonl"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert message in refusal(tmp_path / name)
+
+    for name in ("y.jsonl", "y.parquet"):
+        write(tmp_path / name, make_texts(9), column="content")
+        assert "no column 'text', only ['id', 'content']: see --text-column" in refusal(tmp_path / name)
+        assert read(tmp_path / name, "content") == "".join(make_texts(9))
+        assert "'id' is int, not text" in refusal(tmp_path / name, "id")
+
+
+def test_memory_stays_bounded(tmp_path, monkeypatch):
+    """A small file can stand for a text of any size."""
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text": "a word " * 1_000_000}))
+    pairs = list(open_data(str(tmp_path / "x.jsonl")).documents)
+    assert max(len(text_) for _, text_ in pairs) <= text.LONGEST
+    assert sum(len(text_) for _, text_ in pairs) == 7_000_000
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    rows = pa.array(["x" * 2**22]).dictionary_encode().take(pa.array([0] * 300))
+    pq.write_table(pa.table({"text": rows}), tmp_path / "x.parquet", compression="zstd",
+                   dictionary_pagesize_limit=2**24, store_schema=False)
+    del rows
+    before = pa.total_allocated_bytes()
+    assert (tmp_path / "x.parquet").stat().st_size < 4000
+    assert len(next(text.read_file(tmp_path / "x.parquet"))) == 2**22
+    assert pa.total_allocated_bytes() < before + 20 * 2**22
+
+    monkeypatch.setattr(text, "LARGEST_JSON", 1000)
+    monkeypatch.setattr(text, "BLOCK", 300)
+    monkeypatch.setattr(text, "LONGEST_LINE", 100)
+    for name in ("x.jsonl", "x.json.gz"):
+        for size, refused in ((900, False), (3000, True)):
+            content = b'{"text": "' + b"a" * size + b'"}'
+            content = content + b"\n" if "jsonl" in name else b"[" + content + b"]"
+            (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+            if refused:
+                assert "in one piece: write it as .jsonl" in refusal(tmp_path / name)
+            else:
+                assert len(read(tmp_path / name)) == size
+
+
+# --- Folders ----------------------------------------------------------------------------------------------
+
+def fill(folder, names):
+    """Files that each hold two lines with their own name."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        line = f"{name} 1\n{name} 2\n"
+        path.write_text(json.dumps({"text": line}) if path.suffix == ".jsonl" else line)
+
+
+def names_in(texts):
+    return sorted({line.rsplit(" ", 1)[0] for text in texts for line in text.splitlines()})
+
+
+def test_what_is_read_of_a_folder(tmp_path, capsys):
+    taken = ["B.TXT", "a.txt", "c.md", "p.py", "q.CPP", "sub/d.jsonl", "sub/deeper/e.txt"]
+    hidden = ["._a.txt", ".ipynb_checkpoints/a-checkpoint.txt", "sub/.git/x.txt"]
+    fill(tmp_path, [*taken, *hidden, "meta.json", "x.csv", "LICENSE"])
+    (tmp_path / "f.txt").mkdir()
+    (tmp_path / "g.txt").symlink_to("nowhere")
+    (tmp_path / "round").symlink_to(tmp_path)
+    (tmp_path / "self.txt").symlink_to("self.txt")
+    os.mkfifo(tmp_path / "pipe.txt")
+    found = by_split(open_data(str(tmp_path)).documents)
+    assert names_in(found["train"] + found["val"]) == taken
+    note = capsys.readouterr().err.strip()
+    assert note.splitlines() == [note]
+    assert note.startswith(f"note: {tmp_path}: 7 files (3 .txt, ")
+    for left_out in ("3 hidden", "1 .json", "1 .csv", "1 without an ending", "2 broken", "1 not regular"):
+        assert left_out in note.split("; left out: ")[1]
+
+    fill(tmp_path, ["far/a.txt", "here/b.txt"])  # linked folders are read, and only once
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "far")
+    (tmp_path / "here" / "other-link").symlink_to(tmp_path / "far")
+    found = by_split(open_data(str(tmp_path / "here")).documents)
+    assert "".join(sorted(found["train"] + found["val"])).count("far/a.txt 1") == 1
+
+    (tmp_path / "empty").mkdir()
+    fill(tmp_path / "empty", ["a.csv", ".c.txt"])
+    assert "source file to train on; left out: 1 hidden, 1 .csv" in refusal(tmp_path / "empty")
+
+
+def test_names_of_splits_count_where_they_cover_the_folder(tmp_path, capsys):
+    for i, (names, train, val) in enumerate((
+        (["train.txt", "valid.txt", "test.txt"], ["train.txt"], ["valid.txt"]),
+        (["train/x.txt", "train/y.txt", "validation/z.md"], ["train/x.txt", "train/y.txt"],
+         ["validation/z.md"]),
+        (["train-00000-of-00001.jsonl", "dev-00000-of-00001.jsonl", "README.md"],
+         ["train-00000-of-00001.jsonl"], ["dev-00000-of-00001.jsonl"]),
+        (["train/valid.txt", "train/1.txt"], ["train/1.txt"], ["train/valid.txt"]),
+        (["train.txt", "val.txt", "prepare.py"], ["train.txt"], ["val.txt"]),  # a script beside the data
+        (["train/a.py", "valid/b.py"], ["train/a.py"], ["valid/b.py"]),
+    )):
+        folder = tmp_path / str(i)
+        fill(folder, names)
+        pairs = list(open_data(str(folder)).documents)
+        found = by_split(pairs)
+        assert (names_in(found["train"]), names_in(found["val"])) == (train, val)
+        assert pairs[0][0] == "val"  # all of it, however few tokens are asked for
+        note = capsys.readouterr().err
+        assert f"by their names {len(train)} to train on and {len(val)} held out" in note
+        assert ("1 called test" in note) == ("test.txt" in names)
+        assert ("1 of no split" in note) == ("README.md" in names or "prepare.py" in names)
+
+
+def test_names_of_splits_do_not_count_elsewhere(tmp_path, capsys):
+    for i, names in enumerate((
+        [*(f"note {n}.md" for n in range(40)), "training.md"],
+        [*(f"note {n}.md" for n in range(9)), "dev/a.md", "dev/b.md"],
+        ["a.txt", "train/x.txt", "validation/z.md"],
+        ["train.py", "model.py", "test.py", "sub/c.py"],  # a program
+        ["test.txt"],
+        ["latest.txt", "test-drive.txt", "trainer.txt", "developer.md", "validity.txt"],
+    )):
+        fill(tmp_path / str(i), names)
+        found = by_split(open_data(str(tmp_path / str(i))).documents)
+        assert names_in(found["train"] + found["val"]) == sorted(names)
+        assert ("read like the others" in capsys.readouterr().err) == (i < 5)
+
+
+def test_train_and_test_without_validation(tmp_path):
+    fill(tmp_path, ["train.txt", "test.txt"])
+    (tmp_path / "train.txt").write_text("train.txt word\n" * 9999)
+    found = by_split(open_data(str(tmp_path)).documents)
+    assert names_in(found["train"]) == names_in(found["val"]) == ["train.txt"]
+    assert 0.04 < sum(map(len, found["val"])) / (15 * 9999) < 0.07
+
+
+def test_the_same_data_spelt_another_way(tmp_path, monkeypatch):
+    fill(tmp_path, ["texts/a.txt", "x.txt"])
+    (tmp_path / "link").symlink_to("texts")
+    monkeypatch.chdir(tmp_path)
+    for names in (("texts", "texts/", "./texts", f"{tmp_path}/texts", "link", "link/../texts/."),
+                  ("x.txt", "./x.txt", f"{tmp_path}/x.txt", "texts/../x.txt")):
+        sources = [open_data(name) for name in names]
+        assert all((source.identity, source.name) == (sources[0].identity, sources[0].name)
+                   for source in sources)
+
+
+def test_what_is_not_there(tmp_path, monkeypatch, hub):
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path, ["my_texts/books/a.txt"])
+    (tmp_path / "link").symlink_to("nowhere")
+    os.mkfifo("pipe")
+    for name, message in {
+        "": "there is no folder ; --data takes stdlib, openwebtext, ",
+        "xyz": "there is no folder xyz; --data takes stdlib, ",
+        "xyz/": "there is no folder xyz/; --data takes stdlib, ",
+        "wikitext-104": "(did you mean wikitext-103?)",
+        "my_text": "there is no folder my_text (did you mean my_texts?)",
+        "my_texts/boks": "there is no folder my_texts/boks (did you mean my_texts/books?)",
+        "no/file.txt": "there is no file no/file.txt; ",
+        "a" * 5000: "there is no folder aaa",
+        "link": "link is a link to something that does not exist",
+        "pipe": "pipe is neither a file nor a folder",
+    }.items():
+        requests = len(hub.requests)
+        with pytest.raises(InputError) as error:
+            open_data(name)
+        assert message in str(error.value) and len(hub.requests) == requests
+
+
+def test_files_that_vanish_or_cannot_be_read(tmp_path, monkeypatch):
+    fill(tmp_path, ["a.txt", "b.txt"])
+    source = open_data(str(tmp_path))
+    (tmp_path / "b.txt").unlink()
+    with pytest.raises(InputError, match="b.txt could not be read: No such file"):
+        list(source.documents)
+
+    def refuse(path, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    message = "could not be read: Permission denied"
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=message):
+        patch.setattr(os, "scandir", refuse)
+        open_data(str(tmp_path))
+
+
+def test_a_name_of_ours_is_not_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("pile", "owner/name"):
+        write(tmp_path / name / "x.txt", ["a", "b"])
+    assert "files" not in open_data("pile").identity
+    assert "files" in open_data("owner/name").identity
+
+
+# --- The Hub ----------------------------------------------------------------------------------------------
+
+def write_config(folder, config, splits, column="text"):
+    """A data set as the Hub has it: a configuration with several splits, declared at the top of README.md."""
+    for split, texts in splits.items():
+        write(folder / config / f"{split}-00000-of-00001.parquet", texts, column)
+    lines = [f"  - split: {split}\n    path: {config}/{split}-*\n" for split in splits]
+    head = f"---\nconfigs:\n- config_name: {config}\n  data_files:\n"
+    (folder / "README.md").write_text(head + "".join(lines) + "---\n")
+
+
+def split_ids(tok, pairs):
+    """What train.bin and val.bin must hold, put together in the plainest way."""
+    found = by_split(pairs)
+    return {split: [i for text in found[split] for i in [tok.eot, *tok.encode(text)]] for split in found}
+
+
+def test_hub_data_is_streamed(tok, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "BATCH_CHARS", 2**14)  # small batches for small shards
+    texts = make_texts(600)
+    folder = hub.root / "datasets" / "someone" / "texts" / "data"
+    for shard in range(3):
+        write(folder / f"train-{shard:05}-of-00003.parquet", texts[shard * 200:][:200])
+    small = prepare("someone/texts", tok, tmp_path / "small", max_tokens=2000)
+    assert len(small.train) == 2000 and not small.meta["complete"] and len(small.val) > 0
+    assert "someone/texts/data/train-00000-of-00003.parquet" in hub.requests
+    assert "someone/texts/data/train-00002-of-00003.parquet" not in hub.requests  # was not needed
+    whole = prepare("someone/texts", tok, tmp_path / "whole")
+    expected = split_ids(tok, hold_out(texts))
+    assert whole.train.tolist() == expected["train"] and whole.val.tolist() == expected["val"]
+    assert small.train.tolist() == expected["train"][:2000]
+
+
+def test_hub_data_with_its_own_validation(tok, hub, tmp_path, capsys):
+    texts = make_texts(60, seed=1)
+    for name in ("validation", "dev"):
+        splits = {"train": texts[:40] + [""], name: texts[40:50], "test": texts[50:]}
+        write_config(hub.root / "datasets" / "someone" / f"splits-{name}", "main", splits, column="content")
+        data = f"someone/splits-{name}:main"
+        made = prepare(data, tok, tmp_path, text_column="content")
+        expected = split_ids(tok, [("train", t) for t in texts[:40]] + [("val", t) for t in texts[40:50]])
+        assert made.train.tolist() == expected["train"] and made.val.tolist() == expected["val"]
+        assert f"note: someone/splits-{name}: its split {name} is held out" in capsys.readouterr().err
+        with pytest.raises(InputError, match="main"):
+            prepare(f"someone/splits-{name}:other", tok, tmp_path, text_column="content")
+        with pytest.raises(InputError, match="no column 'text', only .*content"):
+            prepare(data, tok, tmp_path)
+
+
+def test_hub_data_of_a_revision(tok, hub, tmp_path, monkeypatch):
+    """A build that was killed goes on with the version that it began with, and says which one that is."""
+    import datasets
+    asked, load = [], datasets.load_dataset_builder
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *args, revision=None, **kwargs: (
+        asked.append((args[0], args[1], revision)), load(*args, revision=revision, **kwargs))[1])
+    write(hub.root / "datasets/someone/versions/data/train-00000-of-00001.parquet", make_texts(300))
+
+    named = prepare("someone/versions@v1.0:default", tok, tmp_path)
+    assert asked == [("someone/versions", "default", "v1.0")]
+    newest = prepare("someone/versions", tok, tmp_path)
+    assert asked[1:] == [("someone/versions", None, None)] and newest.path != named.path
+    commit = newest.meta["source"]["revision"]
+    assert len(commit) == 40 and commit == named.meta["source"]["revision"]
+
+    part = Path(f"{newest.path}.part")
+    newest.path.rename(part)
+    (part / "meta.json").rename(part / "progress.json")
+    again = prepare("someone/versions", tok, tmp_path)
+    assert asked[2:] == [("someone/versions", None, commit)]
+    assert again.train.tolist() == newest.train.tolist()
+
+    # A finished corpus is taken as it is, without asking the Hub; so is one from before revisions were noted.
+    meta = json.loads((again.path / "meta.json").read_text())
+    del meta["source"]["revision"]
+    (again.path / "meta.json").write_text(json.dumps(meta))
+    assert prepare("someone/versions", tok, tmp_path).meta == meta and len(asked) == 3
+
+
+def test_hub_data_that_is_not_there(tok, hub, tmp_path):
+    with pytest.raises(InputError, match="someone/nothing is neither a file here nor a data set on the Hub"):
+        prepare("someone/nothing", tok, tmp_path / "corpora")
+    assert not (tmp_path / "corpora").exists()
+    write(hub.root / "datasets/someone/test-only/data/test-00000-of-00001.parquet", make_texts(5))
+    with pytest.raises(InputError, match="no train split, only test"):
+        prepare("someone/test-only", tok, tmp_path)
+
+
+def test_wikitext_is_read_by_article(tok, hub, tmp_path):
+    lines = [" \n", " = One = \n", " \n", " First . \n", " = = Part = = \n", " = = = Sub = = = \n", " \n",
+             " more \n", " = Two words = \n", " \n", " Second = 2 . \n"]
+    rows = ["" if not line.strip() else line for line in lines]  # as the Hub has them
+    pages = list(wikitext_articles(rows))
+    assert "\n".join(["", *pages]).split() == "".join(lines).split() and len(pages) == 2
+    assert pages[0] == "".join(lines[1:8])[:-1] and pages[1] == "".join(lines[8:])
+    splits = {"train": rows, "validation": rows}
+    write_config(hub.root / "datasets" / "Salesforce" / "wikitext", "wikitext-2-raw-v1", splits)
+    made = prepare("wikitext-2", tok, tmp_path)
+    assert made.meta["train"]["documents"] == made.meta["val"]["documents"] == 2
+    expected = [i for page in pages for i in [tok.eot, *tok.encode(page)]]
+    assert made.train.tolist() == made.val.tolist() == expected
