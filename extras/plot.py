@@ -7,103 +7,115 @@
     python -m extras.plot out --save assets/loss.png
 
 Read in this order:
-  draw_loss                         a run: losses of student, teacher (the bar to reach) and control
+  draw_loss                         one run: losses of student, teacher (the bar to reach) and control
   draw_runs, compare                several runs: by step and by second, and a table of what sets them apart
-  distributions, draw_distribution  the teacher at three temperatures; the student before and after, beside it
-  read_columns, read_card, ...      where the numbers come from
+  distributions, draw_distribution  the teacher at three temperatures; the student before and after
+  read_columns, read_results        where the numbers come from
+  new_figure                        matplotlib, whatever the user's settings of it are
 
-Nothing of a run is changed. The README's other pictures are made by extras/figures.py. Only pictures need
-matplotlib, so it stands in requirements-dev.txt.
+Runs are only read. The README's other pictures come from extras/figures.py. Nothing but pictures needs
+matplotlib, so it is listed in requirements-dev.txt.
 """
+if not __package__:  # started as a file, from which Python does not find the rest of the project
+    raise SystemExit("error: run this from the project's folder, as `python -m extras.plot`")
+
 import argparse
 import itertools
+import json
 import math
 import os
-import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 
+from data import load_tokenizer
 from distill import first_student
 from model import load
-from support.card import formula
-from support.cli import InputError, format_table, new_parser, run_cli, user_path
+from support.cli import InputError, format_table, new_parser, note, reading, run_cli, user_path
 from support.files import replaced
-from support.log import COLUMNS, read_held_out, read_log
-from support.state import CHANGES_NOTHING, read_settings
-from support.tokenizer import load_tokenizer
+from support.run import CHANGES_NOTHING, COLUMNS, read_held_out, read_log, read_settings
 
 FORMATS = (".png", ".svg", ".pdf")
 DEFAULT_PROMPT = "    if not isinstance(value,"  # a type follows, and there are many
 RANKS = [*range(1, 11), 100, 1000]  # tokens shown: the teacher's ten likeliest, and two unlikely ones
 
-# After Okabe and Ito: distinct for colour-blind readers too, and each readable on white and on a dark page.
+# After Okabe and Ito: colour-blind readers can tell them apart, and all can be read on white and on black.
 GREY, BLUE, ORANGE, GREEN, PURPLE = "#7a818b", "#1f83c9", "#d55e00", "#009e73", "#b565a7"
 STYLE = {
     "figure.facecolor": "none", "axes.facecolor": "none", "text.color": GREY, "axes.labelcolor": GREY,
     "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "grid.color": GREY, "grid.alpha": 0.25,
     "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
 
-LINES = {  # column of log.csv, or what else there is: its name in the picture, its colour
+LINES = {  # column of log.csv, or "control": the name of its line in the picture, its colour
     "loss": ("student's loss", GREY),
     "clm": ("student's CLM", BLUE),
     "teacher_clm": ("teacher's CLM,\nthe bar to reach", ORANGE),
-    "held_out": ("student's CLM on\nheld-out text", BLUE),
     "control": ("control's CLM,\nwithout the teacher", PURPLE),
     "kl": ("student's KL\nto the teacher", GREEN),
 }
+ROLES = {"student": BLUE, "teacher": ORANGE, "control": PURPLE}
 
 
 # ------------------------------------------------------------------------------------ one run
 def draw_loss(folder):
-    """Axes with each loss of a run over its steps: pale as it was logged, and its running mean."""
+    """Axes with the losses of a run: lines on the training text, dots on held-out text."""
     axes = new_figure().subplots()
-    if read_settings(folder) is not None:
-        axes.set_title(formula(argparse.Namespace(**settings_of(folder))), loc="left")
+    settings = read_settings(folder) or {}
+    axes.set_title(settings.get("objective", ""), loc="left", parse_math=False)
 
     curves = curves_of(folder)
     means = {name: running_mean(values) for name, (_, values) in curves.items()}
     for name, (steps, values) in curves.items():
         label, colour = LINES[name]
-        if name == "held_out":  # few values, and each is a mean already
-            axes.plot(steps, values, "o:", color=colour, linewidth=1, markersize=4, zorder=3, label=label)
-            means[name] = values
-            continue
-        # Noise without antialiasing: with it, it would be half of the file.
+        # Noise is drawn without antialiasing, which would double the size of the file.
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.6, antialiased=False)
         axes.plot(steps, means[name], color=colour, linewidth=1.8, zorder=3, label=label)
 
+    held_out = held_out_points(folder, curves)
+    for role, points in held_out.items():
+        axes.plot(*zip(*points, strict=True), "o:", color=ROLES[role], linewidth=1, markersize=5, zorder=4,
+                  markeredgecolor="white", clip_on=False, label=f"{role}, held-out text")
+
     last_step = max(steps[-1] for steps, _ in curves.values())  # a control can have more than the student
-    top = 1.15 * max(mean.max() for mean in means.values())
-    axes.set(xlabel="steps", ylabel="nats per token", xlim=(0, last_step), ylim=(0, top))
+    highest = [mean.max() for mean in means.values()]
+    highest += [loss for points in held_out.values() for _, loss in points]
+    top = 1.15 * max(highest)
+    axes.set(xlabel="steps", xlim=(0, last_step), ylim=(0, top),
+             ylabel="nats per token on the training text")
     axes.grid(axis="y")
 
-    # Instead of a legend, names at the ends of the lines, pushed apart where those meet.
+    if held_out:
+        training, = axes.plot([], [], color=GREY, linewidth=1.8)
+        dot, = axes.plot([], [], "o:", color=GREY, linewidth=1, markersize=5, markeredgecolor="white")
+        axes.legend([training, dot], ["training text, running mean", "the CLM on held-out text"],
+                    frameon=False, loc="upper right", labelcolor=GREY)
+    name_lines(axes, means, top)
+    return axes
+
+
+def name_lines(axes, means, top):
+    """Write the names of lines at their ends, pushed apart where those meet."""
     y = -math.inf
     for name in sorted(means, key=lambda name: means[name][-1]):
         label, colour = LINES[name]
         y = max(y + 0.1 * top, means[name][-1])
         axes.annotate(label, (1, y), (6, 0), ("axes fraction", "data"), "offset points", color=colour,
                       va="center")
-    return axes
 
 
 def curves_of(folder):
-    """{key of LINES: (steps, values)} of a run: what it has, and what is not another line again."""
+    """{key of LINES: (steps, values)} of a run: what it has, and what is not the same line twice."""
     log = read_columns(folder)
     curves = {name: (log["step"], log[name]) for name in LINES if name in log and log[name].any()}
 
-    # With one term alone, the loss is that term times its weight, and T² if it is the KL.
+    # If only one term has a weight, the loss is that term times its weight, and T² if it is the KL.
     if is_multiple(log["loss"], log["kl"]) or is_multiple(log["loss"], log["clm"]):
         curves.pop("loss", None)
 
-    steps, losses = held_out_of(folder, log)
-    if losses:
-        curves["held_out"] = np.array(steps), np.array(losses)
-
     if Path(folder, "control", "log.csv").exists():
-        # Its steps can have more tokens: it stands where the student had read as many.
+        # Its steps can have more tokens: it is drawn where the student had read the same number.
         control = read_columns(Path(folder, "control"))
         steps = np.cumsum(control["tokens"]) / log["tokens"].mean()
         curves["control"] = steps, control["clm"]
@@ -114,6 +126,29 @@ def is_multiple(a, b):
     """Whether a is b times one number, but for the rounding of log.csv."""
     factor = a.sum() / b.sum() if b.any() else math.nan
     return np.allclose(a, factor * b, rtol=1e-4)
+
+
+def held_out_points(folder, curves):
+    """{role: pairs (step, loss)} on held-out text: those of --eval-interval, and the last from results.json.
+
+    The teacher does not learn, so it has one point, at the end.
+    """
+    points = {}
+    ends = {}  # {role: where its line ends}
+    for role, name, own in (("student", "clm", Path(folder)), ("control", "control", Path(folder, "control"))):
+        if name not in curves:
+            continue
+        ends[role] = curves[name][0][-1]
+        last_step = read_log(own / "log.csv")[-1]["step"]
+        rows = [row for row in read_held_out(own) if row["step"] <= last_step]  # a kill can leave later ones
+        points[role] = [(row["step"] / last_step * ends[role], row["loss"]) for row in rows]
+
+    for role, row in read_results(folder).items():
+        end = ends.get(role, ends.get("student"))
+        if end is not None and is_number(row.get("loss")):
+            before = [point for point in points.get(role, []) if point[0] < end]
+            points[role] = [*before, (end, row["loss"])]
+    return {role: found for role, found in points.items() if found}
 
 
 def running_mean(values):
@@ -128,21 +163,26 @@ def running_mean(values):
 
 # ------------------------------------------------------------------------------------ several runs
 def draw_runs(folders):
-    """Two Axes, by step and by second of training, with two losses of each run on the text itself: a line on
-    the text that it trained on, and marks on held-out text, those of --eval-interval and the card's."""
+    """Two Axes, by step and by second of training, with the CLM of each run.
+
+    A line is its training text, dots are held-out text, and a diamond is its last figure on held-out text.
+    """
     figure = new_figure()
     both = figure.subplots(1, 2, sharey=True)
-    looks = itertools.product(("-", "--", ":"), (BLUE, ORANGE, GREEN, PURPLE))
+    looks = itertools.cycle(itertools.product(("-", "--", ":"), (BLUE, ORANGE, GREEN, PURPLE)))
 
-    for folder, (dashes, colour) in zip(folders, itertools.cycle(looks), strict=False):
+    lines = []
+    for folder, (dashes, colour) in zip(folders, looks, strict=False):
         log = read_columns(folder)
-        steps, losses = held_out_of(folder, log)
-        final = read_card(folder).get("loss")
-        for axes, x in zip(both, (log["step"], seconds_of(log)), strict=True):
-            axes.plot(x, running_mean(log["clm"]), dashes, color=colour, linewidth=1.2, label=str(folder))
-            axes.plot(np.interp(steps, log["step"], x), losses, "o", color=colour, markersize=4, zorder=3)
-            if final:
-                axes.plot(x[-1], float(final), "D", color=colour, markersize=6, clip_on=False, zorder=3)
+        held_out = [row for row in read_held_out(folder) if row["step"] <= log["step"][-1]]
+        final = own_result(folder).get("loss")
+        for axes, x in zip(both, (log["step"], seconds(log)), strict=True):
+            line, = axes.plot(x, running_mean(log["clm"]), dashes, color=colour, linewidth=1.2)
+            at = np.interp([row["step"] for row in held_out], log["step"], x)
+            axes.plot(at, [row["loss"] for row in held_out], "o", color=colour, markersize=4, zorder=3)
+            if is_number(final):
+                axes.plot(x[-1], final, "D", color=colour, markersize=6, clip_on=False, zorder=3)
+        lines.append(line)
 
     both[0].set(xlabel="steps", ylabel="student's CLM, nats per token")
     both[1].set(xlabel="seconds of training")
@@ -151,18 +191,17 @@ def draw_runs(folders):
         axes.grid()
     figure.suptitle("lines: training text, running mean;  dots: held-out text;  diamonds: at the end",
                     fontsize=10)
-    figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center",
-                  ncols=min(4, len(folders)), frameon=False, labelcolor="linecolor")
+
+    # Names are set afterwards: matplotlib would leave out those with an underscore at their start, and would
+    # take what is between two dollar signs for a formula.
+    legend = figure.legend(lines, ["run"] * len(lines), loc="outside lower center", frameon=False,
+                           ncols=min(4, len(folders)), labelcolor="linecolor")
+    for text, folder in zip(legend.get_texts(), folders, strict=True):
+        text.set(text=str(folder), parse_math=False)
     return both
 
 
-def held_out_of(folder, log):
-    """Steps of a run's log after which it was scored on held-out text, and the losses."""
-    rows = [row for row in read_held_out(folder) if row["step"] <= log["step"][-1]]
-    return [row["step"] for row in rows], [row["loss"] for row in rows]
-
-
-def seconds_of(log):
+def seconds(log):
     """Seconds of training until the end of each step."""
     return np.cumsum(log["tokens"] / log["tokens_per_second"])
 
@@ -170,24 +209,26 @@ def seconds_of(log):
 def compare(folders):
     """A table of runs: the flags in which they differ, how long they took, where they ended."""
     settings = [read_settings(folder) or {} for folder in folders]
-    values = {}  # of each flag, among the runs that have it: a run of another commit can have others
+    values = {}  # of each flag, among the runs that have it: a run of another commit can have other flags
+    ignored = (CHANGES_NOTHING | {"steps", "objective", "content"}) - {"eval_tokens"}
     for found in settings:
-        for name in found.keys() - ({*CHANGES_NOTHING, "steps"} - {"eval_tokens"}):
+        for name in found.keys() - ignored:
             values.setdefault(name, set()).add(repr(found[name]))
     differ = [name for name in sorted(values) if len(values[name]) > 1]
 
     rows = []
     for folder, found in zip(folders, settings, strict=True):
         log = read_columns(folder)
-        card = read_card(folder)
+        result = own_result(folder)
         rows.append({
             "run": str(folder),
             **{name: str(found.get(name, "-")) for name in differ},
             "steps": f"{log['step'][-1]:,.0f}",
-            "seconds": f"{seconds_of(log)[-1]:,.0f}",
+            "seconds": f"{seconds(log)[-1]:,.0f}",
             "last CLM": f"{running_mean(log['clm'])[-1]:.4f}",
             "last KL": f"{running_mean(log['kl'])[-1]:.4f}" if log["kl"].any() else "-",
-            **{f"held-out {name}": card.get(name, "-") for name in ("loss", "KL to teacher", "same top-1")},
+            **{f"held-out {name}": f"{result[name]:.4f}" if is_number(result.get(name)) else "-"
+               for name in ("loss", "KL to teacher", "same top-1")},
         })
     return format_table(rows)
 
@@ -204,7 +245,7 @@ def distributions(folder, prompt):
     if settings["teacher"] == "none":
         raise InputError(f"{folder} is a run without a teacher: --distribution has nothing to draw")
     teacher = load(settings["teacher"])
-    networks = (teacher, student_before(settings, teacher), load(folder))
+    networks = (teacher, student_before(folder, teacher), load(folder))
 
     ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eot]])  # (1, L)
     t, before, after = (network(ids[:, -network.context:])[0, -1, :tokenizer.vocab_size].double()
@@ -255,15 +296,16 @@ def draw_distribution(folder, prompt):
     return both
 
 
-def student_before(settings, teacher):
-    """The student as it was before the first step."""
-    args = argparse.Namespace(**settings)
-    if args.student_layers:
-        args.student_layers += ","  # a list, as args.json has it: "3" is layer 3, not three layers
-    return first_student(args, teacher).eval()
+def student_before(folder, teacher):
+    """The student of a run as it was before the first step."""
+    args = argparse.Namespace(**settings_of(folder))
+    with reading(Path(folder, "args.json"), "the settings of a run"):
+        if args.student_layers:
+            args.student_layers += ","  # a list, as args.json has it: "3" is layer 3, not three layers
+        return first_student(args, teacher).eval()
 
 
-# ------------------------------------------------------------------------------------ what lies in a run
+# ------------------------------------------------------------------------------------ what a run has left
 def read_columns(folder):
     """log.csv -> {column: its values}, without the lines that are damaged; says how many those are."""
     path = Path(folder, "log.csv")
@@ -272,71 +314,67 @@ def read_columns(folder):
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; name the folder of a run, such as out") from error
 
-    rows = [row for row in read_log(path) if all(map(math.isfinite, row.values()))]
+    rows = read_log(path)
     if len(rows) < 2:
         raise InputError(f"{path}: steps so far: {len(rows)}; a line needs two")
     if damaged := max(0, len(lines) - 1 - len(rows)):  # one is the header
-        print(f"note: {path}: {damaged} of {len(lines)} lines left out, which hold no step", file=sys.stderr)
+        note(f"{path}: {damaged} of {len(lines)} lines left out, as they are damaged")
     return {name: np.array([row[name] for row in rows]) for name in COLUMNS}
 
 
 def settings_of(folder):
-    """args.json, with all that is asked of it here."""
+    """args.json of a run; InputError if there is none."""
     path = Path(folder, "args.json")
-    found = read_settings(folder)
-    if found is None:
+    settings = read_settings(folder)
+    if settings is None:
         raise InputError(f"{path}: {os.strerror(2)}; name the folder of a run, such as out")
-    found = {"divergence": "forward", **found}  # what a run did that does not say
-
-    numbers = ("temperature", "kd_weight", "clm_weight", "cos_weight", "seed")
-    texts = ("teacher", "divergence", "student", "student_layers", "student_init")
-    wrong = [name for name in numbers if type(found.get(name)) not in (int, float)]
-    wrong += [name for name in texts if name not in found or not isinstance(found[name], str | None)]
-    if wrong:
-        raise InputError(f"{path} is damaged or not from distill.py: it has no {wrong[0]} that could be read")
-    return found
+    if not settings:
+        raise InputError(f"{path} is damaged or was not written by distill.py")
+    return settings
 
 
-def read_card(folder):
-    """{column: text} of a run's row in the table of its README.md; {} where there is none. A control is in
-    the table of the run that it belongs to."""
-    folder = Path(folder).resolve()
-    role = "control" if folder.name == "control" else "student"
-    try:
-        card = (folder.parent if role == "control" else folder) / "README.md"
-        lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
+def read_results(folder):
+    """{role: its row} of results.json, which a finished run leaves; {} for any other run."""
+    path = Path(folder, "results.json")
+    if not path.exists():
         return {}
-
-    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines if line.startswith("|")]
-    header = next((row for row in rows if row[0] == "model"), [])
-    values = next((row for row in rows if row[0] == role), [])
-    found = dict(zip(header, values, strict=False))
-    return {name: text for name, text in found.items() if is_number(text)}
+    with reading(path, "the results of a run"):
+        rows = json.loads(path.read_bytes())["rows"]
+        return {role: dict(rows[role]) for role in ROLES if role in rows}
 
 
-def is_number(text):
-    try:
-        return math.isfinite(float(text.replace(",", "")))
-    except ValueError:
-        return False
+def own_result(folder):
+    """The row of the run in this folder. That of a control is among the results of its student."""
+    folder = Path(folder).resolve()
+    if folder.name == "control":
+        return read_results(folder.parent).get("control", {})
+    return read_results(folder).get("student", {})
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 # ------------------------------------------------------------------------------------ from flags to a file
 def new_figure(height=4.5):
     """An empty figure in STYLE, whatever the user's own settings of matplotlib are."""
     try:
-        import matplotlib
-        from matplotlib.figure import Figure  # without pyplot: it needs no screen
+        # A notebook names a backend that may be missing here; files need none but the one that is built in.
+        with mock.patch.dict(os.environ, MPLBACKEND="agg"):
+            import matplotlib
+            from matplotlib.figure import Figure  # without pyplot: it needs no screen
     except ImportError as error:
         raise InputError("pictures need matplotlib: python -m pip install -r requirements-dev.txt") from error
+    except Exception as error:
+        raise InputError(f"matplotlib cannot be started, perhaps because of your file matplotlibrc: {error}"
+                         ) from error
     matplotlib.rcdefaults()
     matplotlib.rcParams.update(STYLE)
     return Figure(figsize=(8, height), dpi=150, layout="constrained")
 
 
 def save(figure, path):
-    """A file that is whole or not there; its name says in which format."""
+    """Write a picture; the name of the file says in which format. A failure leaves the old file as it was."""
     with replaced(path) as temporary:
         figure.savefig(temporary, format=Path(path).suffix[1:])
     print(path)
@@ -349,8 +387,8 @@ def parse_args(argv=None):
         help="folders that distill.py made (default: out); several are drawn into one picture, with a table")
     add("--distribution", nargs="?", const=DEFAULT_PROMPT, metavar="PROMPT",
         help=f"of one run, what may follow PROMPT (if you name none: {DEFAULT_PROMPT!r}); \\n in it is a "
-             "line break; end it without a space, as most tokens begin with theirs. If the run's teacher is "
-             "a folder, call this where distill.py was called")
+             "line break; end it without a space, as most tokens begin with one. If the run's teacher is "
+             "a folder, call this where you called distill.py")
     add = parser.add_argument_group("where to").add_argument
     add("--save", type=user_path, metavar="PATH",
         help="a .png, .svg or .pdf (default: loss.png, runs.png or distribution.png in the first run's "
@@ -361,7 +399,7 @@ def parse_args(argv=None):
 def main():
     args = parse_args()
     if args.distribution is not None and len(args.runs) > 1:
-        raise InputError("--distribution is of one run: name one")
+        raise InputError("--distribution draws one run: name only one")
     name = "loss" if len(args.runs) == 1 else "runs"
     name = name if args.distribution is None else "distribution"
     path = Path(args.save or Path(args.runs[0], f"{name}.png"))

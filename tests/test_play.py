@@ -551,7 +551,8 @@ def test_page_marks_an_edit_and_keeps_nothing_of_the_text_before(page):
     page.score("a" * 300_000)  # too long, so nothing can be shown of it
     page.wait("#text-message", "the text is too long")
     assert old and [page.find(id).text for id in ("#tokens", "#totals", "#furthest", "#readout")] == [""] * 4
-    assert not page.find("#opened").is_displayed() and page.find("#before").text == "Click a token of the text."
+    assert not page.find("#opened").is_displayed()
+    assert page.find("#before").text == "Click a token of the text."
 
     page.score(LONG)
     page.wait("#text-message", "are cut off")
