@@ -9,20 +9,22 @@ Read in this order:
   train        the loop: batch, teacher, student, loss, backward, step, log, save
   main         from the command line to the closing table
 
-The loss that runs by default is support/chunked_loss.py: the same value and gradient in less memory and time.
-To train with a loss of your own, replace the line `kl = ...` in plain_loss and run `python distill.py --loss
-plain`. After a stop or a crash the same command with `--resume` goes on.
+Training uses plain_loss: change a line of it, and you train with your change. It is called with a few rows of
+logits at a time (support/chunked_loss.py), because the logits of all tokens would not fit into memory.
 
 References: Hinton et al. 2015 (arXiv 1503.02531), Sanh et al. 2019 (arXiv 1910.01108).
 Shapes: B sequences in a micro-batch, L tokens in a sequence, N = B * L tokens, C width, V vocabulary.
 T is the temperature, and nothing else.
 """
-import support.start  # noqa: F401  (first: Ctrl-C ends in one line while PyTorch loads)
+try:
+    import support  # noqa: F401  (first: Ctrl-C ends in one line while PyTorch loads)
+except ModuleNotFoundError as error:  # python -I, python -P, PYTHONSAFEPATH
+    raise SystemExit("error: start Python without -I or -P, or set PYTHONPATH to this folder") from error
 
-import argparse
 import copy
 import math
 import re
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
@@ -31,104 +33,190 @@ from torch.nn import functional as F
 from data import batch_at, examples_at, load_tokenizer, numbers_at, prepare, target_offsets
 from model import build, load, spread_layers, student_from
 from sample import draw
-from support import closing, options, teacher_cache
-from support.card import print_plan, write_card
-from support.chunked_loss import Losses, LossSettings, chunked_losses, cosine_distance, distillation_loss
-from support.cli import InputError, format_table, pick_device, run_cli
-from support.options import RECIPES
-from support.outlook import check_memory, work_to_follow
-from support.progress import watched
-from support.run import Run
-from support.runtime import Ranks, autocast, keep_memory, pick_precision, stop_at_once, to_device
-from support.scoring import held_out_batches, validate
-from support.state import RunFolder, read_settings
+from support import flags, report, teacher_cache
+from support.chunked_loss import Losses, chunked_loss
+from support.cli import InputError, run_cli
+from support.flags import RECIPES
+from support.ranks import Ranks, autocast, keep_memory, pick_device, pick_precision, stop_at_once, to_device
+from support.run import Run, claim, read_settings
+from support.teacher_cache import draws_loss
 from support.tokenizer import shared_vocabulary
 
-__all__ = ["RECIPES", "distillation_loss", "lr_at", "main", "parse_args", "plain_loss", "train"]
+__all__ = ["RECIPES", "LossSettings", "Losses", "distillation_loss", "lr_at", "main", "plain_loss", "train"]
 
 
 # ------------------------------------------------------------------------------------ the loss
+@dataclass(frozen=True)
+class LossSettings:
+    """What the loss depends on, besides logits. These are also the defaults of the command line."""
+    temperature: float = 2.0  # T
+    kd_weight: float = 0.9  # of what the teacher says
+    clm_weight: float = 0.1  # of what the text says
+    cos_weight: float = 0.0  # of 1 - cosine of the final hidden states
+    divergence: str = "forward"  # a key of LOSSES
+    jsd_weight: float = 0.5  # of the teacher in the mixture of jsd_loss
+    chunk_size: int | None = None  # tokens whose logits exist at a time; None: by device
+    compile: bool = False  # let torch.compile fuse the work on logits; for GPUs
+
+    def __post_init__(self):
+        if self.divergence not in LOSSES:
+            raise ValueError(f"divergence {self.divergence!r}: must be one of {', '.join(LOSSES)}")
+
+    @classmethod
+    def of(cls, args):
+        """From the command line's flags of the same names."""
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
+
+
 def plain_loss(student_logits, teacher_logits, targets, settings):
     """T² * KL(teacher || student) and the causal-language-model loss (CLM), by definition.
 
     student_logits, teacher_logits (N, V): a score for each possible next token; targets (N,): the token that
     did come next, or -100 where there is none to predict. `settings`: a LossSettings.
-    Returns (loss, kl, clm): sums over the counted tokens, in nats.
+    Returns (loss, kl, clm): sums over the counted tokens, in nats. Training minimises the first.
     """
     T = settings.temperature
-    counted = targets != -100  # padding has nothing to teach
-    s = student_logits[counted]
-    t = teacher_logits[counted]
+    s, t, y = without_padding(student_logits, teacher_logits, targets)
 
     log_p = (t / T).log_softmax(-1)  # the teacher's distribution, softened by T
     log_q = (s / T).log_softmax(-1)  # the student's
     kl = (log_p.exp() * (log_p - log_q)).sum()
-    clm = F.cross_entropy(s, targets[counted], reduction="sum")
+    clm = F.cross_entropy(s, y, reduction="sum")
 
-    divergence = kl if settings.divergence == "forward" else other_divergence(log_p, log_q, settings)
-    # At high T the KL's gradient falls like 1 / T²: once by the chain rule through s / T, once because softer
-    # distributions differ less. T² cancels that; otherwise a high T would turn the term off.
-    return settings.kd_weight * T**2 * divergence + settings.clm_weight * clm, kl, clm
+    # At high T the KL's gradient falls like 1 / T²: once by the chain rule through s / T, and once because
+    # softer distributions differ less. T² cancels that; otherwise a high T would turn the term off.
+    return settings.kd_weight * T**2 * kl + settings.clm_weight * clm, kl, clm
 
 
-def other_divergence(log_p, log_q, settings):
-    """Instead of the forward KL (Agarwal et al. 2023, arXiv 2306.13649). log_p, log_q (N, V) -> a sum.
+# What the plan, the model card and args.json say is minimised. Change it when you change plain_loss.
+plain_loss.formula = ("{kd_weight:g} * {temperature:g}² * KL(teacher || student, T = {temperature:g}) + "
+                      "{clm_weight:g} * CLM")
 
-    The forward KL makes the student cover all that its teacher finds likely, the reverse KL makes it avoid
-    what its teacher finds unlikely; jsd compares both with a mixture and lies in between.
-    """
-    if settings.divergence == "reverse":
-        return (log_q.exp() * (log_q - log_p)).sum()
 
+def without_padding(student_logits, teacher_logits, targets):
+    """The rows that have a target: padding has nothing to teach, so it must not be counted anywhere."""
+    counted = targets != -100
+    if torch.compiler.is_compiling() or counted.all():  # the training loop has dropped padding already
+        return student_logits, teacher_logits, targets
+    return student_logits[counted], teacher_logits[counted], targets[counted]
+
+
+def reverse_loss(student_logits, teacher_logits, targets, settings):
+    """plain_loss with KL(student || teacher). The forward KL makes the student cover all that its teacher
+    finds likely; the reverse KL makes it avoid what its teacher finds unlikely."""
+    T = settings.temperature
+    s, t, y = without_padding(student_logits, teacher_logits, targets)
+
+    log_p = (t / T).log_softmax(-1)
+    log_q = (s / T).log_softmax(-1)
+    reverse = (log_q.exp() * (log_q - log_p)).sum()
+    clm = F.cross_entropy(s, y, reduction="sum")
+    loss = settings.kd_weight * T**2 * reverse + settings.clm_weight * clm
+    return loss, forward_kl(log_p, log_q), clm
+
+
+reverse_loss.formula = plain_loss.formula.replace("teacher || student", "student || teacher")
+
+
+def jsd_loss(student_logits, teacher_logits, targets, settings):
+    """plain_loss with the Jensen-Shannon divergence, which lies between the forward and the reverse KL: it
+    compares both distributions with w * p + (1 - w) * q (Agarwal et al. 2023, arXiv 2306.13649)."""
+    T = settings.temperature
     w = settings.jsd_weight
-    log_m = torch.logaddexp(log_p + math.log(w), log_q + math.log(1 - w))  # the mixture w * p + (1 - w) * q
+    s, t, y = without_padding(student_logits, teacher_logits, targets)
+
+    log_p = (t / T).log_softmax(-1)
+    log_q = (s / T).log_softmax(-1)
+    log_m = torch.logaddexp(log_p + math.log(w), log_q + math.log(1 - w))  # of the mixture
     from_teacher = (log_p.exp() * (log_p - log_m)).sum()
     from_student = (log_q.exp() * (log_q - log_m)).sum()
-    return w * from_teacher + (1 - w) * from_student
+    jsd = w * from_teacher + (1 - w) * from_student
+    clm = F.cross_entropy(s, y, reduction="sum")
+    loss = settings.kd_weight * T**2 * jsd + settings.clm_weight * clm
+    return loss, forward_kl(log_p, log_q), clm
 
 
-def plain_losses(student_hidden, student_head, teacher_hidden, teacher_head, targets, settings):
-    """plain_loss from final hidden states (N, C) and heads (V, C), with all that the log shows, as Losses.
+jsd_loss.formula = plain_loss.formula.replace("KL(teacher || student", "JSD(teacher, student")
 
-    It makes the logits of all tokens at once, (N, V): autograd needs them, and memory pays for them.
+
+def forward_kl(log_p, log_q):
+    """The KL that log.csv shows whatever is trained, so that runs can be compared; without a gradient."""
+    return (log_p.exp() * (log_p - log_q.detach())).sum()
+
+
+def text_alone(student_logits, teacher_logits, targets, settings):
+    """The CLM alone: what a model without a teacher learns from, such as the control."""
+    clm = F.cross_entropy(student_logits, targets, ignore_index=-100, reduction="sum")
+    return settings.clm_weight * clm, torch.zeros_like(clm), clm
+
+
+text_alone.formula = "{clm_weight:g} * CLM"
+
+LOSSES = {"forward": plain_loss, "reverse": reverse_loss, "jsd": jsd_loss}  # what --divergence names
+
+
+def losses_of(student_hidden, student_head, teacher_hidden, teacher_head, targets, settings):
+    """All terms of the loss of a micro-batch, as Losses: sums over the counted tokens.
+
+    student_hidden (N, C_s), teacher_hidden (N, C_t): final hidden states; student_head (V, C_s), teacher_head
+    (V, C_t). Without a teacher both of its parts are None. A loss of hidden states is added here.
     """
-    student_logits = F.linear(student_hidden, student_head).float()
-    if teacher_hidden is None:  # the control, which learns from the text alone
-        clm = F.cross_entropy(student_logits, targets, ignore_index=-100, reduction="sum")
-        loss = settings.clm_weight * clm
-        kl = teacher_clm = torch.zeros_like(clm)
-    else:
-        teacher_logits = F.linear(teacher_hidden, teacher_head).float()
-        loss, kl, clm = plain_loss(student_logits, teacher_logits, targets, settings)
-        teacher_clm = F.cross_entropy(teacher_logits, targets, ignore_index=-100, reduction="sum")
+    loss_function = text_alone if teacher_hidden is None else LOSSES[settings.divergence]
+    losses = chunked_loss(
+        loss_function, student_hidden, student_head, teacher_hidden, teacher_head, targets, settings)
 
-    cos = torch.zeros_like(clm)
     if settings.cos_weight:
         cos = cosine_distance(student_hidden, teacher_hidden, targets)
-        loss = loss + settings.cos_weight * cos
-    tokens = (targets != -100).sum()
-    return Losses(loss, kl.detach(), clm.detach(), cos.detach(), teacher_clm, tokens)
+        losses = losses._replace(loss=losses.loss + settings.cos_weight * cos, cos=cos.detach())
+    return losses
 
 
-LOSSES = {"chunked": chunked_losses, "plain": plain_losses}  # what --loss names
+def cosine_distance(student_hidden, teacher_hidden, targets):
+    """Sum of 1 - cos(student's, teacher's final hidden state) over counted tokens (Sanh et al. 2019)."""
+    distance = 1 - F.cosine_similarity(student_hidden.float(), teacher_hidden.float(), dim=-1)  # (N,)
+    return distance.masked_fill(targets == -100, 0.0).sum()
+
+
+def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head, targets, **settings):
+    """kd_weight * T² * KL(softmax(t / T) || softmax(s / T)) + clm_weight * CLM, for use in other programs.
+
+    Arguments as for `losses_of`; settings: the fields of LossSettings, by name. Returns (loss, kl, clm), sums
+    over the counted tokens, in nats: divide them once, by the tokens of the whole step. The KL includes the
+    teacher's entropy, so a perfect student scores 0. Only the student gets a gradient. ValueError if the
+    heads differ in V. Source: Hinton et al. 2015, section 2.
+    """
+    losses = losses_of(
+        student_hidden, student_head, teacher_hidden, teacher_head, targets, LossSettings(**settings))
+    return losses.loss, losses.kl, losses.clm
+
+
+def objective(args):
+    """The formula of the loss that will train, with its numbers, without terms whose weight is 0."""
+    if args.teacher_cache:
+        loss_function = draws_loss
+    elif args.teacher == "none":
+        loss_function = text_alone
+    else:
+        loss_function = LOSSES[args.divergence]
+    formula = loss_function.formula + " + {cos_weight:g} * (1 - cos)"
+    terms = formula.format(**vars(args)).split(" + ")
+    return "loss = " + " + ".join(term for term in terms if not term.startswith("0 * "))
 
 
 # ------------------------------------------------------------------------------------ the loop
-def train(args, student, teacher, corpus, vocab_size, ranks, later=0.0):
-    """Train the student for args.steps. All that is needed to go on after a crash lies in args.out.
+def train(args, student, teacher, corpus, vocab_size, ranks, bar=None):
+    """Train the student for args.steps. After a crash the files in args.out are all that is needed to go on.
 
     teacher: None to learn from the text alone, or from args.teacher_cache. vocab_size: V, the entries that
-    both models have. ranks: the processes among which the micro-batches of a step are shared. later: how much
-    work follows, counted in micro-batches; with it the time left is that of all.
+    both models have. ranks: the processes that share the micro-batches of a step. bar: shows the progress.
     """
-    losses_of = LOSSES[args.loss]
     settings = LossSettings.of(args)
     teacher_head = teacher.head_weight[:vocab_size] if teacher else None  # (V, C_t)
     cache = open_cache(args, corpus, ranks.device)
     optimizer = make_optimizer(student, args)
     student.train()
 
-    with Run(args, student, optimizer, corpus, vocab_size, ranks, later) as run:
+    with Run(args, student, optimizer, corpus, vocab_size, ranks, teacher, bar) as run:
         for step in run.steps():
             sums = torch.zeros(len(Losses._fields), device=ranks.device)  # of Losses, on this rank
             for micro in ranks.share(args.grad_accum):
@@ -139,17 +227,21 @@ def train(args, student, teacher, corpus, vocab_size, ranks, later=0.0):
                     ids, targets = students_text(student, ids, index, args)
 
                 # Teacher: it only answers, so nothing is kept for a backward pass.
-                with torch.no_grad(), autocast(args, ranks.device):
-                    teacher_says = teacher.hidden(ids).flatten(0, 1) if teacher else None  # (N, C_t)
-                if cache:  # with --teacher-cache it has answered before the run
-                    teacher_says = cache(index)  # Draws: see support/sparse_loss.py
+                teacher_hidden = None
+                if teacher:
+                    with torch.no_grad(), autocast(args, ranks.device):
+                        teacher_hidden = teacher.hidden(ids).flatten(0, 1)  # (N, C_t)
 
                 # Student, and the loss: how far its distribution of each next token is from the teacher's.
                 with autocast(args, ranks.device):
                     student_hidden = student.hidden(ids).flatten(0, 1)  # (N, C_s)
                     student_head = student.head_weight[:vocab_size]  # (V, C_s)
-                    losses = losses_of(
-                        student_hidden, student_head, teacher_says, teacher_head, targets, settings)
+                    if cache:  # the teacher has answered before the run
+                        losses = chunked_loss(
+                            draws_loss, student_hidden, student_head, cache(index), None, targets, settings)
+                    else:
+                        losses = losses_of(
+                            student_hidden, student_head, teacher_hidden, teacher_head, targets, settings)
 
                 # Backward: the loss is a sum over tokens, and its gradients add up in .grad.
                 losses.loss.backward()
@@ -157,9 +249,9 @@ def train(args, student, teacher, corpus, vocab_size, ranks, later=0.0):
                 run.after_micro_batch(step)
 
             # Divide once, by the tokens that counted in all micro-batches of all ranks.
-            sums = ranks.sum(sums)
-            norm = divide_and_clip(student, sums[TOKENS], args.grad_clip, ranks)
-            mean_losses, tokens, gradient_norm = mean_over_tokens(sums, norm)
+            totals = Losses(*ranks.sum(sums))
+            norm = divide_and_clip(student, totals.tokens, args.grad_clip, ranks)
+            mean_losses, tokens, gradient_norm = mean_over_tokens(totals, norm)
 
             # Step.
             lr = lr_at(step, args)
@@ -172,8 +264,10 @@ def train(args, student, teacher, corpus, vocab_size, ranks, later=0.0):
 
 
 def micro_batch(corpus, index, args, device):
-    """Micro-batch number `index` of the run, on the device: ids (B, L), and the ids that follow, (N,). What
-    is random in it, such as dropout, is seeded here, too."""
+    """Micro-batch number `index` of the run, on the device: ids (B, L), and the ids that follow, (N,).
+
+    What is random in it, such as dropout, is seeded here, too.
+    """
     ids, targets = batch_at(
         corpus.train, args.seed, index, args.batch_size, args.seq_len, args.packing, corpus.eot)
 
@@ -197,9 +291,9 @@ def is_on_policy(index, args):
 
 def students_text(student, ids, index, args):
     """Replace the second half of each example by what the student writes after the first: on-policy data
-    (Agarwal et al. 2023). ids (B, L) -> ids (B, L), targets (N,), where what the student wrote is counted.
+    (Agarwal et al. 2023). ids (B, L) -> ids (B, L), targets (N,), where only what it wrote is counted.
 
-    On its own text a student meets the mistakes that it makes, and its teacher says how to go on from there.
+    In its own text a student meets the mistakes that it makes, and its teacher says how to go on from there.
     """
     B, L = ids.shape
     half = L // 2
@@ -213,18 +307,16 @@ def students_text(student, ids, index, args):
     return text[:, :-1], targets.flatten()
 
 
-TOKENS = Losses._fields.index("tokens")
+def mean_over_tokens(totals, norm):
+    """Losses of a step (sums) and the gradient's norm, as tensors -> mean Losses per counted token, the
+    number of tokens, the norm, all as Python numbers.
 
-
-def mean_over_tokens(sums, norm):
-    """Sums of Losses, and the gradient's norm, as tensors -> (mean Losses per counted token, tokens, norm).
-
-    The numbers of a step leave the device here, all at once: to read one is to wait until a GPU has done all
-    that it was told so far.
+    The numbers of a step leave the device here, all at once: to read one is to wait until a GPU has finished
+    all that it was given so far.
     """
-    *totals, gradient_norm = torch.cat((sums, norm.view(1))).tolist()
-    tokens = max(totals[TOKENS], 1)
-    return Losses(*(total / tokens for total in totals)), tokens, gradient_norm
+    *sums, gradient_norm = torch.stack((*totals, norm)).tolist()
+    tokens = max(Losses(*sums).tokens, 1)
+    return Losses(*(total / tokens for total in sums)), tokens, gradient_norm
 
 
 def make_optimizer(student, args):
@@ -274,30 +366,25 @@ def lr_at(step, args):
 
 # ------------------------------------------------------------------------------------ from flags to a run
 def parse_args(argv=None):
-    """Flags win over the recipe, the recipe over the defaults; see support/options.py."""
-    return options.parse_args(__doc__, argv)
+    """Flags win over the recipe, the recipe over the defaults; see support/flags.py."""
+    args = flags.parse_args(__doc__, LossSettings(), argv)
+    flags.check(args)
+    args.objective = objective(args)
+    return args
 
 
 def main():
     args = parse_args()
-    options.check(args)
     args.device = pick_device(args.device)
     if args.device == "cpu":
         keep_memory()
-    ranks = Ranks(args.device)
-    with stop_at_once(ranks.is_first):
-        if args.grad_accum % ranks.world:
-            raise InputError(
-                f"--grad-accum {args.grad_accum} cannot be shared evenly by {ranks.world} processes")
-
-        # --out is held for this process, and refused if it holds something else.
-        folder = RunFolder(args, ranks)
-        try:
-            folder.claim()
-            distil(args, ranks)
-        finally:
-            folder.release()
-            ranks.close()
+    with Ranks(args.device) as ranks, stop_at_once(ranks.is_first):
+        flags.check_ranks(args, ranks)
+        with claim(args, ranks) as finished:  # --out is held for this process
+            if finished:
+                report.show_again(args)
+            else:
+                distil(args, ranks)
 
 
 def distil(args, ranks):
@@ -306,35 +393,34 @@ def distil(args, ranks):
     args.precision = pick_precision(args.precision, resumed.get("precision"), ranks)
     with ranks.first_goes_first():
         tokenizer, teacher, student = load_models(args, ranks.device)
-        memory = check_memory(args, teacher, student, tokenizer.vocab_size, ranks)
         corpus = load_corpus(args, tokenizer)
+    V = tokenizer.vocab_size
     if ranks.is_first:
-        print_plan(args, teacher, student, corpus, memory, ranks)
-        warn_of_unknown_text(args, teacher, corpus, tokenizer)
+        report.print_plan(args, teacher, student, corpus, ranks)
+        report.warn_of_unknown_text(args, teacher, corpus, tokenizer)
 
     networks = {"teacher": teacher} if teacher else {}
     control = copy.deepcopy(student) if args.control and teacher else None
-    training, scoring, scoring_by_control = work_to_follow(args, teacher, student, control, ranks)
     if args.teacher_cache:
-        cache_teacher(args, teacher, corpus, tokenizer.vocab_size, ranks)
+        cache_teacher(args, teacher, corpus, V, ranks)
         networks["teacher"] = teacher = None  # the cache answers for it; its memory is the student's
-    networks["student"] = train(
-        args, student, teacher, corpus, tokenizer.vocab_size, ranks, training + scoring)
-    export(student, tokenizer, args.out, ranks)
 
-    # The control answers what the teacher was worth: the same student and tokens, but the text alone.
-    if control:
-        control_args = options.control_of(args)
+    with report.open_progress(args, ranks, corpus) as bar:
+        networks["student"] = train(args, student, teacher, corpus, V, ranks, bar)
+        export(student, tokenizer, args, ranks)
+
+        # What was the teacher worth? The control is the same student, on the same tokens, but the text alone.
+        if control:
+            control_args = flags.control_of(args)
+            if ranks.is_first:
+                report.about_control(control_args)
+            networks["control"] = train(control_args, control, None, corpus, V, ranks, bar)
+            export(control, tokenizer, control_args, ranks)
+
         if ranks.is_first:
-            print("\n" + closing.about_control(control_args), flush=True)
-        networks["control"] = train(
-            control_args, control, None, corpus, tokenizer.vocab_size, ranks, scoring_by_control)
-        export(control, tokenizer, control_args.out, ranks)
-
-    if ranks.is_first:
-        if args.teacher_cache:
-            networks["teacher"] = load(args.teacher, ranks.device, teacher_dtype(args)).requires_grad_(False)
-        close(args, networks, corpus, tokenizer, ranks)
+            if args.teacher_cache:
+                networks["teacher"] = load(args.teacher, ranks.device, teacher_dtype(args))
+            report.close(args, networks, corpus, tokenizer, ranks, draw, bar)
 
 
 def cache_teacher(args, teacher, corpus, vocab_size, ranks):
@@ -361,46 +447,6 @@ def open_cache(args, corpus, device):
     return lambda index: cache.draws(numbers_at(args.seed, index, args.batch_size, n_examples), device)
 
 
-def warn_of_unknown_text(args, teacher, corpus, tokenizer):
-    """Before days are spent: does this teacher know the text? The first 2,048 held-out tokens tell."""
-    if not teacher or not args.kd_weight:
-        return
-    few = argparse.Namespace(eval_tokens=2048, batch_size=1, seq_len=args.seq_len)
-    device = teacher.head_weight.device
-    row, = validate([teacher], corpus, tokenizer.vocab_size, few, autocast(args, device))
-    text = held_out_text(corpus, tokenizer, few.eval_tokens)
-    if warning := closing.unknown_text(args, {"teacher": row}, text):
-        print(f"\n{warning}\n", flush=True)
-
-
-def close(args, networks, corpus, tokenizer, ranks):
-    """Score all on the same held-out text; the table, what it means, what they write, what to do next."""
-    batches = len([*held_out_batches(corpus, args, "cpu")])
-    scores = validate(
-        [*networks.values()], corpus, tokenizer.vocab_size, args, autocast(args, ranks.device),
-        lambda found: watched(found, "scoring   ", batches))
-    rows = dict(zip(networks, scores, strict=True))
-    table = [{"model": name, **row} for name, row in rows.items()]
-    write_card(args, ranks, format_table(table))
-
-    # Without the parameters, which the plan has said, it fits into 80 columns.
-    narrow = [{column: value for column, value in row.items() if column != "parameters"} for row in table]
-    paragraphs = [
-        format_table(narrow),
-        closing.verdict(rows, args),
-        closing.unknown_text(args, rows, held_out_text(corpus, tokenizer, args.eval_tokens)),
-        "" if args.compile else closing.show_texts(networks, corpus, tokenizer, draw),
-    ]
-    print("\n" + "\n\n".join(filter(None, paragraphs)) + "\n", flush=True)
-    print(closing.next_steps(args, networks, corpus, closing.picture(args)))
-
-
-def held_out_text(corpus, tokenizer, n_tokens):
-    """What is scored, as text."""
-    ids = corpus.val[:n_tokens]
-    return tokenizer.decode(ids[ids != corpus.eot].tolist())
-
-
 def load_models(args, device):
     """(tokenizer, teacher or None, student), checked against each other and in the run's precision."""
     tokenizer = common_tokenizer(args)
@@ -416,14 +462,13 @@ def load_models(args, device):
         args.seq_len = min(1024, *contexts)
     check_models(args, tokenizer, teacher, student)
 
-    on_attention = args.dropout if args.attention_dropout is None else args.attention_dropout
-    student.set_dropout(args.dropout, on_attention)
+    attention_dropout = args.dropout if args.attention_dropout is None else args.attention_dropout
+    student.set_dropout(args.dropout, attention_dropout)
     student = student.to(device, torch.bfloat16 if args.precision == "bf16-pure" else torch.float32)
     if teacher:
         teacher = teacher.to(device, teacher_dtype(args)).requires_grad_(False)
     if args.compile:
-        for block in [*student.blocks, *(teacher.blocks if teacher else ())]:
-            block.compile()
+        compile_layers(student, teacher)
     return tokenizer, teacher, student
 
 
@@ -431,7 +476,7 @@ def common_tokenizer(args):
     """The student's tokenizer, with the ids that the teacher has, too; InputError if the two differ."""
     tokenizer = load_tokenizer(args.student or args.teacher)
     if args.student and args.teacher != "none":
-        # Compared are the ids that both have: one of the two may know more special tokens, such as [PAD].
+        # Only the ids that both have are compared: one may know more special tokens, such as [PAD].
         tokenizer.vocab_size = shared_vocabulary(load_tokenizer(args.teacher), tokenizer)
         if not tokenizer.vocab_size:
             raise InputError(f"{args.student} and {args.teacher} have different tokenizers: their "
@@ -441,7 +486,7 @@ def common_tokenizer(args):
 
 
 def teacher_dtype(args):
-    """The teacher's weights, which nobody updates, are held in the precision in which it computes."""
+    """The teacher's weights never change, so they are held in the precision in which it computes."""
     return torch.bfloat16 if args.precision.startswith("bf16") else torch.float32
 
 
@@ -452,7 +497,7 @@ def first_student(args, teacher):
         return build(args.student) if args.student_init == "random" else load(args.student)
 
     layers = parse_layers(args.student_layers, len(teacher.blocks))
-    args.student_layers = ",".join(map(str, layers))  # from here on, which, not how many
+    args.student_layers = ",".join(map(str, layers))  # from here on which layers, not how many
     student = student_from(teacher, layers)
     if args.student_init == "random":
         student.initialise()
@@ -482,6 +527,17 @@ def check_models(args, tokenizer, teacher, student):
                          f"student's {student.config.width}")
 
 
+def compile_layers(student, teacher):
+    """torch.compile all blocks. InputError where it has no compiler to work with."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=student.head_weight.device))
+    except Exception as error:  # of a dozen classes, with messages of a hundred lines
+        raise InputError("--compile does not work here: torch.compile needs a C++ compiler (and Triton on a "
+                         "GPU). Install g++, or leave --compile out") from error
+    for block in [*student.blocks, *(teacher.blocks if teacher else ())]:
+        block.compile()
+
+
 LEAST_TOKENS = 2**24  # in a corpus, so that short runs share one
 
 
@@ -501,11 +557,11 @@ def load_corpus(args, tokenizer):
     return corpus
 
 
-def export(student, tokenizer, folder, ranks):
+def export(student, tokenizer, args, ranks):
     """A folder that transformers opens, too."""
     if ranks.is_first:
-        student.save(folder)
-        tokenizer.save(folder, student.context)
+        student.save(args.out)
+        tokenizer.save(args.out, student.context)
 
 
 if __name__ == "__main__":

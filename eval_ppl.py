@@ -20,7 +20,10 @@ The guide: huggingface.co/docs/transformers/perplexity.
 The harness: github.com/EleutherAI/lm-evaluation-harness, its tasks wikitext and lambada_openai.
 Shapes: M models, B windows, L tokens of a window. NLL: negative log-likelihood, summed, in nats.
 """
-import support.start  # noqa: F401  (first: Ctrl-C ends in one line while PyTorch loads)
+try:
+    import support  # noqa: F401  (first: Ctrl-C ends in one line while PyTorch loads)
+except ModuleNotFoundError as error:  # python -I, python -P, PYTHONSAFEPATH
+    raise SystemExit("error: start Python without -I or -P, or set PYTHONPATH to this folder") from error
 
 import itertools
 import json
@@ -42,15 +45,14 @@ from support.cli import (
     format_table,
     lookalike,
     new_parser,
-    pick_device,
+    open_bar,
     run_cli,
     user_path,
 )
-from support.documents import open_data
 from support.hub import hub_error
-from support.progress import open_bar
-from support.readers import READERS, ending, read_file, text_of
+from support.ranks import pick_device
 from support.scoring import SCORES, compare, ratio, score
+from support.text import READERS, ending, open_data, read_file, text_of
 from support.tokenizer import load_tokenizer
 from support.wikitext import detokenize_wikitext, wikitext_articles
 

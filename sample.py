@@ -10,7 +10,10 @@ Read in this order:
 
 Shapes: B continuations, L tokens so far, V vocabulary.
 """
-import support.start  # noqa: F401  (first: Ctrl-C ends in one line while PyTorch loads)
+try:
+    import support  # noqa: F401  (first: Ctrl-C ends in one line while PyTorch loads)
+except ModuleNotFoundError as error:  # python -I, python -P, PYTHONSAFEPATH
+    raise SystemExit("error: start Python without -I or -P, or set PYTHONPATH to this folder") from error
 
 import math
 import sys
@@ -20,7 +23,8 @@ from pathlib import Path
 import torch
 
 from model import DTYPES, likeliest, load
-from support.cli import InputError, checked, new_parser, pick_device, run_cli, user_path
+from support.cli import InputError, checked, new_parser, run_cli, user_path
+from support.ranks import pick_device
 from support.tokenizer import load_tokenizer
 
 DEFAULT_PROMPT = "def read_config(path):"

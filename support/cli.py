@@ -1,16 +1,14 @@
 """What every command shares: flags that explain themselves, and mistakes that end in one clear line.
 
   InputError     the user's mistake, in one line that names the thing and the fix
+  reading        turns whatever a library raises about a file into an InputError
   run_cli        runs a command: every way in which it can end, and with which exit code
   new_parser     argparse with a --help that reads well; what it refuses is an InputError
   checked        the type of a flag whose value has a range
-  user_path      the type of a flag that names a file, a folder or a model
-  pick_device    what --device stands for
-  lookalike      the file or folder here that a misspelt name probably means
+  lookalike      the file or folder that a misspelt name probably means
+  open_bar       tqdm, or a line every 30 seconds where stderr is not a terminal
   format_table   rows of figures as Markdown
 """
-from support.start import loaded
-
 import argparse
 import codecs
 import contextlib
@@ -21,34 +19,75 @@ import sys
 import textwrap
 from pathlib import Path
 
+from support import ROOT, loading_is_over
+
 
 class InputError(ValueError):
     """The user's mistake: one line that names the thing and the fix.
 
-    One line whatever the thing is called: names come from files, of any length, with any letter in them.
+    It is one line whatever the thing is called: names come from files, and may have any length and character.
     """
 
     def __init__(self, message):
         super().__init__(one_line(message))
 
 
+def one_line(message):
+    """A message as one line of bearable length: 'no folder a\\nb' (a line break) -> 'no folder a\\\\nb'."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    return shown if len(shown) <= 1000 else f"{shown[:700]} ... {shown[-200:]}"
+
+
+# ------------------------------------------------------------------------------------ files from strangers
+@contextlib.contextmanager
+def reading(path, what):
+    """While `path` is read as `what` ("a tokenizer"), every error becomes an InputError that says why.
+
+    The libraries that read such files (json, torch, safetensors, pyarrow) raise a dozen classes of errors
+    for damaged ones. This is the one place that knows them.
+    """
+    refuse_git_lfs_pointer(path)
+    try:
+        yield
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path} could not be read: {error.strerror or error}") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        if not reason or isinstance(error, (LookupError, TypeError, AttributeError)):
+            reason = f"{type(error).__name__} {reason}".strip()
+        raise InputError(f"{path} is not {what}, or is damaged: {reason}") from error
+
+
+def refuse_git_lfs_pointer(path):
+    """InputError for the few lines that `git clone` without git-lfs leaves in place of a large file."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(40)
+    except OSError:  # a folder, or a file that cannot be opened: the reader itself says so
+        return
+    if head.startswith(b"version https://git-lfs.github.com/"):
+        raise InputError(f"{path} is a pointer of Git LFS, not the file itself: run `git lfs pull`")
+
+
 # ------------------------------------------------------------------------------------ how a command ends
 def run_cli(main):
     """Run a command.
 
-    Exit codes: 2 after an InputError or where the system refuses (a full disk, no permission), each one line
-    on stderr; 130 after Ctrl-C; 141 where who reads the output has gone (`| head`), without a word.
+    Exit codes: 2 after an InputError, where the system refuses (a full disk, no permission) or where memory
+    is short, each with one line on stderr; 130 after Ctrl-C; 141 if the output pipe was closed (`| head`).
     """
-    loaded()
+    loading_is_over()
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's streams have no encoding to fail in
+        if hasattr(stream, "reconfigure"):  # the streams of a notebook need no encoding
             stream.reconfigure(errors="spell")
 
     try:
         try:
             main()
         finally:
-            # Not left to the interpreter: what goes wrong in its last moments cannot be caught.
+            # Do not leave this to the interpreter: errors at its very end cannot be caught.
             if sys.stdout:
                 sys.stdout.flush()
         return
@@ -57,20 +96,38 @@ def run_cli(main):
     except KeyboardInterrupt:
         code, message = 130, ""
     except BrokenPipeError:
-        code, message = 141, ""  # 128 + SIGPIPE, what a shell reports of `cat`
+        code, message = 141, ""  # 128 + SIGPIPE, as shells report it
     except OSError as error:
-        where = error.filename or "standard output, or another file without a name"
+        where = error.filename or "standard output, or a file without a name"
         code, message = 2, f"{where}: {error.strerror or error}"
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        code, message = 2, ("out of memory: take a smaller --batch-size (and more --grad-accum to keep the "
+                            "size of a step), a shorter --seq-len, or a smaller model")
 
-    with contextlib.suppress(OSError):  # stderr may be as full as stdout
-        if message:
+    # With several processes the first one speaks for all, as long as they have not met yet.
+    if message and (os.environ.get("RANK", "0") == "0" or processes_have_met()):
+        with contextlib.suppress(OSError):  # stderr may be as full as stdout
             print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
     discard_output()
     sys.exit(code)
 
 
+def is_out_of_memory(error):
+    """Whether an error of Python or PyTorch, on whatever device, means that memory was short."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def processes_have_met():
+    """Whether this process has joined the others of a `torchrun`."""
+    distributed = sys.modules.get("torch.distributed")
+    return bool(distributed) and distributed.is_available() and distributed.is_initialized()
+
+
 def discard_output():
-    """Point what cannot be written to nowhere: otherwise its rest fails once more when Python ends."""
+    """Send output that cannot be written to nowhere, or it would fail once more when Python ends."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream:
@@ -80,21 +137,15 @@ def discard_output():
             os.dup2(nowhere, stream.fileno())
 
 
-def one_line(message):
-    """A message as one line of bearable length: 'no folder a\\nb' (a line break) -> 'no folder a\\\\nb'."""
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
-    return shown if len(shown) <= 1000 else f"{shown[:700]} ... {shown[-200:]}"
-
-
 SPELT = {"²": "^2", "±": "+-"}
 
 
 def spell(error):
-    """What to write for letters that a console's encoding lacks: ² -> ^2, others escaped: 日 -> \\u65e5."""
+    """Replaces characters that a console's encoding lacks: ² -> ^2, others escaped: 日 -> \\u65e5."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    letters = error.object[error.start:error.end]
-    written = [SPELT.get(c) or c.encode("ascii", "backslashreplace").decode() for c in letters]
+    missing = error.object[error.start:error.end]
+    written = [SPELT.get(c) or c.encode("ascii", "backslashreplace").decode() for c in missing]
     return "".join(written), error.end
 
 
@@ -103,7 +154,7 @@ codecs.register_error("spell", spell)
 
 # ------------------------------------------------------------------------------------ flags
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is an InputError, with the nearest flag to one that does not exist."""
+    """argparse, but a mistake is an InputError that suggests the nearest flag."""
 
     def error(self, message):
         message = re.sub(r"^argument (\S+?)(/\S+)?: ", r"\1 ", message)
@@ -134,13 +185,13 @@ class HelpFormatter(argparse.HelpFormatter):
 def new_parser(doc, usage="%(prog)s [options]"):
     """A parser for the script whose docstring is `doc`.
 
-    --help shows its first paragraph and its examples, the indented lines that start with `python`: keep those
-    under 80 columns, and put flags into groups.
+    --help shows its first paragraph and its examples, the indented lines that start with `python`. Flags have
+    to be written in full: an abbreviation would change its meaning with the next flag that is added.
     """
     first, *others = (doc or "").strip().split("\n\n")
     examples = [part for part in others if part.startswith("    python")]
-    parser = Parser(
-        usage=usage, description=first, epilog="\n\n".join(examples), formatter_class=HelpFormatter)
+    parser = Parser(usage=usage, description=first, epilog="\n\n".join(examples),
+                    formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=version())
     return parser
 
@@ -148,7 +199,7 @@ def new_parser(doc, usage="%(prog)s [options]"):
 def version():
     """From pyproject.toml, the one place that has it."""
     try:
-        text = Path(__file__).parent.parent.joinpath("pyproject.toml").read_text(encoding="utf-8")
+        text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     except OSError:
         return "unknown"
     found = re.search(r'^version = "(.*)"$', text, re.MULTILINE)
@@ -167,30 +218,13 @@ def checked(kind, wanted, good):
 
 
 def user_path(text):
-    """Turn ~/x into /home/me/x: in --out=~/x the shell leaves the ~ alone, and so does Python's open."""
+    """The type of a flag that names a file, a folder or a model: ~/x -> /home/me/x. In --out=~/x the shell
+    leaves the ~ alone."""
     return os.path.expanduser(text)
 
 
-def pick_device(name):
-    """--device -> a device of PyTorch that works here; "auto": the first of cuda, mps, cpu that is there."""
-    import torch
-    there = ["cpu"]
-    if torch.backends.mps.is_available():
-        there.insert(0, "mps")
-    if torch.cuda.is_available():
-        there.insert(0, "cuda")
-    if name == "auto":
-        return there[0]
-
-    try:
-        torch.zeros(1, device=name).item()  # fails on `meta`, too, which computes nothing
-        return name
-    except Exception as error:  # of a dozen classes, with messages of a dozen lines
-        raise InputError(f"--device {name}: there is no such device here, only {', '.join(there)}") from error
-
-
 def lookalike(name, known=()):
-    """The name of what is here, or one of the names `known`, that a misspelt name probably means; or None.
+    """The name of something here, or one of the names `known`, that a misspelt name probably means; or None.
 
     "demo/techer" -> "demo/teacher"
     """
@@ -205,7 +239,44 @@ def lookalike(name, known=()):
     return near[0] if near else None
 
 
-# ------------------------------------------------------------------------------------ tables
+# ------------------------------------------------------------------------------------ progress and tables
+PLAIN_SECONDS = 30  # between two lines of progress in a file or a pipe
+
+
+def open_bar(items=None, title="", **settings):
+    """A tqdm bar on stderr; where that is not a terminal, a line every 30 seconds."""
+    from tqdm import tqdm
+    if sys.stderr is not None and sys.stderr.isatty():
+        return tqdm(items, title, dynamic_ncols=True, **settings)
+    return tqdm(items, title, file=Lines(), mininterval=PLAIN_SECONDS, delay=PLAIN_SECONDS,
+                bar_format="{l_bar}{r_bar}", **settings)
+
+
+class Lines:
+    """A file for tqdm whose text goes to stderr as lines, without carriage returns."""
+
+    def write(self, text):
+        if text.strip() and sys.stderr is not None:
+            with contextlib.suppress(OSError, ValueError):  # training does not end because stderr is full
+                sys.stderr.write(text.strip() + "\n")
+
+    def flush(self):
+        pass
+
+
+def say(text):
+    """A line on stdout, above a bar if there is one."""
+    from tqdm import tqdm
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def note(text):
+    """A remark on stderr, above a bar if there is one."""
+    from tqdm import tqdm
+    tqdm.write(f"note: {text}", file=sys.stderr)
+
+
 def format_table(rows):
     """Rows (dicts with the same keys) as a Markdown table that lines up in a terminal, too; "" of no rows."""
     def show(value):
