@@ -28,7 +28,15 @@ from support.files import replaced
 from support.flags import CONTROLS_TRIED, control_of
 from support.ranks import autocast
 from support.run import CHANGES_NOTHING, RESULTS, published, read_log, read_settings, seconds_of
-from support.scoring import FEW_WINDOWS, difference, held_out_batches, score_held_out, table_rows, validate
+from support.scoring import (
+    FEW_PARTS,
+    PARTS,
+    difference,
+    held_out_batches,
+    score_held_out,
+    table_rows,
+    validate,
+)
 
 WIDTH = 80
 
@@ -140,14 +148,14 @@ def unused(name):
 
 
 # ------------------------------------------------------------------------------------ during the training
-def open_progress(args, ranks):
+def open_progress(args, ranks, corpus):
     """One bar over the micro-batches of everything that this command will do: the student's, the control's,
     and the batches of held-out text that are scored at the end. Only the first process shows it."""
     runs = [args]
     if args.control and args.teacher != "none":
         runs.append(control_of(args))
     total = sum(run.steps * len(ranks.share(run.grad_accum)) for run in runs)
-    total += math.ceil(args.eval_tokens / args.seq_len / args.batch_size)  # fewer if there is less text
+    total += sum(1 for _ in held_out_batches(corpus, args, "cpu"))
     title = "distilling" if args.kd_weight or args.cos_weight else "training"
     return open_bar(title=title, total=total, unit="batch", disable=not ranks.is_first)
 
@@ -189,8 +197,6 @@ def close(args, networks, corpus, tokenizer, ranks, draw, bar=None):
     draw: sample.draw, which chooses the tokens of the texts.
     """
     models = [*networks.values()]
-    if bar is not None:
-        bar.total = bar.n + sum(1 for _ in held_out_batches(corpus, args, "cpu"))
     context = autocast(args, ranks.device)
     scores = score_held_out(models, corpus, tokenizer.vocab_size, args, context, bar)  # (M, 6, W)
     if bar is not None:
@@ -263,12 +269,13 @@ def verdict(args, gaps, n_windows):
         paragraphs.append("Only a control tells how much of that came from the teacher: this command with "
                           "--resume --control trains one.")
 
-    noise = (f"± is two standard errors over {n_windows} windows of held-out text, and another seed adds its "
-             f"own noise. (Each loss alone is only known to ± {gaps['student'][1]:.3f}, but all models read "
-             "the same windows.)")
-    if n_windows < FEW_WINDOWS:
-        noise = (f"With only {n_windows} windows of held-out text the noise is unknown, so everything counts "
-                 "as a tie: take more text, or a shorter --seq-len.")
+    n_parts = min(PARTS, n_windows)
+    noise = (f"± is two standard errors over {n_parts} parts of the held-out text; a different seed adds noise "
+             f"of its own. (Each loss alone is only known to ± {gaps['student'][1]:.3f}, but all models read "
+             "the same text.)")
+    if n_parts < FEW_PARTS:
+        noise = (f"The held-out text is only {n_parts} x --seq-len tokens long. Its noise is unknown, so "
+                 "everything counts as a tie: take more text, or a shorter --seq-len.")
     return "\n".join(map(filled, [*paragraphs, noise]))
 
 
@@ -331,7 +338,7 @@ def add_speed(rows, networks, eot):
     weights and are counted in one precision: files of different ones would not compare."""
     dtype = next(iter(networks.values())).head_weight.dtype
     for name, network in networks.items():
-        rows[name]["MB as float32"] = round(4 * network.num_parameters() / 1e6, 1)
+        rows[name]["MB as float32"] = round(4 * network.num_parameters() / 1e6)
         if name == "control":  # the student's shape, so the student's speed
             rows[name]["tokens per second"] = rows["student"]["tokens per second"]
             continue

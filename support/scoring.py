@@ -124,11 +124,12 @@ def table_rows(networks, scores, corpus):
 
 
 # ------------------------------------------------------------------------------------ noise
-FEW_WINDOWS = 5  # fewer than these do not tell how much windows differ
+PARTS = 32  # of the held-out text, at most: neighbouring windows come from one document, so they are alike
+FEW_PARTS = 5  # fewer than these do not show how much parts differ
 
 
 def ratio(totals, counts):
-    """sum(totals) / sum(counts) over windows, and its standard error, to first order."""
+    """sum(totals) / sum(counts) over independent parts of a text, and its standard error, to first order."""
     n = len(totals)
     mean = totals.sum() / counts.sum()
     error = (totals - mean * counts).norm() / counts.sum() * math.sqrt(n / max(1, n - 1))
@@ -136,17 +137,20 @@ def ratio(totals, counts):
 
 
 def difference(scores, a, b=None):
-    """The loss of model `a` minus that of model `b` (None: nothing), and two standard errors: 95% of the time
-    the difference on much more text of this kind is within them.
+    """The loss of model `a` minus that of model `b` (None: nothing), and two standard errors.
 
-    Both read the same windows, and a window that is hard for one is hard for the other. So the errors are
-    those of the differences, window by window, which are much smaller than those of the losses.
+    All models read the same windows, and a window that is hard for one is hard for the others. So the errors
+    are those of the differences, part by part, which are much smaller than those of the losses.
     """
     nll = scores[a, SCORES.index("nll")]  # (W)
     if b is not None:
         nll = nll - scores[b, SCORES.index("nll")]
-    mean, error = ratio(nll, scores[a, SCORES.index("tokens")])
-    return mean.item(), 2 * error.item() if len(nll) >= FEW_WINDOWS else math.inf
+    tokens = scores[a, SCORES.index("tokens")]
+
+    n = min(PARTS, len(tokens))
+    totals, counts = (torch.stack([part.sum() for part in x.tensor_split(n)]) for x in (nll, tokens))
+    mean, error = ratio(totals, counts)
+    return mean.item(), 2 * error.item() if n >= FEW_PARTS else math.inf
 
 
 def exp(nats):
