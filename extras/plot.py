@@ -22,6 +22,7 @@ if not __package__:  # started as a file, from which Python does not find the re
 import argparse
 import itertools
 import json
+import logging
 import math
 import os
 from pathlib import Path
@@ -135,9 +136,10 @@ def held_out_points(folder, curves):
     """
     points = {}
     ends = {}  # {role: where its line ends}
-    for role, name, own in (("student", "clm", Path(folder)), ("control", "control", Path(folder, "control"))):
+    for role, name, where in (("student", "clm", "."), ("control", "control", "control")):
         if name not in curves:
             continue
+        own = Path(folder, where)
         ends[role] = curves[name][0][-1]
         last_step = read_log(own / "log.csv")[-1]["step"]
         rows = [row for row in read_held_out(own) if row["step"] <= last_step]  # a kill can leave later ones
@@ -360,6 +362,8 @@ def new_figure(height=4.5):
     """An empty figure in STYLE, whatever the user's own settings of matplotlib are."""
     try:
         # A notebook names a backend that may be missing here; files need none but the one that is built in.
+        # What matplotlib says of the user's own settings does not matter, as none of them is used.
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)
         with mock.patch.dict(os.environ, MPLBACKEND="agg"):
             import matplotlib
             from matplotlib.figure import Figure  # without pyplot: it needs no screen
