@@ -38,7 +38,7 @@ from support.chunked_loss import Losses, chunked_loss
 from support.cli import InputError, run_cli
 from support.flags import RECIPES
 from support.ranks import Ranks, autocast, keep_memory, pick_device, pick_precision, stop_at_once, to_device
-from support.run import Run, claim, read_settings
+from support.run import Run, claim, published, read_settings, refuse_other_content
 from support.teacher_cache import draws_loss
 from support.tokenizer import shared_vocabulary
 
@@ -381,20 +381,25 @@ def main():
     with Ranks(args.device) as ranks, stop_at_once(ranks.is_first):
         flags.check_ranks(args, ranks)
         with claim(args, ranks) as finished:  # --out is held for this process
-            if finished:
-                report.show_again(args)
-            else:
-                distil(args, ranks)
+            distil(args, ranks, finished)
 
 
-def distil(args, ranks):
-    """Teacher, student and corpus; train; perhaps the control; then the table."""
+def distil(args, ranks, finished):
+    """Teacher, student and corpus; train; perhaps the control; then the table.
+
+    finished: whether args.out has a finished run with these settings, of which only the table is shown.
+    """
     resumed = (read_settings(args.out) or {}) if args.resume else {}
     args.precision = pick_precision(args.precision, resumed.get("precision"), ranks)
     with ranks.first_goes_first():
         tokenizer, teacher, student = load_models(args, ranks.device)
         corpus = load_corpus(args, tokenizer)
     V = tokenizer.vocab_size
+    if finished:
+        refuse_other_content(args, corpus, student, teacher)
+        if ranks.is_first:
+            report.show_again(args)
+        return
     if ranks.is_first:
         report.print_plan(args, teacher, student, corpus, ranks)
         report.warn_of_unknown_text(args, teacher, corpus, tokenizer)
@@ -560,8 +565,9 @@ def load_corpus(args, tokenizer):
 def export(student, tokenizer, args, ranks):
     """A folder that transformers opens, too."""
     if ranks.is_first:
-        student.save(args.out)
-        tokenizer.save(args.out, student.context)
+        with published(args.out) as folder:
+            student.save(folder)
+            tokenizer.save(folder, student.context)
 
 
 if __name__ == "__main__":

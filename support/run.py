@@ -153,15 +153,18 @@ def known_settings(args):
     return {name: value for name, value in settings.items() if name not in later}
 
 
+TOKENS = "number of training tokens"
+
+
 def content_of(args, corpus, student, teacher):
     """What a run starts from, by content: the files behind a name can change."""
-    content = {"training tokens": len(corpus.train), "text itself": corpus.fingerprint}
+    content = {TOKENS: len(corpus.train), "hash of the text": corpus.fingerprint}
     if teacher is not None:
-        content["teacher's weights"] = teacher_cache.fingerprint(teacher)
+        content["hash of the teacher"] = teacher_cache.fingerprint(teacher)
     elif args.teacher_cache:
-        content["teacher's weights"] = teacher_cache.read_header(args.teacher_cache)["weights"]
+        content["hash of the teacher"] = teacher_cache.read_header(args.teacher_cache)["weights"]
     if args.student and args.student_init == "teacher":
-        content["student's first weights"] = teacher_cache.fingerprint(student)
+        content["hash of the first student"] = teacher_cache.fingerprint(student)
     return content
 
 
@@ -188,6 +191,8 @@ def refuse_differences(folder, then, now):
         reason = why_not_longer(folder, then, now)
         if not reason:
             found = {name: values for name, values in found.items() if name not in LENGTH}
+        if TOKENS in found:
+            reason = " (a run of this many steps reads more of --data, in another order from the start)"
     if found:
         raise InputError(f"{folder} contains a run with other settings: {shown(found)}{reason}. Give the "
                          "same ones to go on with it, choose another --out, or replace it with --overwrite")
@@ -206,7 +211,7 @@ def why_not_longer(folder, then, now):
 
 
 def shown(found):
-    """{"seed": (0, 1), "training tokens": (8, 9)} -> "--seed was 0, now 1; training tokens was 8, now 9"."""
+    """{"seed": (0, 1), "hash of the text": (8, 9)} -> "--seed was 0, now 1; hash of the text was 8, ..."."""
     parts = []
     for name, (then, now) in found.items():
         flag = name if " " in name else "--" + name.replace("_", "-")
@@ -236,7 +241,7 @@ class Run:
         self.corpus = corpus
         self.vocab_size = vocab_size
         self.ranks = ranks
-        self.bar = bar
+        self.bar = bar if ranks.is_first else None
         self.folder = Path(args.out)
         self.content = content_of(args, corpus, student, teacher)  # before the student changes
         self.begun = False  # whether the folder is this run's
@@ -246,10 +251,11 @@ class Run:
     def __enter__(self):
         self.first_step = self.resume()
         self.replaces = not self.args.resume and bool(files_of_run(self.folder))
-        if self.bar is not None:  # the steps so far took no time now, so they are not part of its rate
+        if self.bar is not None:  # the steps so far took no time now, so its speed must not count them
             done = self.first_step * len(self.ranks.share(self.args.grad_accum))
             self.bar.n += done
             self.bar.initial += done
+            self.bar.last_print_n += done
         self.stop = self.stack.enter_context(stop_signals(self.ranks.is_first))
         self.started = time.perf_counter()
         return self

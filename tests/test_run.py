@@ -19,7 +19,7 @@ import distill
 from support import files
 from support import run as run_module
 from support.chunked_loss import Losses
-from support.cli import InputError
+from support.cli import InputError, open_bar
 from support.ranks import Ranks
 from support.run import (
     COLUMNS,
@@ -375,8 +375,8 @@ def test_only_the_same_run_goes_on(tmp_path):
             raise AssertionError("it is refused before any model is loaded")
 
     other_text = SimpleNamespace(train=CORPUS.train, fingerprint="text B")
-    for what, other in (("text itself was 'text A', now 'text B'", {"corpus": other_text}),
-                        ("teacher's weights was", {"teacher": Net(2)})):
+    for what, other in (("hash of the text was 'text A', now 'text B'", {"corpus": other_text}),
+                        ("hash of the teacher was", {"teacher": Net(2)})):
         with refused(out, what):
             train(settings(out, resume=True), **other)
     train(settings(out, resume=True))
@@ -389,7 +389,7 @@ def test_a_students_first_weights_are_compared(tmp_path, monkeypatch):
     out = tmp_path / "out"
     interrupted(out, 3, student="small", student_layers=None)
     monkeypatch.setattr(run_module.teacher_cache, "fingerprint", lambda network: "other weights")
-    with refused(out, "student's first weights was"):
+    with refused(out, "hash of the first student was"):
         train(settings(out, student="small", student_layers=None, resume=True))
 
 
@@ -432,26 +432,25 @@ def test_passes_over_the_text_may_become_more(tmp_path):
     out = tmp_path / "out"
     train(settings(out, epochs=1.0))
     assert train(settings(out, epochs=2.0, resume=True, steps=8)) is not None
-    with refused(out, "training tokens was 999, now 998"):
-        train(settings(out, epochs=2.0, resume=True, steps=8), SimpleNamespace(
-            train=np.arange(998), fingerprint="text A"))
+    more_text = SimpleNamespace(train=np.arange(1500), fingerprint="text A and more")
+    with refused(out, "training tokens was 999, now 1500", "reads more of --data"):
+        train(settings(out, epochs=3.0, resume=True, steps=9), more_text)
 
 
 def test_a_resumed_bar_counts_from_where_the_run_was(tmp_path):
     """One tick for each micro-batch of the command; what was done before took none of its time."""
-    bar = SimpleNamespace(n=0, initial=0, shown=[])
-    bar.update = lambda: setattr(bar, "n", bar.n + 1)
-    bar.set_postfix_str = lambda text, refresh: bar.shown.append(text)
+    bar = open_bar(title="distilling", total=8)
     out = tmp_path / "out"
     interrupted(out, 3)
     args = settings(out, resume=True)
     student = Net()
     optimizer = torch.optim.AdamW(student.parameters())
     with claim(args, RANKS), Run(args, student, optimizer, CORPUS, 99, RANKS, TEACHER, bar) as run:
-        assert (bar.n, bar.initial) == (2 * 2, 2 * 2)
+        assert bar.n == bar.initial == bar.last_print_n == 2 * 2
         run.after_micro_batch(2)
         run.finish_step(2, Losses(1.2034, 0.5, 3.881, 0.0, 3.04, 10), 10, 1.0, 1.0)
-    assert bar.n == 5 and bar.shown == ["loss 1.203, CLM 3.881, teacher's 3.040"]
+    assert bar.n == 5 and bar.postfix == "loss 1.203, CLM 3.881, teacher's 3.040"
+    assert run_module.figures(Losses(3.0, 0.0, 3.0, 0.0, 0.0, 5)) == "loss 3.000", "text alone has one loss"
 
 
 # ------------------------------------------------------------------------------------ damage
@@ -585,9 +584,9 @@ def test_what_is_not_finite_is_named(tmp_path):
     student = Net()
     run = Run(args, student, None, CORPUS, 99, RANKS, TEACHER)
     student(torch.full((1, 3), math.nan)).sum().backward()
-    for teachers, said in ((math.nan, "the teacher, answers with NaN"), (1.0, "first in the gradient of up.")):
+    for teacher_clm, said in ((math.nan, "the teacher, answers with NaN"), (1.0, "in the gradient of up.")):
         with pytest.raises(InputError, match=f"step 3: .*{said}"):
-            run.check(2, Losses(math.nan, 1.0, 1.0, 0.0, teachers, 5), 1.0, 0.1)
+            run.check(2, Losses(math.nan, 1.0, 1.0, 0.0, teacher_clm, 5), 1.0, 0.1)
 
     def poison(student):
         student.down.bias.data[0] = math.inf
