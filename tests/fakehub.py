@@ -8,6 +8,8 @@ It serves ROOT/models/<owner/name>/<files> and ROOT/datasets/<owner/name>/<files
     hub.cut.add("model.safetensors")  # the next download of this file breaks off half-way
     hub.requests                     # paths of the files sent so far, "owner/name/file"
 
+The folder owner/name@step3 is the revision step3 of owner/name.
+
 Four requests are enough for those clients: about a repository, its folders, some of its paths, a file.
 """
 import hashlib
@@ -20,8 +22,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0" * 40
 API = re.compile(r"/api/(?P<kind>models|datasets)/(?P<repo>[^/]+(?:/[^/]+)?)"
-                 r"(?:/(?P<what>revision|tree|paths-info)/[^/]+(?:/(?P<path>.+))?)?")
-FILE = re.compile(r"/(?P<kind>datasets/)?(?P<repo>[^/]+(?:/[^/]+)?)/resolve/[^/]+/(?P<path>.+)")
+                 r"(?:/(?P<what>revision|tree|paths-info)/(?P<revision>[^/]+)(?:/(?P<path>.+))?)?")
+FILE = re.compile(r"/(?P<kind>datasets/)?(?P<repo>[^/]+(?:/[^/]+)?)"
+                  r"/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 
 
 class FakeHub:
@@ -50,6 +53,17 @@ def commit(repo):
     return hashlib.sha1(listing.encode()).hexdigest()
 
 
+def at_revision(repo, revision):
+    """The folder of a branch, tag or commit of a repository, or None."""
+    named = repo.with_name(f"{repo.name}@{revision}")
+    if named.is_dir():
+        return named
+    for folder in repo.parent.glob(f"{repo.name}@*"):
+        if revision == commit(folder):
+            return folder
+    return repo if revision in (None, "main") or re.fullmatch("[0-9a-f]{40}", revision) else None
+
+
 def entry(path, repo):
     """What the Hub says about a file or folder of a repository."""
     name = path.relative_to(repo).as_posix()
@@ -74,6 +88,9 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.hub.root / (match["kind"] or "models").strip("/") / match["repo"]
         if not repo.is_dir():
             return self.send_json({}, 404, "RepoNotFound")
+        repo = at_revision(repo, match["revision"])
+        if repo is None:
+            return self.send_json({}, 404, "RevisionNotFound")
         if match["repo"] in self.hub.gated and "Authorization" not in self.headers:
             return self.send_json({}, 401, "GatedRepo")
         if match.re is FILE:

@@ -142,9 +142,11 @@ def test_a_tied_head_gets_the_gradient_of_both_its_uses():
     _, _, *rest = inputs()
     ids = torch.arange(50)
     settings = LossSettings(chunk_size=16)
-    found = [torch.autograd.grad(loss_of(torch.tanh(embedding[ids]), embedding, *rest, settings)[0], embedding)
-             for loss_of in (distill.losses_of, in_float64)]
-    assert close(found[0][0], found[1][0])
+    found = []
+    for loss_of in (distill.losses_of, in_float64):
+        loss, *_ = loss_of(torch.tanh(embedding[ids]), embedding, *rest, settings)
+        found.append(torch.autograd.grad(loss, embedding)[0])
+    assert close(*found)
 
 
 def test_nothing_counted_is_zero_with_zero_gradients():
@@ -200,7 +202,7 @@ def test_no_tensor_of_all_tokens_by_the_vocabulary_exists():
 
 
 def test_the_compiled_loss_is_the_loss(monkeypatch):
-    """Traced as for a GPU, though run without its compiler; the last rows, which are fewer, are not traced."""
+    """Traced as for a GPU, though run without its compiler; the last rows, being fewer, are not traced."""
     traced = []
 
     def backend(module, example_inputs):

@@ -1,61 +1,81 @@
 """The teacher on disk: the loss from draws is right on average, and a cache is whole, fits, or is refused."""
-import argparse
+import csv
 import gc
+import hashlib
 import json
-import shutil
+import os
+import subprocess
+import sys
+import threading
+import time
+from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_distill import call, close, difference, flags, log_rows, loss_inputs, start, weights
-from test_distill import workshop as workshop  # the fixture
-from test_run import content, refused
 from torch.nn import functional as F
 
 import distill
-from data import Corpus, batch_at, cut, examples_at, numbers_at, target_offsets
+from data import examples_at, target_offsets
 from model import GPT2
-from support import card, outlook, teacher_cache
-from support import run as run_module
-from support.chunked_loss import LossSettings, chunked_losses
-from support.cli import InputError
-from support.sparse_loss import Draws, draw_tokens
-from support.teacher_cache import TeacherCache, row_type
+from support import teacher_cache
+from support.chunked_loss import chunked_loss
+from support.cli import InputError, run_cli
+from support.files import locked
+from support.ranks import Ranks
+from support.teacher_cache import Draws, TeacherCache, answers_to, draw_tokens, draws_loss
+
+REPO = Path(__file__).parent.parent
+CPU = torch.device("cpu")
 
 
 # ------------------------------------------------------------------------------------ the loss from draws
-def distributions(inputs, T):
+def loss_inputs(N=50, C=24, V=97):
+    """Hidden states and heads of student and teacher, and targets, of which 42 count."""
+    torch.manual_seed(0)
+    student = [torch.randn(N, C, requires_grad=True), torch.randn(V, C, requires_grad=True)]
+    teacher = [0.7 * torch.randn(N, C), 0.7 * torch.randn(V, C)]
+    targets = torch.randint(V, (N,))
+    targets[::7] = -100
+    return *student, *teacher, targets
+
+
+def teachers_answers(inputs, T):
     """Of the counted tokens: the teacher's p at T (n, V), its entropy (n,), its CLM (n,)."""
     _, _, teacher_hidden, teacher_head, targets = inputs
     counted = targets != -100
     logits = (teacher_hidden @ teacher_head.T)[counted]
     p = (logits / T).softmax(-1)
-    entropy = torch.distributions.Categorical(p).entropy()
-    return p, entropy, F.cross_entropy(logits, targets[counted], reduction="none")
+    return p, torch.special.entr(p).sum(-1), F.cross_entropy(logits, targets[counted], reduction="none")
 
 
 def random_draws(inputs, T, K, seed):
-    p, entropy, clm = distributions(inputs, T)
+    p, entropy, clm = teachers_answers(inputs, T)
     offsets = 1 - torch.rand(len(p), 1, generator=torch.Generator().manual_seed(seed))
     return Draws(draw_tokens(p, offsets, K), torch.full((len(p), K), 1 / K), entropy, clm)
 
 
 def likeliest(inputs, T, K):
     """What others keep: the K likeliest tokens, which then share all of the probability."""
-    p, entropy, clm = distributions(inputs, T)
+    p, entropy, clm = teachers_answers(inputs, T)
     top, ids = p.topk(K)
     return Draws(ids, top / top.sum(-1, keepdim=True), entropy, clm)
 
 
-def loss_and_gradients(inputs, answers, settings):
-    student_hidden, student_head, _, teacher_head, targets = inputs
-    head = None if isinstance(answers, Draws) else teacher_head
-    losses = chunked_losses(student_hidden, student_head, answers, head, targets, settings)
+def loss_and_gradients(inputs, answers, **settings):
+    """Losses, and the gradients of the student's hidden states and head. answers: Draws; None: the teacher's
+    whole distribution."""
+    student_hidden, student_head, teacher_hidden, teacher_head, targets = inputs
+    teacher = (distill.plain_loss, teacher_hidden, teacher_head)
+    loss_function, hidden, head = teacher if answers is None else (draws_loss, answers, None)
+    losses = chunked_loss(
+        loss_function, student_hidden, student_head, hidden, head, targets, distill.LossSettings(**settings))
     return losses, torch.autograd.grad(losses.loss, inputs[:2])
 
 
 def deviation(samples, expected):
-    """Mean square of (mean - expected), in standard errors: about 1 where only chance is between them."""
+    """Mean square of (mean - expected), in standard errors: about 1 if only chance is between them."""
     samples = torch.stack(samples).double()
     error = samples.std(0) / len(samples)**0.5
     some = error > 1e-9
@@ -64,82 +84,71 @@ def deviation(samples, expected):
 
 def test_the_mean_gradient_is_that_of_the_whole_distribution():
     """Over 400 seeds, within its standard error; and the measure sees what is wrong."""
-    T, K = 2.0, 4
-    inputs = loss_inputs(scale=0.7)
-    settings = LossSettings(T, 1.0, 0.5, chunk_size=16)
-    losses, (expected, expected_head) = loss_and_gradients(inputs, inputs[2], settings)
+    inputs = loss_inputs()
+    settings = {"temperature": 2.0, "kd_weight": 1.0, "clm_weight": 0.5, "chunk_size": 16}
+    losses, (expected, expected_head) = loss_and_gradients(inputs, None, **settings)
 
-    found = [loss_and_gradients(inputs, random_draws(inputs, T, K, seed), settings) for seed in range(400)]
+    found = [loss_and_gradients(inputs, random_draws(inputs, 2.0, 4, seed), **settings)
+             for seed in range(400)]
     hidden = [gradient for _, (gradient, _) in found]
     assert deviation(hidden, expected) < 1.3
     assert deviation([gradient for _, (_, gradient) in found], expected_head) < 1.3
     assert deviation([losses.kl for losses, _ in found], losses.kl) < 9  # one number: three standard errors
     for losses_found, _ in found[:3]:
-        assert losses_found.clm == losses.clm and losses_found.tokens == losses.tokens == 42
+        assert losses_found.clm.item() == pytest.approx(losses.clm.item(), rel=1e-6)
         assert losses_found.teacher_clm.item() == pytest.approx(losses.teacher_clm.item(), rel=1e-5)
+        assert losses_found.tokens == losses.tokens == 42
 
     # Without the factor T, with it twice, and with one draw that is taken for another.
-    clm_alone = loss_and_gradients(inputs, inputs[2], LossSettings(T, 0.0, 0.5))[1][0]
-    for wrong in (1 / T, T):
+    _, (clm_alone, _) = loss_and_gradients(inputs, None, **settings | {"kd_weight": 0.0})
+    for wrong in (0.5, 2.0):
         assert deviation([clm_alone + wrong * (g - clm_alone) for g in hidden], expected) > 20
     shifted = []
     for seed in range(100):
-        draws = random_draws(inputs, T, K, seed)
-        ids = draws.ids.clone()
-        ids[:, 0] = (ids[:, 0] + 1) % 97
-        shifted.append(loss_and_gradients(inputs, draws._replace(ids=ids), settings)[1][0])
+        draws = random_draws(inputs, 2.0, 4, seed)
+        draws.ids[:, 0] = (draws.ids[:, 0] + 1) % 97
+        shifted.append(loss_and_gradients(inputs, draws, **settings)[1][0])
     assert deviation(shifted, expected) > 5
 
 
 def test_the_likeliest_tokens_are_not_right_however_many_steps_are_made():
-    """Why there are draws: they have noise, which averages out; the top K have an error, which does not."""
-    inputs = loss_inputs(scale=0.7)
-    settings = LossSettings(2.0, 1.0, 0.0)
-    expected = loss_and_gradients(inputs, inputs[2], settings)[1][0]
-    found = [loss_and_gradients(inputs, random_draws(inputs, 2.0, 12, seed), settings)[1][0]
+    """Why there are draws: their noise averages out; the error of the top K does not."""
+    inputs = loss_inputs()
+    settings = {"kd_weight": 1.0, "clm_weight": 0.0}
+    _, (expected, _) = loss_and_gradients(inputs, None, **settings)
+    found = [loss_and_gradients(inputs, random_draws(inputs, 2.0, 12, seed), **settings)[1][0]
              for seed in range(100)]
-    of_top = loss_and_gradients(inputs, likeliest(inputs, 2.0, 12), settings)[1][0]
+    _, (of_top, _) = loss_and_gradients(inputs, likeliest(inputs, 2.0, 12), **settings)
     assert (torch.stack(found).mean(0) - expected).norm() < 0.3 * (of_top - expected).norm()
 
 
-@pytest.mark.parametrize("T", [0.5, 2.0])
-def test_many_draws_are_the_whole_distribution(T):
-    inputs = loss_inputs(scale=0.7)
-    settings = LossSettings(T, 0.9, 0.1, chunk_size=16)
-    losses, gradients = loss_and_gradients(inputs, inputs[2], settings)
-    found, found_gradients = loss_and_gradients(inputs, random_draws(inputs, T, 20_000, 0), settings)
-    assert found.loss.item() == pytest.approx(losses.loss.item(), rel=1e-3)
-    assert found.kl.item() == pytest.approx(losses.kl.item(), rel=1e-3)
-    assert all(close(a, b, relative=1e-3) for a, b in zip(found_gradients, gradients, strict=True))
-
-
-@pytest.mark.parametrize("T", [0.1, 1.0, 2.0, 4.0])
-@pytest.mark.parametrize("chunk_size", [1, 7, 16, 50, 1000])
-@pytest.mark.parametrize("weights_of", ["draws", "likeliest", "any"])
-def test_loss_and_gradients_equal_float64_autograd(T, chunk_size, weights_of):
-    """kd * T² * (-H - sum w * log q) + clm * CLM, whatever the weights."""
+def test_the_loss_is_its_formula():
+    """kd * T² * (-H - sum w * log q) + clm * CLM, whatever the weights of the draws: value and gradient in
+    float64, and the same in any chunks."""
     inputs = loss_inputs()
-    draws = likeliest(inputs, T, 5) if weights_of == "likeliest" else random_draws(inputs, T, 5, 0)
-    if weights_of == "any":
-        draws = draws._replace(weights=torch.rand(draws.ids.shape, generator=torch.manual_seed(1)))
-    settings = LossSettings(T, 5.0, 2.0, chunk_size=chunk_size)
-    losses, gradients = loss_and_gradients(inputs, draws, settings)
-
     student_hidden, student_head, _, _, targets = inputs
     counted = targets != -100
     s = (student_hidden.double() @ student_head.double().T)[counted]
-    log_q = (s / T).log_softmax(-1).gather(1, draws.ids)
-    kl = -draws.entropy.double().sum() - (draws.weights.double() * log_q).sum()
     clm = F.cross_entropy(s, targets[counted], reduction="sum")
-    loss = 5 * T**2 * kl + 2 * clm
-    expected = torch.autograd.grad(loss, inputs[:2])
-    for ours, theirs in ((losses.loss, loss), (losses.kl, kl), (losses.clm, clm)):
-        assert close(ours, theirs)
-    assert all(close(a, b) for a, b in zip(gradients, expected, strict=True))
+    for T in (0.1, 1.0, 2.0, 4.0):
+        draws = random_draws(inputs, T, 5, 0)
+        any_weights = torch.rand(draws.ids.shape, generator=torch.manual_seed(1))
+        for answers in (draws, likeliest(inputs, T, 5), draws._replace(weights=any_weights)):
+            log_q = (s / T).log_softmax(-1).gather(1, answers.ids)
+            kl = -answers.entropy.double().sum() - (answers.weights.double() * log_q).sum()
+            loss = 5 * T**2 * kl + 2 * clm
+            expected = torch.autograd.grad(loss, inputs[:2], retain_graph=True)
+            for chunk_size in (7, 50):
+                losses, gradients = loss_and_gradients(
+                    inputs, answers, temperature=T, kd_weight=5.0, clm_weight=2.0, chunk_size=chunk_size)
+                for ours, theirs in ((losses.loss, loss), (losses.kl, kl), (losses.clm, clm)):
+                    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+                for ours, theirs in zip(gradients, expected, strict=True):
+                    assert (ours - theirs).norm() < 1e-5 * theirs.norm()
 
 
 def test_draws():
-    """Each token K * p times, rounded down or up; what has no probability never comes."""
+    """Each token K * p times, rounded down or up; what has no probability is never drawn."""
     p = torch.tensor([[0.5, 0.3, 0.2]])
     assert draw_tokens(p, torch.tensor([[0.1]]), 4).tolist() == [[0, 0, 1, 1]]
 
@@ -148,383 +157,342 @@ def test_draws():
     p[:, [0, 7, 49]] = 0
     p /= p.sum(-1, keepdim=True)
     for offset in (2.0**-24, 0.5, 1.0):
-        ids = draw_tokens(p, torch.full((200, 1), offset), 12)
-        counts = F.one_hot(ids, 50).sum(1)
+        counts = F.one_hot(draw_tokens(p, torch.full((200, 1), offset), 12), 50).sum(1)
         assert ((counts - 12 * p).abs() < 1.001).all() and (counts[:, [0, 7, 49]] == 0).all()
     counts = sum(F.one_hot(draw_tokens(p, 1 - torch.rand(200, 1), 12), 50).sum(1) for _ in range(400))
     assert (counts / 400 / 12 - p).abs().max() < 0.01
 
 
-def test_draws_fit_the_targets_and_the_loss():
+def test_draws_must_fit_the_targets():
     inputs = loss_inputs()
     draws = random_draws(inputs, 2.0, 4, 0)
-    with pytest.raises(ValueError, match="draws for 40 tokens, but 42 have a target"):
-        loss_and_gradients(inputs, Draws(*(x[:40] for x in draws)), LossSettings())
-    for settings in (LossSettings(divergence="reverse"), LossSettings(cos_weight=1.0)):
-        with pytest.raises(ValueError, match="no other term"):
-            loss_and_gradients(inputs, draws, settings)
+    with pytest.raises(ValueError, match="40 tokens, but 42 have a target"):
+        loss_and_gradients(inputs, Draws(*(x[:40] for x in draws)))
     inputs[-1][:] = -100
-    losses, gradients = loss_and_gradients(inputs, Draws(*(x[:0] for x in draws)), LossSettings())
+    losses, gradients = loss_and_gradients(inputs, Draws(*(x[:0] for x in draws)))
     assert losses.loss == 0 and all((gradient == 0).all() for gradient in gradients)
 
 
 # ------------------------------------------------------------------------------------ a cache on disk
-def cached(workshop, folder, **changes):
-    """Flags of a run with the cache in folder/cache."""
-    return flags(workshop, changes.pop("out", folder / "out"),
-                 **{"teacher-cache": folder / "cache", "cache-draws": 4, **changes})
-
-
-def corpus_of(workshop):
-    return Corpus(next(path for path in (workshop / "corpora").iterdir() if (path / "meta.json").exists()))
+EOT = 99
+TOKENS = np.random.default_rng(0).integers(0, 99, 5000).astype(np.uint16)
+TOKENS[::37] = EOT
 
 
 @pytest.fixture(scope="module")
-def finished(workshop, tmp_path_factory):
-    """A finished cache, of the flags of `cached`; each test that changes it gets a copy."""
-    folder = tmp_path_factory.mktemp("finished")
-    process = start(1, cached(workshop, folder, steps=1))
-    assert process.wait(120) == 0, process.stdout.read()
-    return folder / "cache"
+def teacher():
+    torch.manual_seed(0)
+    network = GPT2(GPT2.config(vocab_size=110, context=16, width=16, n_head=2, n_layer=1)).eval()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return network.requires_grad_(False)
 
 
-@pytest.fixture
-def cache(finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "cache")
-    return tmp_path / "cache"
+def settings(**changes):
+    return Namespace(**{"teacher": "t", "data": "d", "packing": "constant", "seq_len": 16, "temperature": 2.0,
+                        "cache_draws": 4, "precision": "fp32"} | changes)
 
 
-def test_rows_are_32_bytes_at_12_draws(finished):
-    assert row_type({"vocab_size": 2**16, "draws": 12}).itemsize == 32
-    assert row_type({"vocab_size": 2**16 + 1, "draws": 12}).itemsize == 56
-    header = json.loads((finished / "header.json").read_text())
-    assert (finished / "answers.bin").stat().st_size == header["tokens"] * 16
-    assert sorted(path.name for path in finished.iterdir()) == ["answers.bin", "header.json"]
+def make(path, teacher, tokens=TOKENS, before=lambda numbers: None, **changes):
+    """Have the cache at `path`, of a vocabulary of 100. before: called with each chunk to be answered."""
+    args = settings(**changes)
+    cut = args.seq_len, args.packing, EOT
+    offsets = target_offsets(tokens, *cut)
+    wanted = teacher_cache.wanted_header(args, teacher, Namespace(train=tokens), 100, offsets)
+
+    def answers_of(numbers):
+        before(numbers)
+        ids, targets = examples_at(tokens, numbers, *cut)
+        return answers_to(teacher, ids, targets, numbers, args, wanted)
+
+    teacher_cache.make(path, wanted, answers_of, offsets, Ranks("cpu"), reads=len(tokens))
+    return TeacherCache(path, offsets)
 
 
-@pytest.mark.parametrize("packing", ["constant", "padded"])
-def test_what_is_on_disk_is_what_the_teacher_says(workshop, tmp_path, monkeypatch, capsys, packing):
-    """A run's first step, with 2,000 draws, is that of the teacher; and so is each row."""
-    changes = {"packing": packing, "steps": 1, "cache-draws": 2000}
-    assert call(monkeypatch, capsys, cached(workshop, tmp_path, **changes))[0] == 0
-    live = flags(workshop, tmp_path / "live", packing=packing, steps=1)
-    assert call(monkeypatch, capsys, live)[0] == 0
-    ours, theirs = log_rows(tmp_path / "out")[0], log_rows(tmp_path / "live")[0]
-    assert ours["tokens"] == theirs["tokens"] and ours["clm"] == theirs["clm"]
-    assert float(ours["teacher_clm"]) == pytest.approx(float(theirs["teacher_clm"]), rel=1e-5)
-    for name in ("kl", "loss", "grad_norm"):
-        assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=0.01), name
-
-    corpus = corpus_of(workshop)
-    offsets = target_offsets(corpus.train, 16, packing, corpus.eot)
-    cache = TeacherCache(tmp_path / "cache", offsets)
-    teacher = distill.load(workshop / "teacher")
-    numbers = [3, 0, len(offsets) - 2]
-    draws = cache.draws(numbers, torch.device("cpu"))
-    ids, targets = map(torch.from_numpy, examples_at(corpus.train, numbers, 16, packing, corpus.eot))
-    counted = targets.flatten() != -100
-    with torch.no_grad():
-        logits = teacher(ids).flatten(0, 1)[counted, :4096]
-    p = (logits / 2).softmax(-1)
-    assert len(draws.ids) == counted.sum() and len(cache.rows) == offsets[-1]
-    assert torch.allclose(draws.entropy, torch.distributions.Categorical(p).entropy(), atol=1e-4)
-    assert torch.allclose(draws.clm, F.cross_entropy(logits, targets.flatten()[counted], reduction="none"),
-                          atol=1e-4)
-    counts = torch.zeros_like(p).scatter_add_(1, draws.ids, draws.weights)
-    assert (counts - p).abs().max() < 1.1 / 2000
+def content(folder):
+    """{name: bytes} of all files in a folder; of a file, its bytes."""
+    if folder.is_file():
+        return folder.read_bytes()
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_where_targets_stand():
-    tokens = np.array([0, 5, 6, 7, 0, 8, 0, 1, 2, 3, 4, 9], np.uint16)
-    assert [*target_offsets(tokens, 4, "padded", 0)] == [0, 3, 4, 8]
-    assert [*target_offsets(tokens, 4, "constant", 0)] == [0, 4, 8]
+def refuse(*_):
+    raise AssertionError("the teacher has answered before")
+
+
+def test_draws_from_the_disk_are_those_of_the_teacher(teacher, tmp_path):
+    """Of each example in any order, with both packings; one that was made before is used as it is."""
     for packing in ("constant", "padded"):
-        offsets = target_offsets(tokens, 4, packing, 0)
-        n = len(cut(tokens, 4, packing, 0)[0])
-        _, targets = examples_at(tokens, range(n), 4, packing, 0)
-        assert [*(targets != -100).sum(1)] == [*np.diff(offsets)]
-        numbers = numbers_at(5, 1, 2, n)
-        for a, b in zip(batch_at(tokens, 5, 1, 2, 4, packing, 0),
-                        examples_at(tokens, numbers, 4, packing, 0), strict=True):
-            assert (a == b).all()
+        make(tmp_path / packing, teacher, packing=packing)
+        cache = make(tmp_path / packing, teacher, before=refuse, packing=packing)
+        numbers = [5, 0, 130]
+        ids, targets = examples_at(TOKENS, numbers, 16, packing, EOT)
+        counted = targets != -100
+        draws = cache.draws(numbers, CPU)
+        logits = teacher(torch.from_numpy(ids))[torch.from_numpy(counted)][:, :100]
+        p = (logits / 2).softmax(-1)
+        clm = F.cross_entropy(logits, torch.from_numpy(targets[counted]), reduction="none")
+        assert torch.allclose(draws.entropy, torch.special.entr(p).sum(-1), atol=1e-4)
+        assert torch.allclose(draws.clm, clm, atol=1e-4)
+
+        # The offset of an example's draws follows from its number.
+        u = np.concatenate([np.random.default_rng(number).random(n, np.float32)
+                            for number, n in zip(numbers, counted.sum(1), strict=True)])
+        assert (draw_tokens(p, torch.from_numpy(1 - u[:, None]), 4) == draws.ids).float().mean() > 0.99
+        assert (draws.weights == 0.25).all()
 
 
-def test_a_second_run_uses_it_at_once(cache, workshop, tmp_path, monkeypatch, capsys):
-    """Another student, weights, rate, seed and batch; no teacher answers, and none is in memory."""
-    def refuse(*_):
-        raise AssertionError("the teacher has answered before")
+def test_the_format_of_older_caches(teacher, tmp_path):
+    """32 bytes at 12 draws; what an older version wrote is read."""
+    assert teacher_cache.row_type({"vocab_size": 2**16, "draws": 12}).itemsize == 32
+    assert teacher_cache.row_type({"vocab_size": 2**16 + 1, "draws": 12}).itemsize == 56
+    assert teacher_cache.fingerprint(distill.load(REPO / "demo" / "teacher")) == "9197ad2a02cad35e"
+    (tmp_path / "cache").mkdir()
+    header = {
+        "version": 1, "teacher": "elsewhere", "weights": teacher_cache.fingerprint(teacher), "data": "d",
+        "corpus": hashlib.sha256(TOKENS.tobytes()).hexdigest()[:16], "packing": "constant", "seq_len": 16,
+        "temperature": 2.0, "draws": 2, "vocab_size": 100, "precision": "fp32", "examples": 312,
+        "tokens": 4992}
+    (tmp_path / "cache" / "header.json").write_text(json.dumps(header))
+    row = b"\x07\x00\x63\x00" + np.array([1.5, 2.5], "<f4").tobytes()
+    (tmp_path / "cache" / "answers.bin").write_bytes(row * 4992)
+    draws = make(tmp_path / "cache", teacher, before=refuse, cache_draws=2).draws([0], CPU)
+    assert draws.ids.tolist() == [[7, 99]] * 16
+    assert draws.entropy.tolist() == [1.5] * 16 and draws.clm.tolist() == [2.5] * 16
 
+
+def killed_at(last, path, teacher):
+    """Make a cache in a process that dies before chunk `last` is answered. Returns the chunks it got to."""
+    reader, writer = os.pipe()
+
+    def before(numbers):
+        os.write(writer, bytes([numbers.start // 32]))
+        if numbers.start // 32 == last:
+            os._exit(9)
+
+    if os.fork() == 0:
+        try:
+            make(path, teacher, before=before)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 9
+    return [*os.read(reader, 99)]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_killed_build_goes_on_and_has_the_same_bytes(teacher, tmp_path, monkeypatch):
+    """Killed three times, as SIGKILL does it: with nothing noted yet, and after notes."""
+    monkeypatch.setattr(teacher_cache, "CHUNK_TOKENS", 512)  # 10 chunks
+    make(tmp_path / "whole", teacher)
+    answered = []
+    for last, seconds in ((2, 1000), (5, 0), (8, 0)):  # the chunk at which it dies, the time between notes
+        monkeypatch.setattr(teacher_cache, "SAVE_SECONDS", seconds)
+        answered.append(killed_at(last, tmp_path / "killed", teacher))
+        assert not (tmp_path / "killed").exists()
+    assert answered == [[0, 1, 2], [0, 1, 2, 3, 4, 5], [5, 6, 7, 8]]
+
+    make(tmp_path / "killed", teacher, before=lambda numbers: answered.append(numbers.start // 32))
+    assert answered[3:] == [8, 9]
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
+
+
+def test_two_at_once_wait_for_each_other(teacher, tmp_path):
+    """The second waits for the lock, finds the cache made, and uses it."""
+    seen = []
+    with locked(tmp_path, "a test", name="cache"):
+        second = threading.Thread(target=make, args=(tmp_path / "cache", teacher, TOKENS, seen.append))
+        second.start()
+        time.sleep(0.3)
+        assert not seen and not (tmp_path / "cache.part").exists()
+        (tmp_path / "elsewhere").mkdir()
+        make(tmp_path / "elsewhere" / "cache", teacher)
+        (tmp_path / "elsewhere" / "cache").rename(tmp_path / "cache")
+    second.join(30)
+    assert not seen and (tmp_path / "cache" / "answers.bin").exists()
+
+
+def test_names_of_the_user_are_left_alone(teacher, tmp_path):
+    """Files beside the cache, and a link, whatever they are called."""
+    mine = tmp_path / "mine.txt"
+    mine.write_text("a week's notes")
+    (tmp_path / "cache.lock").symlink_to(mine)
+    (tmp_path / "cache.tmp").write_text("mine, too")
+    before = content(tmp_path)
+    (tmp_path / "cache").mkdir()  # an empty folder becomes a cache
+    make(tmp_path / "cache", teacher)
+    assert {name: content(tmp_path)[name] for name in before} == before
+
+    for name in ("cache2.part", "cache3", "cache4"):
+        if name == "cache4":
+            (tmp_path / name).write_text("a file")
+        else:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "answers.bin").write_text("mine")
+    before = content(tmp_path)
+    for name in ("cache2", "cache3", "cache4"):
+        with pytest.raises(InputError, match=f"{name}.* is not a teacher's cache"):
+            make(tmp_path / name, teacher)
+    assert content(tmp_path) == before
+
+
+def test_a_cache_that_does_not_fit_is_refused_and_kept(teacher, tmp_path):
+    make(tmp_path / "cache", teacher)
+    before = content(tmp_path)
+    other_text = TOKENS.copy()
+    other_text[1] += 1
+    other_teacher = GPT2(teacher.config)
+    for changes, message in (
+        ({"temperature": 4.0}, "--temperature 2.0 there, 4.0 here"),
+        ({"cache_draws": 5}, "--cache-draws 4 there, 5 here"),
+        ({"packing": "padded"}, "format 1 there, 2 here; --packing constant there, padded here"),
+        ({"seq_len": 8}, "--seq-len 16 there, 8 here"),
+        ({"precision": "bf16", "teacher": other_teacher}, "on d: --precision fp32 there, bf16 here"),
+        ({"teacher": other_teacher}, "on d: teacher "),
+        ({"tokens": other_text}, "text to train on"),
+    ):
+        with pytest.raises(InputError, match=message):
+            make(tmp_path / "cache", before=refuse, **{"teacher": teacher, **changes})
+    assert content(tmp_path) == before
+
+
+def test_a_run_that_needs_less_text_uses_the_beginning(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher_cache, "HEAD_TOKENS", 64)
+    large = make(tmp_path / "cache", teacher).draws([7], CPU)
+    small = make(tmp_path / "cache", teacher, TOKENS[:1000], before=refuse).draws([7], CPU)
+    assert all(torch.equal(a, b) for a, b in zip(large, small, strict=True))
+    make(tmp_path / "small", teacher, TOKENS[:1000])
+    with pytest.raises(InputError, match="answers for 992 tokens of this text, and this run reads 4,992"):
+        make(tmp_path / "small", teacher)
+
+
+def test_damage_is_one_line_and_nothing_is_lost(teacher, tmp_path):
+    make(tmp_path / "cache", teacher)
+    for file, change, message in (
+        ("answers.bin", lambda old: old[:-1], "instead of 79,872. Delete the folder"),
+        ("answers.bin", lambda old: b"\xff" * len(old), "values that no teacher gives. Delete the folder"),
+        ("header.json", lambda old: b"", "is not the header of a teacher's cache"),
+        ("header.json", lambda old: b"[]", "is not the header of a teacher's cache"),
+        ("header.json", lambda old: old.replace(b"4992", b'"4992"'), "is not the header"),
+        ("header.json", lambda old: old.replace(b"draws", b"drawn"), "is not the header"),
+    ):
+        path = tmp_path / "cache" / file
+        before = path.read_bytes()
+        path.write_bytes(change(before))
+        damaged = path.read_bytes()
+        with pytest.raises(InputError, match=message):
+            make(tmp_path / "cache", teacher, before=refuse).draws([0], CPU)
+        assert path.read_bytes() == damaged
+        path.write_bytes(before)
+
+
+def test_a_full_disk(teacher, tmp_path, monkeypatch):
+    """What is needed is compared with what there is; if that was wrong, the answers so far are kept."""
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher_cache.shutil, "disk_usage", lambda folder: Namespace(free=70_000))
+        with pytest.raises(InputError, match="and the disk has 0 MB: make room"):
+            make(tmp_path / "new" / "cache", teacher)
+        assert not [*tmp_path.iterdir()]
+
+    monkeypatch.setattr(teacher_cache, "CHUNK_TOKENS", 512)
+
+    def full(numbers):
+        if numbers.start == 96:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(InputError, match="cache: No space left on device. The answers so far are kept"):
+        make(tmp_path / "cache", teacher, before=full)
+    answered = []
+    make(tmp_path / "cache", teacher, before=lambda numbers: answered.append(numbers.start))
+    assert answered[0] == 96
+
+
+def test_an_unfinished_cache_of_other_settings_is_kept(teacher, tmp_path):
+    def killed(numbers):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "cache", teacher, before=killed)
+    before = content(tmp_path)
+    for changes, message in (({"temperature": 3.0}, "cache.part .*--temperature 2.0 there"),
+                             ({"tokens": TOKENS[:-32]}, "cache.part .*text to train on")):
+        with pytest.raises(InputError, match=message):
+            make(tmp_path / "cache", teacher, **changes)
+    assert content(tmp_path) == before
+
+
+def test_a_teacher_that_answers_with_nan_makes_no_cache(teacher, tmp_path):
+    broken = GPT2(teacher.config)
+    broken.norm.weight.data.fill_(float("inf"))
+    with pytest.raises(InputError, match="answers with NaN or infinity"):
+        make(tmp_path / "cache", broken)
+    assert not (tmp_path / "cache").exists()
+
+
+# ------------------------------------------------------------------------------------ distill.py with a cache
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n\n".join(f"def f{i}(x):\n    return x + {i}  # adds {i}" for i in range(400)))
+    return path
+
+
+def flags(text, folder, more=""):
+    models = f"--teacher {REPO}/demo/teacher --student-layers 2"
+    cache = f"--teacher-cache {folder}/cache --cache-draws 4"
+    data = f"--data {text} --data-folder {text.parent} --eval-tokens 200 --out {folder}/out"
+    steps = "--seq-len 32 --batch-size 4 --grad-accum 2 --steps 4 --precision fp32 --device cpu"
+    return f"{models} {cache} {data} {steps} {more}".split()
+
+
+def call(patch, argv):
+    patch.setattr(sys, "argv", ["distill.py", *argv])
+    run_cli(distill.main)
+
+
+def log_rows(out):
+    with open(out / "log.csv") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def test_a_second_run_uses_the_cache(text, tmp_path, monkeypatch, capsys):
+    """Another rate, seed, batch and control; no teacher answers, and none is in memory while it trains."""
+    call(monkeypatch, flags(text, tmp_path, "--no-control"))
+    before = content(tmp_path / "cache")
     honest = distill.train
 
     def watched(args, student, teacher, *rest):
         gc.collect()
-        alive = [x for x in gc.get_objects() if type(x) is GPT2 and len(x.blocks) == 4]
-        assert teacher is None and not alive
+        assert teacher is None
+        assert not [x for x in gc.get_objects() if isinstance(x, GPT2) and len(x.blocks) == 6]
         return honest(args, student, teacher, *rest)
 
     monkeypatch.setattr(teacher_cache, "answers_to", refuse)
     monkeypatch.setattr(distill, "train", watched)
-    before = content(cache)
-    changes = {"student": workshop / "small", "student-layers": None, "kd-weight": 1, "clm-weight": 0,
-               "lr": 1e-2, "seed": 3, "batch-size": 4, "grad-accum": 2, "steps": 30, "control": True}
-    code, printed, error = call(monkeypatch, capsys, cached(workshop, tmp_path, **changes))
-    assert code == 0, error
-    kl = [float(row["kl"]) for row in log_rows(tmp_path / "out")]
-    assert sum(kl[-5:]) < 0.95 * sum(kl[:5]) and content(cache) == before
-    assert "KL(teacher || student, T = 2, 4 draws)" in printed and "it is there" in printed
-    assert "T = 2, 4 draws" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    table = [line.split()[1] for line in printed.splitlines() if line.startswith("| ")]
-    assert [name for name in table if name.isalpha()] == ["model", "teacher", "student", "control"]
-    assert {row["kl"] for row in log_rows(tmp_path / "out" / "control")} == {"0"}
+    more = "--kd-weight 1 --clm-weight 0 --lr 1e-3 --seed 3 --batch-size 8 --steps 20 --control"
+    call(monkeypatch, flags(text, tmp_path, f"{more} --out {tmp_path}/b"))
+    kl = [row["kl"] for row in log_rows(tmp_path / "b")]
+    assert sum(kl[-5:]) < 0.9 * sum(kl[:5])
+    assert content(tmp_path / "cache") == before
+    assert "KL(teacher || student, T = 2, 4 draws)" in capsys.readouterr().out
+    assert {row["kl"] for row in log_rows(tmp_path / "b" / "control")} == {0}
 
 
-def test_a_killed_build_goes_on_and_has_the_same_bytes(finished, workshop, tmp_path, monkeypatch, capsys):
-    """Killed after some chunks, once before they are noted, twice after."""
-    monkeypatch.setattr(teacher_cache, "CHUNK_TOKENS", 1024)
-    assert call(monkeypatch, capsys, cached(workshop, tmp_path / "whole", steps=1))[0] == 0
-    honest = teacher_cache.answers_to
-    answered = []
-
-    def killed(teacher, ids, targets, numbers, *rest):
-        if len(answered) in (3, 6, 9):
-            answered.append(None)
-            raise KeyboardInterrupt
-        answered.append(numbers)
-        return honest(teacher, ids, targets, numbers, *rest)
-
-    def lost(build):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(teacher_cache, "answers_to", killed)
-    argv = cached(workshop, tmp_path / "killed", steps=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(teacher_cache.Build, "save", lost)
-        assert call(patch, capsys, argv)[0] == 130
-    for _ in range(2):
-        assert call(monkeypatch, capsys, argv)[0] == 130
-        assert not (tmp_path / "killed" / "cache").exists()
-    assert call(monkeypatch, capsys, argv)[0] == 0
-    chunks = [numbers.start // 64 for numbers in answered if numbers]
-    assert chunks[:9] == [0, 1, 2, 0, 1, 2, 3, 4, 5]  # of the first three nothing was noted, then all was
-    assert content(tmp_path / "killed" / "cache") == content(tmp_path / "whole" / "cache")
-    assert not (tmp_path / "killed" / "cache.part").exists()
+def test_two_ranks_make_the_same_cache_and_learn_the_same(text, tmp_path, monkeypatch):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(REPO / "distill.py"), *flags(text, tmp_path / "two", "--no-control")]
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        call(monkeypatch, flags(text, tmp_path / "one", "--no-control"))
+        printed, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, printed
+    assert content(tmp_path / "two" / "cache") == content(tmp_path / "one" / "cache")
+    for one, two in zip(log_rows(tmp_path / "one" / "out"), log_rows(tmp_path / "two" / "out"), strict=True):
+        for name in ("loss", "kl", "teacher_clm", "tokens"):
+            assert one[name] == pytest.approx(two[name], rel=1e-5)
 
 
-def test_two_ranks_make_the_same_cache_and_learn_the_same(cache, workshop, tmp_path, monkeypatch, capsys):
-    changes = {"steps": 4, "dropout": 0.1}
-    process = start(2, cached(workshop, tmp_path / "two", **changes))
-    assert call(monkeypatch, capsys, cached(workshop, tmp_path, **changes))[0] == 0
-    assert process.wait(120) == 0, process.stdout.read()
-
-    header = teacher_cache.read_header(cache)
-    assert header["examples"] > teacher_cache.examples_of_chunk(header), "one for each rank"
-    assert content(tmp_path / "two" / "cache") == content(cache)
-    columns = ("loss", "kl", "teacher_clm", "tokens")
-    curves = [[[float(row[name]) for name in columns] for row in log_rows(out)]
-              for out in (tmp_path / "out", tmp_path / "two" / "out")]
-    for one, two in zip(*curves, strict=True):
-        assert one == pytest.approx(two, rel=1e-5)
-
-
-def test_a_killed_run_ends_with_the_same_bits(cache, workshop, tmp_path, monkeypatch, capsys):
-    changes = {"steps": 6, "save-interval": 2, "dropout": 0.1, "packing": "constant"}
-    assert call(monkeypatch, capsys, cached(workshop, tmp_path, out=tmp_path / "whole", **changes))[0] == 0
-    honest = run_module.Run.finish_step
-
-    def killed(run, step, *rest):
-        if step == 3:
-            raise KeyboardInterrupt
-        honest(run, step, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run_module.Run, "finish_step", killed)
-        assert call(patch, capsys, cached(workshop, tmp_path, **changes))[0] == 130
-    for other, message in (({"cache-draws": 5}, "--cache-draws was 4, now 5"),
-                           ({"teacher-cache": None}, "--teacher-cache was")):
-        argv = cached(workshop, tmp_path, **changes, resume=True, **other)
-        refused(call(monkeypatch, capsys, argv), message)
-    assert call(monkeypatch, capsys, cached(workshop, tmp_path, **changes, resume=True))[0] == 0
-    assert difference(weights(tmp_path / "whole"), weights(tmp_path / "out")) == 0
-    assert [row["step"] for row in log_rows(tmp_path / "out")] == [*"123456"]
-
-
-# ------------------------------------------------------------------------------------ what does not fit
-OTHERS = {
-    "temperature": ({"temperature": 4}, "--temperature 2.0 there, 4.0 here"),
-    "draws": ({"cache-draws": 5}, "--cache-draws 4 there, 5 here"),
-    "packing": ({"packing": "padded"}, "--packing constant there, padded here"),
-    "length": ({"seq-len": 8}, "--seq-len 16 there, 8 here"),
-    "precision": ({"precision": "bf16"}, "--precision fp32 there, bf16 here"),
-    "text": ({"data": "other-text"}, "text to train on"),
-    "teacher": ({"teacher": "other-teacher"}, ": teacher "),
-    "too few": ({}, "has answers for 160 tokens of this text, and this run reads"),
-}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_another_cache_is_refused_and_kept(cache, workshop, tmp_path, monkeypatch, capsys, name):
-    changes, message = OTHERS[name]
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(workshop / "text", tmp_path / "other-text")
-    (tmp_path / "other-text" / "00.txt").write_text("another first document " * 50)
-    shutil.copytree(workshop / "teacher", tmp_path / "other-teacher")
-    teacher = distill.load(workshop / "teacher")
-    teacher.blocks[3].mlp.down.weight.data[0, 0] += 0.01
-    teacher.save(tmp_path / "other-teacher")
-    if name == "too few":
-        header = json.loads((cache / "header.json").read_text())
-        (cache / "header.json").write_text(json.dumps({**header, "examples": 10, "tokens": 160}))
-        (cache / "answers.bin").write_bytes((cache / "answers.bin").read_bytes()[:160 * 16])
-    before = content(cache)
-    code, printed, error = call(monkeypatch, capsys, cached(workshop, tmp_path, **changes))
-    refused((code, printed, error), message, "cache")
-    assert "it is there" not in printed
-    assert (": teacher " in error) == (name == "teacher")  # rounded weights are no other teacher
-    assert content(cache) == before and not (tmp_path / "out").exists()
-
-
-def test_the_same_teacher_by_another_name_fits(cache, workshop, tmp_path, monkeypatch, capsys):
-    shutil.copytree(workshop / "teacher", tmp_path / "moved")
-    argv = cached(workshop, tmp_path, teacher=tmp_path / "moved", steps=1)
-    code, _, error = call(monkeypatch, capsys, argv)
-    assert code == 0, error
-
-
-def test_a_run_that_needs_fewer_examples_uses_the_first_ones(workshop, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(distill, "LEAST_TOKENS", 1)
-    monkeypatch.setattr(teacher_cache, "HEAD_TOKENS", 64)
-    losses = {}
-    for name, steps, folder in (("large", 4, "a"), ("prefix", 2, "a"), ("own", 2, "b")):
-        argv = cached(workshop, tmp_path / folder, out=tmp_path / name, steps=steps)
-        code, _, error = call(monkeypatch, capsys, argv)
-        assert code == 0, error
-        losses[name] = [row["loss"] for row in log_rows(tmp_path / name)]
-    assert losses["prefix"] == losses["own"] != losses["large"][:2]
-    refused(call(monkeypatch, capsys, cached(workshop, tmp_path / "b", steps=3)), "256 tokens", "reads 384")
-
-
-FOREIGN = {
-    "a file": lambda path: path.write_text("mine"),
-    "a folder with a file": lambda path: (path.mkdir(), (path / "thesis.txt").write_text("mine")),
-}
-
-
-@pytest.mark.parametrize("name", FOREIGN)
-def test_what_is_no_cache_is_never_touched(workshop, tmp_path, monkeypatch, capsys, name):
-    FOREIGN[name](tmp_path / "cache")
-    before = content(tmp_path)
-    refused(call(monkeypatch, capsys, cached(workshop, tmp_path)), "is no cache of a teacher")
-    assert content(tmp_path) == before
-
-
-def test_an_empty_folder_becomes_a_cache(workshop, tmp_path, monkeypatch, capsys):
-    (tmp_path / "cache").mkdir()
-    assert call(monkeypatch, capsys, cached(workshop, tmp_path, steps=1))[0] == 0
-    assert (tmp_path / "cache" / "header.json").exists()
-
-
-DAMAGES = {
-    "truncated": ("answers.bin", lambda old: old[:-1]),
-    "no answers": ("answers.bin", lambda old: b""),
-    "ids beyond the vocabulary": ("answers.bin", lambda old: b"\xff" * len(old)),
-    "an empty header": ("header.json", lambda old: b""),
-    "a header that is a list": ("header.json", lambda old: b"[]"),
-    "draws that are no number": ("header.json", lambda old: old.replace(b'"draws": 4', b'"draws": "4"')),
-    "no tokens": ("header.json", lambda old: old.replace(b'"tokens"', b'"spoken"')),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_one_line(cache, workshop, tmp_path, monkeypatch, capsys, name):
-    file, change = DAMAGES[name]
-    (cache / file).write_bytes(change((cache / file).read_bytes()))
-    before = content(cache)
-    refused(call(monkeypatch, capsys, cached(workshop, tmp_path)), "is damaged", "makes it anew")
-    assert content(cache) == before
-
-
-def test_a_full_disk_is_told_before_it_starts(workshop, tmp_path, monkeypatch, capsys):
-    usage = argparse.Namespace(free=2_000_000)
-    monkeypatch.setattr(teacher_cache.shutil, "disk_usage", lambda folder: usage)
-    refused(call(monkeypatch, capsys, cached(workshop, tmp_path, **{"cache-draws": 500})),
-            "MB, and the disk has 2 MB", "fewer --cache-draws")
-    assert not [*tmp_path.iterdir()]
-
-
-def test_a_disk_that_fills_up_keeps_what_is_done(workshop, tmp_path, monkeypatch, capsys):
-    def full(build, chunk, rows):
-        raise OSError(28, "No space left on device", "answers.bin")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(teacher_cache.Build, "add", full)
-        refused(call(patch, capsys, cached(workshop, tmp_path)), "No space left on device", "goes on")
-    assert call(monkeypatch, capsys, cached(workshop, tmp_path, steps=1))[0] == 0
-
-
-def test_an_unfinished_cache_of_other_settings_is_kept(workshop, tmp_path, monkeypatch, capsys):
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(teacher_cache, "answers_to", killed)
-        assert call(patch, capsys, cached(workshop, tmp_path))[0] == 130
-    before = content(tmp_path / "cache.part")
-    refused(call(monkeypatch, capsys, cached(workshop, tmp_path, temperature=3)), "unfinished", "temperature")
-    assert content(tmp_path / "cache.part") == before
-
-
-def test_a_teacher_that_answers_with_nan_makes_no_cache(workshop, tmp_path, monkeypatch, capsys):
-    honest = distill.load_models
-
-    def poisoned(*arguments):
-        tokenizer, teacher, student = honest(*arguments)
-        teacher.norm.weight.data.fill_(float("inf"))
-        return tokenizer, teacher, student
-
-    monkeypatch.setattr(distill, "load_models", poisoned)
-    refused(call(monkeypatch, capsys, cached(workshop, tmp_path)), "answers with NaN or infinity")
-    assert not (tmp_path / "cache").exists()
-
-
-NOT_TOGETHER = {
-    "no teacher": {"teacher": "none", "student": "small", "student-layers": None},
-    "reverse": {"divergence": "reverse"},
-    "on-policy": {"on-policy": 0.5, "kd-weight": 1, "clm-weight": 0},
-    "cosine": {"cos-weight": 1},
-    "plain": {"loss": "plain"},
-}
-
-
-@pytest.mark.parametrize("name", NOT_TOGETHER)
-def test_what_draws_cannot_give(workshop, tmp_path, monkeypatch, capsys, name):
-    monkeypatch.chdir(workshop)
-    argv = cached(workshop, tmp_path, **NOT_TOGETHER[name])
-    refused(call(monkeypatch, capsys, argv), "--teacher-cache needs")
-
-
-def test_the_plan_counts_no_teacher():
-    teacher = GPT2(GPT2.config(vocab_size=500, context=64, width=256, n_layer=12, n_head=2))
-    student = GPT2(GPT2.config(vocab_size=500, context=64, width=32, n_layer=4, n_head=2))
-    argv = ["--teacher", "t", "--student-layers", "1", "--seq-len", "64", "--batch-size", "512",
-            "--precision", "fp32"]
-    live = distill.parse_args(argv)
-    from_cache = distill.parse_args([*argv, "--teacher-cache", "cache"])
-    needed = [outlook.memory_needed(args, teacher, student, 500) for args in (live, from_cache)]
-    assert needed[0] - needed[1] == teacher.num_parameters() * 4 + 512 * 64 * 256 * 12 * 4
-    ranks = argparse.Namespace(share=range)
-    scoring = [outlook.work_to_follow(args, teacher, student, None, ranks)[1] for args in (live, from_cache)]
-    assert scoring[1] > 2 * scoring[0]  # in micro-batches, which are smaller without a teacher
-
-    # The control has no teacher either, and here micro-batches of half the size.
-    halved = distill.parse_args([*argv, "--control-batch-size", "256"])
-    _, for_student, for_control = outlook.work_to_follow(halved, teacher, student, student, ranks)
-    _, alone, _ = outlook.work_to_follow(from_cache, teacher, student, student, ranks)
-    assert for_control == pytest.approx(2 * alone) and for_control > 4 * for_student
-    assert card.formula(from_cache).count("12 draws") == 1 and "draws" not in card.formula(live)
-
-
-def test_a_header_is_of_another_format(cache, workshop, tmp_path):
-    header = json.loads((cache / "header.json").read_text())
-    (cache / "header.json").write_text(json.dumps({**header, "version": 2}))
-    with pytest.raises(InputError, match="version of the format 2 there, 1 here"):
-        teacher_cache.refuse_other(cache, teacher_cache.read_header(cache), header)
+def test_what_draws_cannot_give():
+    for more in ("--teacher none --student some/model", "--divergence reverse", "--cos-weight 1",
+                 "--on-policy 0.5 --kd-weight 1 --clm-weight 0"):
+        with pytest.raises(InputError, match="--teacher-cache"):
+            distill.parse_args(["--teacher-cache", "cache", *more.split()])
