@@ -12,7 +12,7 @@ Shapes: B batch, L tokens of a sequence, C width, H heads, D = C / H width of a 
 R the part of D that is rotated.
 References: GPT-2 (Radford et al. 2019), GPT-NeoX-20B (Black et al. 2022, arXiv 2204.06745).
 """
-import contextlib
+import functools
 import json
 import math
 import re
@@ -25,10 +25,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from support.cli import InputError
-from support.config_json import check_value, read_config_json
+from support.cli import InputError, reading
 from support.files import replaced
-from support.hub import fetch, read_tensors, weight_files
+from support.hub import need, read_json, read_tensors, weight_files
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # what --precision calls them
 
@@ -59,12 +58,12 @@ class Config:
         if self.mlp_width is None:
             self.mlp_width = 4 * self.width
         if self.width % self.n_head:
-            raise InputError(f"a width of {self.width} cannot be shared by {self.n_head} attention heads")
+            raise ValueError(f"a width of {self.width} cannot be divided among {self.n_head} attention heads")
 
         # Rotated dimensions come in pairs, so an odd number of them is rounded up.
         pairs = math.ceil(self.rotary_dim / 2)
         if 2 * pairs > self.head_width:
-            raise InputError(f"{2 * pairs} dimensions to rotate in heads of width {self.head_width}")
+            raise ValueError(f"{2 * pairs} dimensions to rotate in heads of width {self.head_width}")
 
     @property
     def head_width(self):
@@ -88,10 +87,10 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.width, config.width, config.attention_bias)
         self.dropout = nn.Dropout(0.0)  # of attention weights
 
-        # None: PyTorch divides scores by sqrt(D). Stanford's GPT-2 divides those of layer i by i + 1 as well.
-        self.scale = None
+        # Scores are divided by sqrt(D). Stanford's GPT-2 divides those of layer i by i + 1 as well.
+        self.scale = config.head_width**-0.5
         if config.inverse_layer_scale:
-            self.scale = config.head_width**-0.5 / (layer + 1)
+            self.scale /= layer + 1
 
     def forward(self, x, rotary=None, cache=None, past=0):
         """x (B, L, C) -> (B, L, C). `cache` (2, B, H, room, D) holds keys and values of `past` tokens, and
@@ -109,11 +108,46 @@ class Attention(nn.Module):
             cache[1, :, :, past:past + L] = v
             k, v = cache[:, :, :, :past + L]  # each (B, H, past + L, D)
 
-        # One new token may look at all of the past, so it needs no mask; a whole text needs the causal one.
         dropout = self.dropout.p if self.training else 0.0
-        y = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=L > 1, scale=self.scale)  # (B, H, L, D)
+        if written_out_is_faster(q) and cache is None and not dropout:
+            y = causal_attention(q, k, v, self.scale)  # (B, H, L, D)
+        else:
+            # One new token may look at all of the past, so it needs no mask; a whole text needs one.
+            y = F.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, is_causal=L > 1, scale=self.scale)  # (B, H, L, D)
         return self.out(y.transpose(1, 2).reshape(B, L, C))
+
+
+def causal_attention(q, k, v, scale):
+    """softmax(q k^T * scale) v, in which each token looks at itself and at all tokens before it.
+
+    q, k, v (B, H, L, D) -> (B, H, L, D). This is what attention is; PyTorch's scaled_dot_product_attention
+    computes the same. It goes over blocks of queries, as a query needs no keys beyond the end of its block.
+    """
+    L = q.size(2)
+    mask = causal_mask(L, q.dtype)  # (L, L)
+    block = max(128, L // 4)
+    parts = []
+    for start in range(0, L, block):
+        end = min(start + block, L)
+        scores = q[:, :, start:end] @ k[:, :, :end].transpose(-1, -2) * scale  # (B, H, queries, keys)
+        weights = (scores + mask[start:end, :end]).softmax(-1)  # how much of each token to take
+        parts.append(weights @ v[:, :, :end])
+    return torch.cat(parts, 2)
+
+
+@functools.cache
+def causal_mask(L, dtype):
+    """(L, L): 0 where the query of a row may look at the key of a column, -inf where the key comes later.
+
+    It is kept, as making it takes as long as what attention in blocks saves.
+    """
+    return torch.full((L, L), -torch.inf, dtype=dtype).triu(1)
+
+
+def written_out_is_faster(q):
+    """On a CPU with bf16: 0.65 of the time of PyTorch's kernel, forward and backward (docs/speed.md)."""
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
 
 
 def rotate(x, cos, sin):
@@ -174,7 +208,10 @@ def likeliest(logits):
 
 
 class GPT(nn.Module):
-    """Blocks between an embedding and a head. Subclasses say how positions get in, and how disks hold it."""
+    """Blocks between an embedding and a head.
+
+    Subclasses define the position encoding and the layout of checkpoints.
+    """
 
     # What a subclass says about itself.
     MODEL_TYPE: str  # in config.json; the column of TENSORS and of FIELDS with its names
@@ -259,8 +296,8 @@ class GPT(nn.Module):
         return self.norm.weight.new_empty(shape)
 
     @torch.no_grad()
-    def generate(self, ids, max_new_tokens, choose=likeliest):
-        """ids (B, L) -> (B, L + max_new_tokens), greedily or as `choose` says.
+    def tokens(self, ids, max_new_tokens, choose=likeliest):
+        """Yield the tokens that follow ids (B, L), one for each row at a time (B, 1).
 
         `choose`: logits (B, V) -> tokens (B, 1); sample.py has one that draws. When the window is full its
         older half is dropped and the rest is read again, because positions in the cache cannot move.
@@ -275,11 +312,15 @@ class GPT(nn.Module):
             past += unread.size(1)
             unread = choose(F.linear(hidden, self.head_weight))  # (B, 1)
             ids = torch.cat((ids, unread), 1)
+            yield unread
 
             if past == self.context:
                 unread = ids[:, -max(1, self.context // 2):]
                 past = 0
-        return ids
+
+    def generate(self, ids, max_new_tokens, choose=likeliest):
+        """ids (B, L) -> (B, L + max_new_tokens), greedily or as `choose` says."""
+        return torch.cat((ids, *self.tokens(ids, max_new_tokens, choose)), 1)
 
     def checkpoint_names(self):
         """{name of our tensor: its name in checkpoints}, from TENSORS."""
@@ -316,6 +357,8 @@ class GPT(nn.Module):
         for name, value in asdict(self.config).items():
             if theirs := getattr(FIELDS[name], self.MODEL_TYPE):
                 config[theirs] = value
+        if "n_positions" in config:
+            config["n_ctx"] = config["n_positions"]  # an older name, which llama.cpp's converter needs
         for name, content in (("generation_config.json", ends), ("config.json", config | ends)):
             with replaced(Path(folder, name)) as file:
                 file.write_text(json.dumps(content, indent=2) + "\n")
@@ -406,10 +449,10 @@ IGNORED = r"(^|\.)(attn|attention)\.(bias|masked_bias|rotary_emb\.inv_freq)$"  #
 
 
 class Field(NamedTuple):
-    """What config.json calls a field of Config ("" where it has no such thing), and what it may hold."""
+    """What config.json calls a field of Config ("" if it has no such field), and which values it may have."""
     gpt2: str
     gpt_neox: str
-    kind: type | str
+    kind: type
     low: float | None = None
     high: float | None = None
 
@@ -424,13 +467,16 @@ FIELDS = {
     "activation": Field("activation_function", "hidden_act", str),
     "norm_eps": Field("layer_norm_epsilon", "layer_norm_eps", float, 0, 1),
     "tied_head": Field("tie_word_embeddings", "tie_word_embeddings", bool),
-    "eos": Field("eos_token_id", "eos_token_id", "ids", 0, 10**7),
+    "eos": Field("eos_token_id", "eos_token_id", int, 0, 10**7),
     "inverse_layer_scale": Field("scale_attn_by_inverse_layer_idx", "", bool),
     "parallel": Field("", "use_parallel_residual", bool),
     "attention_bias": Field("", "attention_bias", bool),
     "rotary_share": Field("", "rotary_pct", float, 0, 1),
     "rotary_base": Field("", "rotary_emb_base", float, 1, 1e12),
 }
+MAY_BE_NULL = ("mlp_width", "eos")
+ROTARY_NAMES = {  # what Llama and transformers 5 call a rotary setting: what the Hub's Pythias call it
+    "partial_rotary_factor": "rotary_pct", "rope_theta": "rotary_emb_base", "type": "rope_type"}
 IMPLEMENTED = {  # options of config.json that change what is computed: the values that we have
     "activation_function": [*GELU], "hidden_act": [*GELU], "rope_type": ["default"],
     "scale_attn_weights": [True], "add_cross_attention": [False], "quantization_config": [None]}
@@ -438,51 +484,58 @@ ARCHITECTURES = {"gpt2": GPT2, "gpt_neox": GPTNeoX}
 
 
 def read_config(path):
-    """config.json -> (GPT2 or GPTNeoX, Config). InputError names the field that describes no model."""
-    raw = read_config_json(path)
-    kind = raw.get("model_type")
-    if kind not in [*ARCHITECTURES]:  # a list, as what is asked for may be of any type
-        raise InputError(f"{path}: model_type {kind!r:.50} is not implemented, only {[*ARCHITECTURES]}")
-    architecture = ARCHITECTURES[kind]
+    """config.json -> (GPT2 or GPTNeoX, Config). InputError names what we cannot compute."""
+    with reading(path, "a config.json of GPT-2 or GPT-NeoX"):
+        raw = with_rotary_names(read_json(path))
+        kind = raw.get("model_type")
+        if kind not in [*ARCHITECTURES]:  # a list, because an untrusted value may be of any type
+            raise InputError(f"{path}: model_type {kind!r:.50} is not implemented, only {[*ARCHITECTURES]}")
+        architecture = ARCHITECTURES[kind]
+        for option, values in IMPLEMENTED.items():
+            if option in raw and raw[option] not in values:
+                raise InputError(f"{path}: {option} {raw[option]!r:.99} is not implemented, only {values}")
 
-    for option, values in IMPLEMENTED.items():
-        if option in raw and raw[option] not in values:
-            raise InputError(f"{path}: {option} {raw[option]!r:.99} is not implemented, only {values}")
-
-    found = {}
-    for name, field in FIELDS.items():
-        theirs = getattr(field, architecture.MODEL_TYPE)
-        if theirs not in raw or (theirs == "n_inner" and raw[theirs] is None):  # null: 4 * width
-            continue
-        check_value(f"{path}: {theirs}", raw[theirs], field.kind, field.low, field.high)
-        found[name] = raw[theirs]
-
-    fields = {**architecture.DEFAULTS, **found}
-    for name in ("vocab_size", "context", "width", "n_layer", "n_head"):
-        if name not in fields:
-            raise InputError(f"{path} lacks {getattr(FIELDS[name], architecture.MODEL_TYPE)}")
-    try:
+        fields = dict(architecture.DEFAULTS)
+        for name, field in FIELDS.items():
+            theirs = getattr(field, kind)
+            if theirs in raw:
+                check_value(theirs, raw[theirs], field, name in MAY_BE_NULL)
+                fields[name] = raw[theirs]
         return architecture, Config(**fields)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+
+
+def with_rotary_names(raw):
+    """config.json with its rotary settings under the names of the Hub's Pythias.
+
+    Others write {"rope_theta": 10000.0}, or {"rope_parameters": {"rope_theta": 10000.0}}, which comes first.
+    """
+    group = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    renamed, renamed_group = [{ROTARY_NAMES.get(name, name): value for name, value in settings.items()}
+                              for settings in (raw, group)]
+    return renamed | raw | renamed_group
+
+
+def check_value(name, value, field, may_be_null):
+    """ValueError if a value does not have its field's type and range; `eos` may be a list.
+
+    JSON's types are not Python's: True is an int there, 2.0 is not a number of heads, and json reads NaN.
+    """
+    types = (int, float) if field.kind is float else (field.kind,)
+    values = value if isinstance(value, list) and name == FIELDS["eos"].gpt2 else [value]
+    for value in values:
+        if value is None and may_be_null:
+            continue
+        if type(value) not in types:
+            raise ValueError(f"{name} {value!r:.50} must be of type {field.kind.__name__}")
+        if field.low is not None and not field.low <= value <= field.high:  # also refuses NaN
+            raise ValueError(f"{name} {value!r:.50} must be from {field.low:g} to {field.high:g}")
 
 
 # ----------------------------------------------------------------------------------------- checkpoints
 def build(name_or_dir):
     """A model of the shape that config.json describes, with fresh weights."""
-    path = fetch(name_or_dir, "config.json")
-    architecture, config = read_config(path)
-    with memory_for(path):
-        return architecture(config)
-
-
-@contextlib.contextmanager
-def memory_for(path):
-    """Where PyTorch finds no memory for what a file describes, an InputError that names the file."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise InputError(f"{path}: no memory for such a model ({str(error).splitlines()[0]})") from error
+    architecture, config = read_config(need(name_or_dir, "config.json"))
+    return architecture(config)
 
 
 def load(name_or_dir, device="cpu", dtype=torch.float32):
@@ -512,11 +565,13 @@ def load(name_or_dir, device="cpu", dtype=torch.float32):
             if tensor.shape != shape or not tensor.is_floating_point():
                 found = f"{tensor.dtype} {[*tensor.shape]}"
                 raise InputError(f"{path}: {theirs} is {found}, not floats {[*shape]}")
-            with memory_for(path):
-                ready = torch.empty(empty[name].shape, dtype=dtype, device=device)
+            ready = torch.empty(empty[name].shape, dtype=dtype, device=device)
             ready.copy_(model.from_disk(name, tensor))
-            check_finite(f"{path}: {theirs}", ready)
 
+            # The two extremes show NaN and infinity, without a copy of the tensor.
+            low, high = torch.aminmax(ready)
+            if not math.isfinite(low.item() + high.item()):
+                raise InputError(f"{path}: {theirs} holds NaN or infinity in {dtype}: broken weights")
             if name in state and not torch.equal(state[name], ready):
                 raise InputError(f"{path}: {theirs} differs from the tensor to which config.json ties it")
             state[name] = ready
@@ -525,13 +580,6 @@ def load(name_or_dir, device="cpu", dtype=torch.float32):
         raise InputError(f"{name_or_dir} lacks {len(missing)} of its tensors, such as {missing[0]}")
     model.load_state_dict(state, assign=True)
     return model.eval()
-
-
-def check_finite(where, tensor):
-    """InputError if a tensor holds NaN or infinity. Its extremes tell, and need no copy of it."""
-    low, high = torch.aminmax(tensor)
-    if not math.isfinite(low.item() + high.item()):
-        raise InputError(f"{where} holds NaN or infinity in {tensor.dtype}: these weights are broken")
 
 
 # ----------------------------------------------------------------------------------------- students
