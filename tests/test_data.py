@@ -1,13 +1,14 @@
 """data.py: batches as a function of their arguments, corpora opened, the command."""
 import hashlib
 import json
+import re
 
 import numpy as np
 import pytest
 from texts import make_texts, write
 
 import data
-from data import Corpus, batch_at, load_tokenizer, prepare
+from data import Corpus, batch_at, load_tokenizer, numbers_at, prepare, target_offsets
 from support.cli import InputError
 
 
@@ -42,7 +43,7 @@ def test_constant_batches_take_each_token_once_an_epoch():
 def test_batches_are_a_function_of_their_arguments():
     tokens = np.random.default_rng(0).integers(0, 50, 5000).astype(np.uint16)
     first = [batch_at(tokens, 1, i, 4, 16)[0] for i in range(100)]
-    data.permutation.cache_clear()
+    data.permutation.cache_clear()  # the order is not remembered from call to call, but found again
     assert all((batch_at(tokens, 1, i, 4, 16)[0] == first[i]).all() for i in (99, 0, 50))
     assert (batch_at(tokens, 1, 5, 8, 16)[0] == np.concatenate([first[10], first[11]])).all()  # only grouped
     assert not (batch_at(tokens, 2, 0, 4, 16)[0] == first[0]).all()
@@ -59,20 +60,24 @@ def test_the_order_of_data_never_changes():
 
 
 def test_padded_batches():
-    documents = [[0, 5, 6, 7], [0, 8], [0], [0, *range(10, 30)], [0, 9, 9]]
+    documents = [[0, 5, 6, 7], [0, 8], [0], [0, *range(10, 30)], [0, *range(40, 47)], [0, *range(50, 58)],
+                 [0, 9, 9]]
     tokens = np.array([i for document in documents for i in document], np.uint16)
-    ids, targets = batch_at(tokens, 3, 0, 4, 8, packing="padded", eot=0)
+    ids, targets = batch_at(tokens, 3, 0, 6, 8, packing="padded", eot=0)
     lengths = (targets != -100).sum(1)
     seen = [(ids[row, :n].tolist(), targets[row, :n].tolist()) for row, n in enumerate(lengths)]
-    assert sorted(seen) == [
-        ([0], [8]),
-        ([0, 5, 6], [5, 6, 7]),
-        ([0, 9], [9, 9]),
-        ([0, 10, 11, 12, 13, 14, 15, 16], [10, 11, 12, 13, 14, 15, 16, 17]),
-    ]
+    # The end of a document is a target, also that of the last one; only what is cut has none.
+    expected = [([0, 5, 6, 7], [5, 6, 7, 0]), ([0, 8], [8, 0]), ([0, 9, 9], [9, 9, 0]),
+                ([0, *range(10, 17)], [*range(10, 18)]), ([0, *range(40, 47)], [*range(40, 47), 0]),
+                ([0, *range(50, 57)], [*range(50, 58)])]
+    assert sorted(seen) == sorted(expected)
     for row, n in enumerate(lengths):
         assert (ids[row, n:] == 0).all()
         assert (targets[row, n:] == -100).all()
+
+    offsets = target_offsets(tokens, 8, "padded", 0)
+    numbers = [numbers_at(3, 0, 6, 6).index(i) for i in range(6)]
+    assert np.diff(offsets).tolist() == lengths[numbers].tolist()
 
 
 def test_the_example_in_the_docstring():
@@ -82,15 +87,17 @@ def test_the_example_in_the_docstring():
         ([0, 5, 6, 7], [5, 6, 7, 0]), ([0, 8, 0, 1], [8, 0, 1, 2])]
     ids, targets = batch_at(tokens, 0, 0, 3, 4, "padded", eot=0)
     assert sorted(zip(ids.tolist(), targets.tolist(), strict=True)) == [
-        ([0, 0, 0, 0], [8, -100, -100, -100]), ([0, 1, 2, 3], [1, 2, 3, 4]), ([0, 5, 6, 0], [5, 6, 7, -100])]
+        ([0, 1, 2, 3], [1, 2, 3, 4]), ([0, 5, 6, 7], [5, 6, 7, 0]), ([0, 8, 0, 0], [8, 0, -100, -100])]
+    assert target_offsets(tokens, 4, "padded", 0).tolist() == [0, 4, 6, 10]
 
 
-def test_documents_are_looked_for_once_in_each_array():
-    before = data.documents_in.cache_info().misses
+def test_documents_are_looked_for_once_in_each_array(monkeypatch):
     arrays = [np.array([0, 5, 6, 0, 7], np.uint16) for _ in range(2)]  # equal, and not the same
+    searched, search = [], np.flatnonzero
+    monkeypatch.setattr(np, "flatnonzero", lambda array: searched.append(1) or search(array))
     for i in range(6):
         batch_at(arrays[i % 2], 0, i, 1, 4, "padded", eot=0)
-    assert data.documents_in.cache_info().misses == before + 2
+    assert len(searched) == 2
 
 
 def test_padded_batches_of_a_corpus(source, tok, tmp_path):
@@ -99,12 +106,12 @@ def test_padded_batches_of_a_corpus(source, tok, tmp_path):
     first = [batch_at(corpus.train, 0, i, 1, 64, "padded", corpus.eot) for i in range(n)]
     counted = sum(int((targets != -100).sum()) for _, targets in first)
     lengths = np.diff(np.append(np.flatnonzero(corpus.train == tok.eot), len(corpus.train)))
-    assert counted == np.minimum(lengths - 1, 64).sum()
+    assert counted == np.minimum(lengths, 64).sum()
     assert all(ids[0, 0] == tok.eot for ids, _ in first)
 
 
 def test_too_few_tokens():
-    with pytest.raises(InputError, match="16 tokens make no block of 16"):
+    with pytest.raises(InputError, match="16 tokens are too few for one block of 16"):
         batch_at(np.zeros(16, np.uint16), 0, 0, 1, 16)
     assert batch_at(np.zeros(17, np.uint16), 0, 0, 1, 16)[0].shape == (1, 16)
     with pytest.raises(InputError, match="no document that has any text"):
@@ -119,44 +126,23 @@ def test_a_corpus_says_what_it_is_of(source, tok, tmp_path):
     assert corpus.meta["tokenizer"] == tok.fingerprint
 
 
-def change(key, value):
-    return lambda meta: {**meta, key: value}
-
-
-BAD_META = {
-    "a list": lambda meta: [meta],
-    "a number": lambda meta: 3,
-    "text for a split": change("train", "many"),
-    "null for a split": change("val", None),
-    "negative counts": change("train", {"documents": 1, "tokens": -5, "bytes": 1}),
-    "a float": change("train", {"documents": 1, "tokens": 1e4, "bytes": 1}),
-    "true for a count": change("documents", True),
-    "no documents": lambda meta: {key: value for key, value in meta.items() if key != "documents"},
-    "no end of text": change("eot", None),
-    "an end of text beyond the vocabulary": change("eot", 10**12),
-    "no vocabulary": change("vocab_size", 0),
-    "text for complete": change("complete", "no"),
-    "a source that is text": change("source", "x"),
-    "a tokenizer that is a list": change("tokenizer", []),
-}
-
-
-@pytest.mark.parametrize("harm", [*BAD_META, "no JSON", "deep JSON", "not UTF-8", "an odd size", "no bytes"])
-def test_damaged_corpora_are_one_line_and_made_anew(source, tok, tmp_path, harm):
+def test_damaged_corpora_are_one_line_and_made_anew(source, tok, tmp_path):
     corpus = prepare(source, tok, tmp_path)
-    train = corpus.train.tolist()
-    meta_path, bin_path = corpus.path / "meta.json", corpus.path / "train.bin"
-    if harm in BAD_META:
-        meta_path.write_text(json.dumps(BAD_META[harm](corpus.meta)))
-    elif harm in ("an odd size", "no bytes"):
-        bin_path.write_bytes(bin_path.read_bytes()[:-1] if harm == "an odd size" else b"")
-    else:
-        meta_path.write_bytes({"no JSON": b"{", "deep JSON": b"[" * 10**5, "not UTF-8": b"\xff\xfe"}[harm])
-
-    with pytest.raises(InputError, match="is damaged: .* make it anew") as error:
-        Corpus(corpus.path)
-    assert "\n" not in str(error.value)
-    assert prepare(source, tok, tmp_path).train.tolist() == train
+    good, train = corpus.meta, corpus.train.tolist()
+    counts = {"documents": 1, "tokens": -5, "bytes": 1}
+    metas = [[good], {**good, "train": "many"}, {**good, "train": counts}, {**good, "documents": True},
+             {key: value for key, value in good.items() if key != "documents"}, {**good, "eot": 10**12},
+             {**good, "vocab_size": 0}, {**good, "complete": "no"}, {**good, "source": "x"},
+             {**good, "tokenizer": []}]
+    for content in [*(json.dumps(meta).encode() for meta in metas), b"{", b"[" * 10**5, b"\xff\xfe", None]:
+        if content is None:
+            (corpus.path / "train.bin").write_bytes((corpus.path / "train.bin").read_bytes()[:-1])
+        else:
+            (corpus.path / "meta.json").write_bytes(content)
+        with pytest.raises(InputError, match="is not a complete corpus: ") as error:
+            Corpus(corpus.path)
+        assert "\n" not in str(error.value)
+        assert prepare(source, tok, tmp_path).train.tolist() == train
 
 
 def test_ids_beyond_the_vocabulary(source, tok, tmp_path):
@@ -168,11 +154,36 @@ def test_ids_beyond_the_vocabulary(source, tok, tmp_path):
         Corpus(path)
 
 
-def test_no_corpus(tmp_path):
-    with pytest.raises(InputError, match="is no corpus: it has no meta.json"):
-        Corpus(tmp_path)
-    with pytest.raises(InputError, match="nothing is no corpus"):
-        Corpus(tmp_path / "nothing")
+def test_nobody_is_told_to_remove_what_may_be_theirs(tmp_path):
+    for folder, content in (("nothing", None), ("notes", b'{"title": "my notes"}'), ("half", b"{")):
+        if content:
+            (tmp_path / folder).mkdir()
+            (tmp_path / folder / "meta.json").write_bytes(content)
+        with pytest.raises(InputError, match=f"{folder} is not a complete corpus") as error:
+            Corpus(tmp_path / folder)
+        assert not re.search("delete|damaged|move it", str(error.value).lower())
+
+
+def test_a_corpus_is_known_by_its_content(tok, tmp_path):
+    texts = make_texts(300)
+    swapped = [texts[0], *texts[2:], texts[1]]
+    other_word = [*texts[:-1], texts[-1].replace("a", "b") + "."]
+    prints = set()
+    for name, variant in {"a": texts, "b": texts, "c": swapped, "d": other_word, "e": texts[:-1]}.items():
+        write(tmp_path / name / "x.jsonl", variant)
+        prints.add(prepare(tmp_path / name, tok, tmp_path / "corpora").fingerprint)
+        assert len(prints) == {"a": 1, "b": 1, "c": 2, "d": 3, "e": 4}[name]
+
+
+def test_of_a_large_corpus_a_sample_is_hashed(source, tok, tmp_path):
+    corpus = prepare(source, tok, tmp_path)
+    corpus.train = np.zeros(2**26, np.uint16)
+    first = corpus.fingerprint
+    for place, noticed in ((0, True), (2**26 - 2**17, True), (2**17 - 1, False)):
+        del corpus.fingerprint
+        corpus.train[place] = 1
+        assert (corpus.fingerprint != first) == noticed
+        corpus.train[place] = 0
 
 
 # --- The command ------------------------------------------------------------------------------------------
@@ -184,17 +195,16 @@ def test_command(run, tokenizers_dir, source, tmp_path):
     assert (tmp_path / result.stdout.splitlines()[-1] / "meta.json").is_file()
     result = run("data.py", "--data", "nothing", "--tokenizer", tokenizers_dir / "gpt2", "--folder", "other")
     assert result.returncode == 2
-    assert result.stderr.startswith("error: no data nothing")
+    assert result.stderr.startswith("error: there is no folder nothing")
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("flag, value", [
-    *(("--workers", value) for value in ("0", "-1", "1.5", str(2**65), "1025")),
-    *(("--max-tokens", value) for value in ("nan", "0", "-3", "1e400", "1e19", "many")),
-])
-def test_numbers_out_of_range(flag, value):
-    with pytest.raises(InputError, match=flag):
-        data.parse_args([f"{flag}={value}"])
+def test_numbers_out_of_range():
+    for flag, values in {"--workers": ("0", "-1", "1.5", str(2**65), "1025"),
+                         "--max-tokens": ("nan", "0", "-3", "1e400", "1e19", "many")}.items():
+        for value in values:
+            with pytest.raises(InputError, match=flag):
+                data.parse_args([f"{flag}={value}"])
 
 
 def test_paths_that_start_with_a_tilde(monkeypatch, tmp_path):
