@@ -263,16 +263,21 @@ def verdict(args, gaps, n_windows):
         return ""
     paragraphs = [compared_with_teacher(gaps)]
     if "control - student" in gaps:
-        worth = f"{compared(gaps, 'student', 'control')} That is what the teacher was worth."
-        paragraphs = [f"{worth} {compared_with_teacher(gaps)}", effort(args)]
+        worth = {
+            1: "That is what the teacher was worth.",
+            0: "On this text no gain from the teacher shows.",
+            -1: "Text alone was worth more than this teacher.",
+        }[sign(gaps["control - student"])]
+        first = compared(gaps, "student", "control")
+        paragraphs = [f"{first} {worth} {compared_with_teacher(gaps)}", effort(args)]
     else:
         paragraphs.append("Only a control tells how much of that came from the teacher: this command with "
                           "--resume --control trains one.")
 
     n_parts = min(PARTS, n_windows)
-    noise = (f"± is two standard errors over {n_parts} parts of the held-out text; a different seed adds noise "
-             f"of its own. (Each loss alone is only known to ± {gaps['student'][1]:.3f}, but all models read "
-             "the same text.)")
+    noise = (f"± is two standard errors over {n_parts} parts of the held-out text; a different seed adds "
+             f"noise of its own. (Each loss alone is only known to ± {gaps['student'][1]:.3f}, but all "
+             "models read the same text.)")
     if n_parts < FEW_PARTS:
         noise = (f"The held-out text is only {n_parts} x --seq-len tokens long. Its noise is unknown, so "
                  "everything counts as a tie: take more text, or a shorter --seq-len.")
