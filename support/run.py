@@ -533,7 +533,8 @@ def published(folder):
                     continue
             if path.name in EDITABLE:
                 written[path.name] = hash_of(path)
-            os.replace(path, place)
+            with replaced(place) as temporary:
+                path.rename(temporary)
     with replaced(folder / WRITTEN) as file:
         file.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 

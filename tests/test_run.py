@@ -7,15 +7,19 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from workshop import call, difference, flags, weights
 
 import distill
+from model import load
 from support import files
 from support import run as run_module
 from support.chunked_loss import Losses
@@ -122,7 +126,7 @@ def content(folder):
 
 
 @contextlib.contextmanager
-def refused(folder, *parts):
+def unchanged(folder, *parts):
     """InputError with all `parts`; what was in the folder is still there, and nothing else."""
     before = content(folder)
     with pytest.raises(InputError) as error:
@@ -161,23 +165,23 @@ def test_folders_that_are_not_a_runs_are_refused(tmp_path):
     for name in ("config.json", "README.md", "results.json"):
         (out / name).write_text("precious")
         for how in ({}, {"overwrite": True}, {"resume": True}, {"resume_if_there": True}):
-            with refused(out, f"such as {name}"):
+            with unchanged(out, f"such as {name}"):
                 train(settings(out, **how))
         (out / name).unlink()
 
     for text in ('{"verbose": true}', '{"recipe": 1, "teacher": 2, "kd_weight": 3, "role": "control"}'):
         (out / "args.json").write_text(text)
-        with refused(out, "such as args.json", "choose another --out"):
+        with unchanged(out, "such as args.json", "choose another --out"):
             train(settings(out, overwrite=True))
     for damage in (b"", b"{", b"[" * 100_000, b"7", b"\xff\xfe{}", b"{}"):
         (out / "args.json").write_bytes(damage)
         for how in ({}, {"resume": True}, {"resume_if_there": True}):
-            with refused(out, "args.json is damaged", "--overwrite"):
+            with unchanged(out, "args.json is damaged", "--overwrite"):
                 train(settings(out, **how))
     train(settings(out, overwrite=True))
 
     (tmp_path / "two" / "log.csv").mkdir(parents=True)
-    with refused(tmp_path, "a folder called log.csv"):
+    with unchanged(tmp_path, "a folder called log.csv"):
         train(settings(tmp_path / "two"))
 
 
@@ -191,7 +195,7 @@ def test_a_foreign_folder_called_control_is_never_touched(out):
         (control / "args.json").write_text(json.dumps(settings_there))
         (control / "README.md").write_text("precious")
         before = content(control)
-        with refused(out, "control's run", "--no-control"):
+        with unchanged(out, "control's run", "--no-control"):
             train(settings(out, overwrite=True, control=True))
         train(settings(out, overwrite=True))
         assert content(control) == before
@@ -204,7 +208,7 @@ def test_a_foreign_folder_called_control_is_never_touched(out):
 def test_a_finished_run_is_not_replaced_unasked(out):
     """The line says how it differs and names the two ways on; the very same command has nothing to do."""
     for changes in ({"seed": 1}, {"kd_weight": 0.4}, {"recipe": "demo", "lr": 1.0}, {"steps": 5}):
-        with refused(out, "--" + [*changes][-1].replace("_", "-"), "--out NAME", "--overwrite"):
+        with unchanged(out, "--" + [*changes][-1].replace("_", "-"), "--out NAME", "--overwrite"):
             train(settings(out, **changes))
     before = content(out)
     for how in ({}, {"resume": True}, {"resume_if_there": True}):
@@ -219,20 +223,20 @@ def test_a_finished_run_is_not_replaced_unasked(out):
 def test_a_finished_run_whose_state_is_gone_is_not_made_again(out):
     (out / "train_state.pt").unlink()
     assert train(settings(out)) is None
-    with refused(out, "no train_state.pt"):
+    with unchanged(out, "no train_state.pt"):
         train(settings(out, resume=True, steps=9))
 
 
 def test_a_finished_student_still_needs_its_control(out):
     """Flags that ask for a control as well are not finished before it is."""
-    with refused(out, "--resume goes on with it"):
+    with unchanged(out, "--resume goes on with it"):
         train(settings(out, control=True))
     with claim(settings(out, control=True, resume=True), RANKS) as finished:
         assert not finished
     control = vars(settings(out)) | {"role": "control", "out": str(out / "control"), "kd_weight": 0.0,
                                      "clm_weight": 1.0, "objective": "loss = 1 * CLM"}
     with claim(settings(out, control=True, resume=True), RANKS):
-        loop(SimpleNamespace(**control, ), CORPUS, None, {}, False)
+        loop(SimpleNamespace(**control), CORPUS, None, {}, False)
     assert not (out / "results.json").exists(), "the table that was there has no control"
 
 
@@ -247,13 +251,13 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_has_saved(out, monkeypatc
 
     def poison(student):
         student.up.weight.data[0] = math.nan
-    with refused(out, "up.weight is not finite"):
+    with unchanged(out, "up.weight is not finite"):
         train(settings(out, **new, save_interval=1), at={0: poison})
 
     for name in ("fsync", "replace"):
         with monkeypatch.context() as patch:
             patch.setattr(files.os, name, full_disk)
-            with refused(out, "cannot be written (No space left on device)"):
+            with unchanged(out, "cannot be written (No space left on device)"):
                 train(settings(out, **new))
 
     with pytest.raises(Killed):
@@ -261,32 +265,6 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_has_saved(out, monkeypatc
     assert read_settings(out)["seed"] == 1 and not (out / "model.safetensors").exists()
     assert steps_in_log(out) == [1, 2, 3], "rows before the save are not lost"
     assert torch.load(out / "train_state.pt", weights_only=True)["step"] == 2
-
-
-def test_a_full_disk_at_any_file_is_one_line_and_resume_gets_out(tmp_path, monkeypatch):
-    """A new run whose disk is full when a file is to be put in its place, and then has room again."""
-    honest = os.replace
-    for name in ("args.json", "train_state.pt"):
-        def full(source, target, name=name):
-            if Path(target).name == name:
-                full_disk()
-            honest(source, target)
-
-        out = tmp_path / name
-        with monkeypatch.context() as patch:
-            patch.setattr(files.os, "replace", full)
-            with pytest.raises(InputError, match=f"{name} cannot be written .No space"):
-                train(settings(out))
-        assert train(settings(out, resume_if_there=True)) is not None
-        assert {*content(out)} <= RUN_FILES
-
-    out = tmp_path / "log.csv"
-    interrupted(out, 3)
-    with monkeypatch.context() as patch:
-        patch.setattr(run_module, "write_rows", full_disk)
-        with pytest.raises(InputError, match="log.csv cannot be written .No space"):
-            train(settings(out, resume=True))
-    assert train(settings(out, resume=True)) is not None
 
 
 def test_what_was_edited_stays(out, capsys):
@@ -315,17 +293,8 @@ def test_one_process_at_a_time(tmp_path):
             with pytest.raises(InputError, match=r"--out .*out is in use"), claim(args, RANKS):
                 pass
     assert not (tmp_path / "a").exists()
-
-
-def test_a_failed_start_leaves_no_folder_behind(tmp_path):
-    with pytest.raises(Killed):
-        train(settings(tmp_path / "a" / "out"), at={0: kill})
-    assert not (tmp_path / "a").exists()
-    (tmp_path / "file").write_text("mine")
-    for name in ("file", "file/out", "x" * 5000):
-        with pytest.raises(InputError, match="--out"), claim(settings(tmp_path / name), RANKS):
-            pass
-    assert content(tmp_path) == {"file": b"mine"}
+    interrupted(tmp_path / "a" / "out", 0)
+    assert not (tmp_path / "a").exists(), "nothing was written to it"
 
 
 # ------------------------------------------------------------------------------------ the same run goes on
@@ -364,33 +333,31 @@ def test_a_signal_saves_and_ends(tmp_path, capsys, number):
     assert same_bits(train(settings(out, resume=True)), train(settings(tmp_path / "whole")))
 
 
-def test_only_the_same_run_goes_on(tmp_path):
+def test_only_the_same_run_goes_on(tmp_path, monkeypatch):
     """Other settings, other text of the same length, another teacher: refused, and said which."""
     out = tmp_path / "out"
     interrupted(out, 3)
     for changes in ({"seed": 1}, {"lr": 0.02}, {"student_layers": "0,2"}, {"teacher": "no/such/one"}):
         name, = changes
-        with refused(out, "other settings", f"--{name.replace('_', '-')} was"), claim(
+        with unchanged(out, "other settings", f"--{name.replace('_', '-')} was"), claim(
                 settings(out, resume=True, **changes), RANKS):
             raise AssertionError("it is refused before any model is loaded")
 
     other_text = SimpleNamespace(train=CORPUS.train, fingerprint="text B")
     for what, other in (("hash of the text was 'text A', now 'text B'", {"corpus": other_text}),
                         ("hash of the teacher was", {"teacher": Net(2)})):
-        with refused(out, what):
+        with unchanged(out, what):
             train(settings(out, resume=True), **other)
     train(settings(out, resume=True))
     for other in ({"corpus": other_text}, {"teacher": Net(2)}):  # a finished one is compared as well
-        with refused(out, "other settings"):
+        with unchanged(out, "other settings"):
             train(settings(out), **other)
 
-
-def test_a_students_first_weights_are_compared(tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    interrupted(out, 3, student="small", student_layers=None)
-    monkeypatch.setattr(run_module.teacher_cache, "fingerprint", lambda network: "other weights")
-    with refused(out, "hash of the first student was"):
-        train(settings(out, student="small", student_layers=None, resume=True))
+    student = {"student": "small", "student_layers": None}
+    interrupted(tmp_path / "two", 3, **student)
+    monkeypatch.setattr(run_module.teacher_cache, "fingerprint", lambda network: "another")
+    with unchanged(tmp_path / "two", "hash of the first student was"):
+        train(settings(tmp_path / "two", resume=True, **student))
 
 
 def test_the_same_content_may_have_another_name(tmp_path, monkeypatch):
@@ -414,16 +381,16 @@ def test_a_longer_run_has_the_bits_of_one_that_was_as_long_from_the_start(tmp_pa
         whole = train(settings(tmp_path / f"whole {warmup}", steps=9, warmup=longer))
         assert same_bits(train(settings(out, resume=True, steps=9, warmup=longer)), whole)
         assert steps_in_log(out) == [*range(1, 10)]
-        with refused(out, "--steps was 9, now 5" if warmup else "has made 9 steps"):
+        with unchanged(out, "--steps was 9, now 5" if warmup else "has made 9 steps"):
             train(settings(out, resume=True, steps=5))
     whole = train(settings(tmp_path / "whole", steps=40, warmup=0.5 / 40))
-    with refused(out, "--warmup 0.00625 keeps its warm-up of 1 steps") as _:
+    with unchanged(out, "--warmup 0.00625 keeps its warm-up of 1 steps") as _:
         train(settings(out, resume=True, steps=80, warmup=0.25))
     train(settings(out, resume=True, steps=80, warmup=0.00625))
 
     out = tmp_path / "cosine"
     train(settings(out, schedule="cosine"))
-    with refused(out, "--steps was 4, now 9", "only with --schedule constant"):
+    with unchanged(out, "--steps was 4, now 9", "only with --schedule constant"):
         train(settings(out, schedule="cosine", resume=True, steps=9))
 
 
@@ -433,7 +400,7 @@ def test_passes_over_the_text_may_become_more(tmp_path):
     train(settings(out, epochs=1.0))
     assert train(settings(out, epochs=2.0, resume=True, steps=8)) is not None
     more_text = SimpleNamespace(train=np.arange(1500), fingerprint="text A and more")
-    with refused(out, "training tokens was 999, now 1500", "reads more of --data"):
+    with unchanged(out, "training tokens was 999, now 1500", "reads more of --data"):
         train(settings(out, epochs=3.0, resume=True, steps=9), more_text)
 
 
@@ -513,7 +480,7 @@ def test_a_damaged_state_is_one_line(out):
     whole = (out / "train_state.pt").read_bytes()
     for name, damage in DAMAGED_STATES.items():
         damage(out / "train_state.pt")
-        with refused(out, "train_state.pt", "is damaged", "--overwrite"):
+        with unchanged(out, "train_state.pt", "is damaged", "--overwrite"):
             train(settings(out, resume=True, steps=9))
             raise AssertionError(name)
         (out / "train_state.pt").write_bytes(whole)
@@ -523,7 +490,7 @@ def test_a_state_of_another_run_or_another_pytorch(out):
     """A state from elsewhere is refused; what another PyTorch's optimizer has beside it does not matter."""
     whole = (out / "train_state.pt").read_bytes()
     set_in("settings", "precision", "bf16-pure")(out / "train_state.pt")
-    with refused(out, "--precision was 'bf16-pure', now 'fp32'"):
+    with unchanged(out, "--precision was 'bf16-pure', now 'fp32'"):
         train(settings(out, resume=True, steps=9))
 
     def older(state):
@@ -593,3 +560,126 @@ def test_what_is_not_finite_is_named(tmp_path):
     with pytest.raises(InputError, match="step 4: the student's down.bias is not finite"):
         train(settings(tmp_path / "out", save_interval=1), at={3: poison})
     assert torch.load(tmp_path / "out" / "train_state.pt", weights_only=True)["step"] == 3
+
+
+# ------------------------------------------------------------------------------------ by the command
+def test_the_same_command_again_shows_the_table(workshop, distil, refused, tmp_path):
+    """Nothing is written, and a card that was edited stays; but it has to be the same teacher."""
+    out = tmp_path / "out"
+    first = distil(out, control=True)
+    (out / "README.md").write_text("by hand")
+    before = content(out)
+    row = next(line for line in first.splitlines() if line.startswith("| control"))
+    for how in ({}, {"resume": True}, {"resume-if-there": True}):
+        printed = distil(out, control=True, **how)
+        assert row in printed and "finished" in printed
+        assert content(out) == before
+
+    shutil.copytree(workshop / "teacher", tmp_path / "teacher")
+    distil(out, control=True, teacher=tmp_path / "teacher")
+    other = load(tmp_path / "teacher")
+    other.blocks[1].mlp.down.bias.data[0] += 1
+    other.save(tmp_path / "teacher")
+    refused(out, "hash of the teacher was", control=True, teacher=tmp_path / "teacher")
+    assert content(out) == before
+
+
+def test_a_longer_run_and_its_control_have_the_same_bits(distil, tmp_path):
+    """As if they had been as long from the start; the table is made anew."""
+    out = tmp_path / "out"
+    settings = {"schedule": "constant", "warmup": 0, "control": True}
+    distil(tmp_path / "whole", steps=5, **settings)
+    distil(out, steps=3, **settings)
+    distil(out, steps=5, resume=True, **settings)
+    for folder in ("", "control"):
+        assert difference(weights(out / folder), weights(tmp_path / "whole" / folder)) == 0
+        assert len(read_log(out / folder / "log.csv")) == 5
+    one, other = (json.loads((folder / "results.json").read_bytes()) for folder in (out, tmp_path / "whole"))
+    assert one["rows"]["control"]["loss"] == other["rows"]["control"]["loss"]
+
+
+def test_a_control_that_is_half_done_goes_on(workshop, distil, tmp_path, monkeypatch, capsys):
+    """Killed in the control's second step: the student is finished, the control ends with the same bits."""
+    out = tmp_path / "out"
+    settings = {"control": True, "save-interval": 1}
+    distil(tmp_path / "whole", **settings)
+    honest = Run.finish_step
+
+    def killed(run, step, *rest):
+        if run.args.role == "control" and step == 1:
+            raise KeyboardInterrupt
+        honest(run, step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "finish_step", killed)
+        assert call(patch, capsys, flags(workshop, out, **settings)).code == 130
+    assert steps_in_log(out / "control") == [1]
+    distil(out, resume=True, **settings)
+    assert difference(weights(out / "control"), weights(tmp_path / "whole" / "control")) == 0
+    assert steps_in_log(out / "control") == [1, 2, 3]
+
+
+def test_a_full_disk_is_one_line_and_resume_gets_out(distil, refused, tmp_path, monkeypatch):
+    """Whichever file is to be put in its place; and a row of the log."""
+    honest = os.replace
+    out = tmp_path / "out"
+    for name in ("args.json", "train_state.pt", "model.safetensors", "tokenizer_config.json", "README.md",
+                 "results.json"):
+        def full(source, target, name=name):
+            if Path(target).name == name:
+                full_disk()
+            honest(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files.os, "replace", full)
+            refused(out, "No space left on device", name, **{"resume-if-there": True})
+        assert {*content(out)} <= RUN_FILES if out.exists() else name == "args.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.csv, "writer", full_disk)
+        refused(out, "log.csv cannot be written (No space left on device)", steps=2, overwrite=True)
+    distil(out, resume=True, steps=2)
+    assert {"README.md", "results.json", *MODEL_FILES} <= {*content(out)}
+
+
+def test_signals_outside_of_the_loop(workshop, tmp_path, monkeypatch, capfd):
+    """One line, the shell's exit code, at once; and nothing is left by a run that made no step."""
+    number = None
+
+    def slow(*_):
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+
+    moments = ("load_models", "load_corpus", "export")
+    for number, moment in zip((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), moments, strict=True):
+        with monkeypatch.context() as patch:
+            patch.setattr(distill, moment, slow)
+            started = time.monotonic()
+            code, _, error = call(patch, capfd, flags(workshop, tmp_path / moment / "out"))
+        assert code == 128 + number and time.monotonic() - started < 4
+        assert error.strip().splitlines()[-1] == f"stopped by {number.name}" and "Traceback" not in error
+        assert (tmp_path / moment).exists() == (moment == "export")
+
+
+def test_odd_names_work(distil, refused, tmp_path, monkeypatch):
+    """~, spaces, letters, a line break, bytes that are not UTF-8; the rest is refused in one line."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("~/with space", "~/\u6587\u7ae0", "~/a\nb", "~/\udcff"):
+        distil(name, steps=1)
+        assert (tmp_path / name[2:] / "README.md").exists()
+    here = content(tmp_path)
+    for name in ("", "/", ".", "x" * 5000, "a\nb/README.md/out"):
+        refused(name, "--out")
+    assert content(tmp_path) == here
+
+
+def test_several_processes_without_torchrun(refused, tmp_path, monkeypatch):
+    """Nothing waits for processes that will never come."""
+    for env, said in (({"WORLD_SIZE": "two"}, "torchrun"), ({"WORLD_SIZE": "2"}, "RANK is None"),
+                      ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1"}, "cannot work together")):
+        with monkeypatch.context() as patch:
+            for name in ("WORLD_SIZE", "RANK", "MASTER_PORT", "MASTER_ADDR"):
+                patch.delenv(name, raising=False)
+            for name, value in env.items():
+                patch.setenv(name, value)
+            refused(tmp_path / "out", said)
