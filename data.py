@@ -14,7 +14,10 @@ Shapes: B sequences in a batch, L tokens in a sequence.
     python data.py --data my_texts/
     python data.py --data openwebtext --tokenizer gpt2 --max-tokens 1e9
 """
-import support  # noqa: F401  (first: Ctrl-C ends in one line while PyTorch loads)
+try:
+    import support  # noqa: F401  (first: Ctrl-C ends in one line while PyTorch loads)
+except ModuleNotFoundError as error:  # python -I, python -P, PYTHONSAFEPATH
+    raise SystemExit("error: start Python without -I or -P, or set PYTHONPATH to this folder") from error
 
 import functools
 import hashlib

@@ -52,7 +52,7 @@ from support.cli import (
 from support.hub import hub_error
 from support.ranks import pick_device
 from support.scoring import SCORES, compare, ratio, score
-from support.text import READERS, ending, open_data, read_file, text_of
+from support.text import ROWS, TEXT, ending, open_data, read_file, text_of
 from support.tokenizer import load_tokenizer
 from support.wikitext import detokenize_wikitext, wikitext_articles
 
@@ -178,7 +178,7 @@ def read_texts(data, protocol, column):
         texts = [text for split, text in open_data(data).documents if split == "val"]
     elif path.is_file():
         texts = list(read_file(path, column))
-        if ending(path) not in (".jsonl", ".json", ".parquet"):
+        if ending(path) not in ROWS:
             texts = ["".join(texts)]  # a file of text comes in pieces
     else:
         texts = read_test_set(data, column)
@@ -194,7 +194,7 @@ def read_test_set(data, column):
     """The texts of the test split of a data set on the Hub."""
     if not Path(data).exists():  # the Hub takes half a minute to say that it has no such thing
         near = lookalike(data, [*TEST_SETS, "stdlib"])
-        if near or data.startswith(("/", ".", "~")) or ending(data) in READERS:
+        if near or data.startswith(("/", ".", "~")) or ending(data) in (*ROWS, *TEXT):
             hint = f": did you mean {near}?" if near else ""
             raise InputError(f"{data} is neither a file here nor a data set on the Hub{hint}")
 
