@@ -147,6 +147,7 @@ def row_type(header):
 
 def read_header(path):
     """What the cache in the folder `path`, finished or not, says about itself."""
+    path = Path(path)
     if not (path / "header.json").is_file():
         raise InputError(f"{path} is not a teacher's cache, as it has no header.json: choose a different "
                          "--teacher-cache")

@@ -1,5 +1,4 @@
 """The teacher on disk: the loss from draws is right on average, and a cache is whole, fits, or is refused."""
-import csv
 import gc
 import hashlib
 import json
@@ -9,24 +8,23 @@ import sys
 import threading
 import time
 from argparse import Namespace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from workshop import ROOT, call, difference, flags, log_rows, weights
 
 import distill
 from data import examples_at, target_offsets
 from model import GPT2
 from support import teacher_cache
 from support.chunked_loss import chunked_loss
-from support.cli import InputError, run_cli
+from support.cli import InputError
 from support.files import locked
 from support.ranks import Ranks
 from support.teacher_cache import Draws, TeacherCache, answers_to, draw_tokens, draws_loss
 
-REPO = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 
 
@@ -246,7 +244,7 @@ def test_the_format_of_older_caches(teacher, tmp_path):
     """32 bytes at 12 draws; what an older version wrote is read."""
     assert teacher_cache.row_type({"vocab_size": 2**16, "draws": 12}).itemsize == 32
     assert teacher_cache.row_type({"vocab_size": 2**16 + 1, "draws": 12}).itemsize == 56
-    assert teacher_cache.fingerprint(distill.load(REPO / "demo" / "teacher")) == "9197ad2a02cad35e"
+    assert teacher_cache.fingerprint(distill.load(ROOT / "demo" / "teacher")) == "9197ad2a02cad35e"
     (tmp_path / "cache").mkdir()
     header = {
         "version": 1, "teacher": "elsewhere", "weights": teacher_cache.fingerprint(teacher), "data": "d",
@@ -430,69 +428,68 @@ def test_a_teacher_that_answers_with_nan_makes_no_cache(teacher, tmp_path):
 
 
 # ------------------------------------------------------------------------------------ distill.py with a cache
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n\n".join(f"def f{i}(x):\n    return x + {i}  # adds {i}" for i in range(400)))
-    return path
+def cached(folder, **changes):
+    """Settings of a run with the cache folder/cache, for the functions of workshop.py."""
+    return {"teacher_cache": folder / "cache", "cache_draws": 4, "control": None, **changes}
 
 
-def flags(text, folder, more=""):
-    models = f"--teacher {REPO}/demo/teacher --student-layers 2"
-    cache = f"--teacher-cache {folder}/cache --cache-draws 4"
-    data = f"--data {text} --data-folder {text.parent} --eval-tokens 200 --out {folder}/out"
-    steps = "--seq-len 32 --batch-size 4 --grad-accum 2 --steps 4 --precision fp32 --device cpu"
-    return f"{models} {cache} {data} {steps} {more}".split()
-
-
-def call(patch, argv):
-    patch.setattr(sys, "argv", ["distill.py", *argv])
-    run_cli(distill.main)
-
-
-def log_rows(out):
-    with open(out / "log.csv") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-
-
-def test_a_second_run_uses_the_cache(text, tmp_path, monkeypatch, capsys):
-    """Another rate, seed, batch and control; no teacher answers, and none is in memory while it trains."""
-    call(monkeypatch, flags(text, tmp_path, "--no-control"))
+def test_a_second_run_uses_the_cache(workshop, distil, tmp_path, monkeypatch):
+    """Another student, rate, seed and batch; no teacher answers, and none is in memory while it trains."""
+    distil(tmp_path / "a", **cached(tmp_path, steps=1))
     before = content(tmp_path / "cache")
     honest = distill.train
 
     def watched(args, student, teacher, *rest):
         gc.collect()
         assert teacher is None
-        assert not [x for x in gc.get_objects() if isinstance(x, GPT2) and len(x.blocks) == 6]
+        assert not [x for x in gc.get_objects() if type(x) is GPT2 and len(x.blocks) == 4]
         return honest(args, student, teacher, *rest)
 
     monkeypatch.setattr(teacher_cache, "answers_to", refuse)
     monkeypatch.setattr(distill, "train", watched)
-    more = "--kd-weight 1 --clm-weight 0 --lr 1e-3 --seed 3 --batch-size 8 --steps 20 --control"
-    call(monkeypatch, flags(text, tmp_path, f"{more} --out {tmp_path}/b"))
-    kl = [row["kl"] for row in log_rows(tmp_path / "b")]
-    assert sum(kl[-5:]) < 0.9 * sum(kl[:5])
+    printed = distil(tmp_path / "b", **cached(
+        tmp_path, student=workshop / "small", student_layers=None, kd_weight=1, clm_weight=0, lr=1e-2, seed=3,
+        batch_size=4, grad_accum=2, steps=30, control=True))
+    kl = [float(row["kl"]) for row in log_rows(tmp_path / "b")]
+    assert sum(kl[-5:]) < 0.95 * sum(kl[:5])
     assert content(tmp_path / "cache") == before
-    assert "KL(teacher || student, T = 2, 4 draws)" in capsys.readouterr().out
-    assert {row["kl"] for row in log_rows(tmp_path / "b" / "control")} == {0}
+    assert "KL(teacher || student, T = 2, 4 draws)" in printed
+    assert {float(row["kl"]) for row in log_rows(tmp_path / "b" / "control")} == {0}
 
 
-def test_two_ranks_make_the_same_cache_and_learn_the_same(text, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_with_the_same_bits(workshop, distil, tmp_path, monkeypatch, capsys):
+    changes = cached(tmp_path, steps=6, save_interval=2, dropout=0.1)
+    distil(tmp_path / "whole", **changes)
+    honest = distill.Run.finish_step
+
+    def killed(run, step, *rest):
+        if step == 3:
+            raise KeyboardInterrupt
+        honest(run, step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distill.Run, "finish_step", killed)
+        assert call(patch, capsys, flags(workshop, tmp_path / "killed", **changes)).code == 130
+    distil(tmp_path / "killed", **changes, resume=True)
+    assert difference(weights(tmp_path / "whole"), weights(tmp_path / "killed")) == 0
+
+
+def test_two_ranks_make_the_same_cache_and_learn_the_same(workshop, distil, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(REPO / "distill.py"), *flags(text, tmp_path / "two", "--no-control")]
+               str(ROOT / "distill.py"), *flags(workshop, two / "out", **cached(two))]
     with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        call(monkeypatch, flags(text, tmp_path / "one", "--no-control"))
+        distil(one / "out", **cached(one))
         printed, _ = process.communicate(timeout=120)
         assert process.returncode == 0, printed
-    assert content(tmp_path / "two" / "cache") == content(tmp_path / "one" / "cache")
-    for one, two in zip(log_rows(tmp_path / "one" / "out"), log_rows(tmp_path / "two" / "out"), strict=True):
+    assert content(two / "cache") == content(one / "cache")
+    for by_one, by_two in zip(log_rows(one / "out"), log_rows(two / "out"), strict=True):
         for name in ("loss", "kl", "teacher_clm", "tokens"):
-            assert one[name] == pytest.approx(two[name], rel=1e-5)
+            assert float(by_one[name]) == pytest.approx(float(by_two[name]), rel=1e-5)
 
 
-def test_what_draws_cannot_give():
-    for more in ("--teacher none --student some/model", "--divergence reverse", "--cos-weight 1",
-                 "--on-policy 0.5 --kd-weight 1 --clm-weight 0"):
-        with pytest.raises(InputError, match="--teacher-cache"):
-            distill.parse_args(["--teacher-cache", "cache", *more.split()])
+def test_what_draws_cannot_give(workshop, refused, tmp_path):
+    no_teacher = {"teacher": "none", "student": workshop / "small", "student_layers": None}
+    on_policy = {"on_policy": 0.5, "kd_weight": 1, "clm_weight": 0}
+    for changes in ({"divergence": "reverse"}, {"cos_weight": 1}, no_teacher, on_policy):
+        refused(tmp_path / "out", "--teacher-cache needs", **cached(tmp_path, **changes))
