@@ -1,28 +1,28 @@
-"""How fast, how small, how exact: a distillation step, decoding and tokenisation against the usual code.
+"""A distillation step against the usual code: how long it takes, how much memory, how exact it is.
 
-    python -m extras.bench                          GPT-2 in bf16: all three
-    python -m extras.bench --only step --rounds 1   a first look
-    python -m extras.bench --only step --precision fp32 --batch-size 4
-    python -m extras.bench --only step --peers ours --against ../before
-    python -m extras.bench --only step --peers ours --no-exact --shape pythia
-    python -m extras.bench --only step --peers ours,ours-cache,hf,script
+    python -m extras.bench                               GPT-2 in bf16
+    python -m extras.bench --rounds 1                    a first look
+    python -m extras.bench --precision fp32 --batch-size 4
+    python -m extras.bench --peers ours --against ../before
+    python -m extras.bench --peers ours --no-exact --shape pythia
+    python -m extras.bench --peers ours,ours-cache,hf,script
 
 Read in this order:
-  PEERS           who is compared, each a function that loads two models and says how it computes the loss
+  PEERS           who is compared: each function loads two models and says how it computes the loss
   step            in a process of its own: a few steps of one peer, their time, memory and loss
-  answering       how long the teacher takes to make a cache, for the peer that learns from one
-  reference       the same loss by definition in float64, and a gradient; `gradient` holds a peer against it
-  decode          greedy text, ours against transformers' generate
-  tokenise        text into a corpus, ours against datasets.map and a memory map
+  exactness       the loss and the gradient of a peer against the definition in float64
   child           starts one of these functions in a fresh process
-  measure_steps   the peers in turns (A B C A B C ...), as a busy minute should not hit one of them alone
+  measure_steps   the peers in turns (A B C A B C ...), so that a busy minute does not hit one of them alone
 
-Models have true shapes and random weights, the same for all peers, and losses and gradients are held against
-float64: nobody wins by computing something else. Run it on a machine that does nothing else. The load before
-each process is printed with its time, so that a reader of the figures can see whether that was so.
+The models have true shapes and random weights, the same for all peers, and losses and gradients are compared
+with float64: nobody wins by computing something else. Run it on a machine that does nothing else. The load
+before each process is printed beside its time, so that a reader of the figures can see whether that was so.
 
 Shapes: B sequences, L tokens of each, V vocabulary. T is the temperature.
 """
+if not __package__:  # started as a file, from which Python does not find the rest of the project
+    raise SystemExit("error: run this from the project's folder, as `python -m extras.bench`")
+
 import argparse
 import json
 import math
@@ -34,28 +34,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from data import prepare
-from distill import divide_and_clip
+from distill import LossSettings, divide_and_clip, losses_of
 from model import DTYPES, GPT, GPT2, GPTNeoX, load
-from support.chunked_loss import LossSettings, chunked_losses
-from support.cli import InputError, format_table, new_parser, pick_device, run_cli, user_path
-from support.documents import stdlib_documents
-from support.options import DEMO_TEACHER, count
-from support.runtime import Ranks, autocast, keep_memory
-from support.sparse_loss import Draws
-from support.teacher_cache import answers_to
-from support.tokenizer import load_tokenizer
+from support import ROOT
+from support.chunked_loss import chunked_loss
+from support.cli import InputError, format_table, new_parser, run_cli, user_path
+from support.flags import count
+from support.ranks import Ranks, autocast, keep_memory, pick_device
+from support.teacher_cache import Draws, draws_loss
 
-ROOT = Path(__file__).parent.parent
 T, KD, CLM = 2.0, 0.5, 0.5  # temperature and weights of the loss that all compute
 DRAWS = 12  # of the teacher, for each token of a cache
 CLIP = 1.0
@@ -87,6 +81,7 @@ class Peer(NamedTuple):
     student: torch.nn.Module
     loss: Callable  # ids, targets (B, L) -> what backward() starts from
     is_sum: bool = False  # over tokens, so that gradients have to be divided; otherwise it is a mean
+    skips_last_clm: bool = False  # of each sequence
 
 
 def ours(folder, args):
@@ -98,14 +93,15 @@ def ours(folder, args):
     if args.peer == "ours-compile":
         for block in [*student.blocks, *teacher.blocks]:
             block.compile()
-    settings = LossSettings(T, KD, CLM, chunk_size=args.chunk_size, compile=args.peer == "ours-compile")
+    settings = LossSettings(temperature=T, kd_weight=KD, clm_weight=CLM, chunk_size=args.chunk_size,
+                            compile=args.peer == "ours-compile")
 
     def loss(ids, targets):
         with torch.no_grad():
             teacher_hidden = teacher.hidden(ids).flatten(0, 1)
         student_hidden = student.hidden(ids).flatten(0, 1)
-        losses = chunked_losses(student_hidden, student.head_weight, teacher_hidden, teacher.head_weight,
-                                targets.flatten(), settings)
+        losses = losses_of(student_hidden, student.head_weight, teacher_hidden, teacher.head_weight,
+                           targets.flatten(), settings)
         return losses.loss
     return Peer(student, loss, is_sum=True)
 
@@ -113,13 +109,13 @@ def ours(folder, args):
 def ours_cache(folder, args):
     """This project with --teacher-cache: no teacher in memory, and draws for each token in its place.
 
-    Here they are any tokens, as time and memory do not depend on which. So the loss of this peer is held
-    against nothing; that what comes of true draws is right is tested in tests/test_teacher_cache.py.
+    Here they are random tokens, as time and memory do not depend on which. So the loss of this peer means
+    nothing; tests/test_teacher_cache.py has the tests with true draws.
     """
     if args.device == "cpu":
         keep_memory()
     student = load(folder / "student", args.device).train()
-    settings = LossSettings(T, KD, CLM, chunk_size=args.chunk_size)
+    settings = LossSettings(temperature=T, kd_weight=KD, clm_weight=CLM, chunk_size=args.chunk_size)
 
     def loss(ids, targets):
         n = targets.numel()
@@ -127,7 +123,8 @@ def ours_cache(folder, args):
         drawn = torch.randint(student.config.vocab_size, (n, DRAWS), device=args.device)
         draws = Draws(drawn, torch.full((n, DRAWS), 1 / DRAWS, device=args.device), zeros, zeros)
         student_hidden = student.hidden(ids).flatten(0, 1)
-        losses = chunked_losses(student_hidden, student.head_weight, draws, None, targets.flatten(), settings)
+        losses = chunked_loss(draws_loss, student_hidden, student.head_weight, draws, None,
+                              targets.flatten(), settings)
         return losses.loss
     return Peer(student, loss, is_sum=True)
 
@@ -147,8 +144,8 @@ def hf(folder, args):
 
 
 def script(folder, args):
-    """As DistilGPT2's training script: the KL over logits that a boolean mask has picked, the CLM over a
-    shifted copy of them, which thereby has a position less than the KL in each sequence."""
+    """Like DistilGPT2's training script: the KL over logits that a boolean mask has picked, the CLM over a
+    shifted copy of them, so that each sequence has one position less in the CLM than in the KL."""
     student, teacher = hf_models(folder, args)
 
     def loss(ids, targets):
@@ -167,7 +164,7 @@ def script(folder, args):
         shifted = s[:, :-1].contiguous()
         labels = ids[:, 1:].contiguous()
         return KD * T**2 * kl + CLM * F.cross_entropy(shifted.view(-1, V), labels.view(-1))
-    return Peer(student, loss)
+    return Peer(student, loss, skips_last_clm=True)
 
 
 def hf_models(folder, args):
@@ -241,212 +238,59 @@ def peak_bytes(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def answering(folder, args):
-    """Seconds in which the teacher answers for 1,000 tokens of a cache, of each time but the first."""
-    if args.device == "cpu":
-        keep_memory()
-    teacher = load(folder / "teacher", args.device, DTYPES[args.precision]).requires_grad_(False)
-    V = teacher.config.vocab_size
-    ids, targets = (x.numpy() for x in batch(args, V))
-    asked = argparse.Namespace(teacher="the teacher", temperature=T, precision=args.precision)
-    header = {"vocab_size": V, "draws": DRAWS}
-
-    answer = partial(answers_to, teacher, ids, targets, range(len(ids)), asked, header)
-    timed(args.device, answer)
-    return [timed(args.device, answer)[0] * 1000 / targets.size for _ in range(args.steps)]
-
-
-def step_flops(args, with_teacher=True):
-    """Multiplications and additions in the matrix products of a step.
-
-    Forward 2 for each weight and token, and for the student 4 more backward. Causal attention multiplies a
-    query with L / 2 keys on average, and as many values with what that gives.
-    """
-    model_class, *configs = SHAPES[args.shape]
-    total = 0
-    for config, per_weight in zip(configs, (2, 6), strict=True):  # teacher, student
-        with torch.device("meta"):  # shapes alone, without memory
-            network = model_class(config)
-        matrices = sum(p.numel() for p in network.blocks.parameters() if p.dim() == 2)
-        attention = config.n_layer * 2 * config.width * args.seq_len / 2
-        head = config.width * config.vocab_size
-        if per_weight == 2 and not with_teacher:
-            continue
-        total += per_weight * args.batch_size * args.seq_len * (matrices + attention + head)
-    return total
-
-
-def ceiling(folder, args):
-    """FLOP/s of a large square matrix product, the best of a few: no step can be faster."""
-    n = 8192 if args.device == "cuda" else 2048
-    a = torch.ones(n, n, dtype=DTYPES[args.precision], device=args.device)
-    fastest = min(timed(args.device, lambda: a @ a)[0] for _ in range(10))
-    return {"flops": 2 * n**3 / fastest}
-
-
 # ------------------------------------------------------------------------------------ exactness
-def reference(folder, args):
-    """The loss by definition, in float64: {"loss": over all positions, "script": without each last CLM}.
-
-    The gradient of the first on a short text goes into gradient.safetensors, for `gradient`.
-    """
-    student = load(folder / "student", "cpu", torch.float64)
-    teacher = load(folder / "teacher", "cpu", torch.float64).requires_grad_(False)
-
-    def terms(ids, targets):
-        """(KL, CLM) of each position of one sequence, each (L,)."""
-        s = student(ids[None])[0]  # (L, V)
-        t = teacher(ids[None])[0]  # (L, V)
-        log_q = (s / T).log_softmax(-1)
-        log_p = (t / T).log_softmax(-1)
-        return (log_p.exp() * (log_p - log_q)).sum(-1), F.cross_entropy(s, targets, reduction="none")
-
-    with torch.no_grad():  # one sequence at a time: float64 logits of all of them would be large
-        found = [terms(*row) for row in zip(*batch(args, student.config.vocab_size), strict=True)]
-    kl, clm = (torch.stack(rows) for rows in zip(*found, strict=True))  # each (B, L)
-    losses = {
-        "loss": (KD * T**2 * kl.mean() + CLM * clm.mean()).item(),
-        "script": (KD * T**2 * kl.mean() + CLM * clm[:, :-1].mean()).item(),
-    }
-
-    kl, clm = terms(*short_text(args, student))
-    (KD * T**2 * kl + CLM * clm).mean().backward()
-    save_file(checkpoint_gradient(student), folder / "gradient.safetensors")
-    return losses
-
-
-def gradient(folder, args):
-    """|g - g64| / |g64| over all parameters of the student, on the short text of `reference`."""
+def exactness(folder, args):
+    """How far the loss and the gradient of a peer are from float64, on a text of 64 tokens:
+    {"loss": |loss - loss64|, "gradient": |g - g64| / |g64| over all parameters of the student}."""
+    args.batch_size, args.seq_len = 1, min(64, args.seq_len)  # float64 takes its time
     peer = PEERS[args.peer](folder, args)
-    ids, targets = (x[None].to(args.device) for x in short_text(args, peer.student))
+    ids, targets = batch(args, peer.student.config.vocab_size)
     with autocast(args, torch.device(args.device)):
-        loss = peer.loss(ids, targets)
+        loss = peer.loss(ids.to(args.device), targets.to(args.device))
     if peer.is_sum:
         loss = loss / targets.numel()
     loss.backward()
 
-    exact = load_file(folder / "gradient.safetensors")
+    student = load(folder / "student", "cpu", torch.float64)
+    exact = exact_loss(student, load(folder / "teacher", "cpu", torch.float64), ids, targets, peer)
+    exact.backward()
+
+    theirs = checkpoint_gradients(student)
     error = 0.0
     length = 0.0
-    for name, found in checkpoint_gradient(peer.student).items():
-        error += (found.cpu().double() - exact[name]).norm().item() ** 2
-        length += exact[name].norm().item() ** 2
-    return math.sqrt(error / length)
+    for name, found in checkpoint_gradients(peer.student).items():
+        error += (found.cpu().double() - theirs[name]).norm().item() ** 2
+        length += theirs[name].norm().item() ** 2
+    return {"loss": abs(loss.item() - exact.item()), "gradient": math.sqrt(error / length)}
 
 
-def short_text(args, student, length=64):
-    """ids and targets (L,) of a text that float64 can be waited for."""
-    ids, targets = batch(args, student.config.vocab_size)
-    return ids[0, :length], targets[0, :length]
+def exact_loss(student, teacher, ids, targets, peer):
+    """The mean loss per token, by definition."""
+    s = student(ids).flatten(0, 1)  # (L, V)
+    with torch.no_grad():
+        t = teacher(ids).flatten(0, 1)
+    log_q = (s / T).log_softmax(-1)
+    log_p = (t / T).log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)  # (L)
+    clm = F.cross_entropy(s, targets.flatten(), reduction="none")
+    return KD * T**2 * kl.mean() + CLM * (clm[:-1] if peer.skips_last_clm else clm).mean()
 
 
-def checkpoint_gradient(student):
-    """{name in checkpoints: gradient}, the same for our models and for transformers'."""
+def checkpoint_gradients(student):
+    """{name in checkpoints: gradient}, the same names for our models and for transformers'."""
     parameters = student.named_parameters()
     if not isinstance(student, GPT):
         return {name: p.grad for name, p in parameters}
     names = student.checkpoint_names()
-    return {names[name]: student.to_disk(name, p.grad).contiguous() for name, p in parameters}
-
-
-# ------------------------------------------------------------------------------------ text out, text in
-def decode(folder, args, new_tokens=128):
-    """{sequences: tokens/s of each way, and the share of equal ids}: greedy text of the student."""
-    from transformers import AutoModelForCausalLM
-    dtype = DTYPES[args.precision]
-    mine = load(folder / "student", args.device, dtype)
-    theirs = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=dtype).to(args.device).eval()
-    greedily = {"do_sample": False, "min_new_tokens": new_tokens, "max_new_tokens": new_tokens,
-                "pad_token_id": 0}
-
-    result = {}
-    for sequences in (1, 5):
-        ids, _ = batch(args, mine.config.vocab_size)
-        prompts = ids[:1, :32].repeat(sequences, 1).to(args.device)
-        mask = torch.ones_like(prompts)
-        ways = {"ours": partial(mine.generate, prompts, new_tokens),
-                "hf": partial(theirs.generate, prompts, attention_mask=mask, **greedily)}
-
-        fastest = dict.fromkeys(ways, math.inf)
-        texts = {}
-        for _ in range(4):  # in turns, as the steps are
-            for name, generate in ways.items():
-                seconds, texts[name] = timed(args.device, generate)
-                fastest[name] = min(fastest[name], seconds)
-
-        result[sequences] = {name: sequences * new_tokens / seconds for name, seconds in fastest.items()}
-        result[sequences]["same"] = (texts["ours"] == texts["hf"]).float().mean().item()
-    return result
-
-
-def tokenise(folder, args):
-    """MB/s of text into a corpus: prepare(), and the usual way, nanoGPT's: datasets.map, then a memory map.
-
-    Both start from one parquet file; that the usual way loads it into an Arrow cache is not counted.
-    """
-    import pyarrow
-    from datasets import disable_caching, disable_progress_bars, load_dataset
-    from pyarrow.parquet import write_table
-    disable_caching()  # or a second map() would be free
-    disable_progress_bars()
-    tokenizer = load_tokenizer(args.tokenizer)
-    texts = library_texts(args.megabytes)
-    text_file = folder / "text.parquet"
-    write_table(pyarrow.table({"text": texts}), text_file)
-    dataset = load_dataset(
-        "parquet", data_files=str(text_file), split="train", cache_dir=str(folder / "cache"))
-
-    fastest = {"ours": math.inf, "hf": math.inf}
-    for turn in range(3):
-        mine = partial(prepare, text_file, tokenizer, folder / str(turn), workers=args.workers)
-        seconds, corpus = timed("cpu", mine)
-        fastest["ours"] = min(fastest["ours"], seconds)
-
-        usual = partial(map_and_write, dataset, tokenizer, folder / "usual.bin", args.workers)
-        seconds, tokens = timed("cpu", usual)
-        fastest["hf"] = min(fastest["hf"], seconds)
-        if tokens != len(corpus.train) + len(corpus.val):
-            raise InputError("datasets.map and prepare() found different numbers of tokens")
-
-    megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    return {name: megabytes / seconds for name, seconds in fastest.items()}
-
-
-def library_texts(megabytes, length=5000):
-    """Texts of about `length` characters each, from the standard library, all different."""
-    library = "".join(text for _, text in stdlib_documents())
-    texts = []
-    for number in range(megabytes * 10**6 // length):
-        start = number * length % (len(library) - length)
-        texts.append(f"{number}\n{library[start:start + length]}")  # a number, or copies would be left out
-    return texts
-
-
-def map_and_write(dataset, tokenizer, path, workers):
-    """The usual way from texts to ids on disk. Returns how many there are."""
-    import numpy as np
-
-    def encode(row):
-        ids = [*tokenizer.bpe.encode_ordinary(row["text"]), tokenizer.eot]
-        return {"ids": ids, "length": len(ids)}
-
-    rows = dataset.map(encode, remove_columns=["text"], num_proc=workers)
-    out = np.memmap(path, np.uint16, "w+", shape=(sum(rows["length"]),))
-    at = 0
-    for shard in range(64):
-        ids = np.concatenate(rows.shard(64, shard, contiguous=True).with_format("numpy")["ids"])
-        out[at:at + len(ids)] = ids
-        at += len(ids)
-    out.flush()
-    return at
+    return {names[name]: student.to_disk(name, p.grad) for name, p in parameters}
 
 
 # ------------------------------------------------------------------------------------ processes
 class Contender(NamedTuple):
-    """A row of the table of steps."""
+    """A row of the table."""
     peer: str  # a key of PEERS
     tuned: bool = False  # in the environment TUNED
-    checkout: Path = ROOT  # of which commit
+    checkout: Path = ROOT  # the folder whose code runs
 
     @property
     def name(self):
@@ -454,32 +298,21 @@ class Contender(NamedTuple):
         return self.peer + before + (", tuned" if self.tuned else "")
 
 
-TASKS = {task.__name__: task for task in (step, answering, ceiling, reference, gradient, decode, tokenise)}
+TASKS = {"step": step, "exactness": exactness}
 
 
-def child(folder, args, task, contender=None):
-    """What the function `task` returns in a fresh process, whose memory and threads are its own alone."""
-    contender = contender or Contender("")
+def child(folder, args, task, contender):
+    """What the function `task` returns in a fresh process, which has memory and threads of its own."""
     settings = {**vars(args), "task": task, "peer": contender.peer, "folder": str(folder)}
-    root = str(contender.checkout)
-    env = {**os.environ, "PYTHONPATH": root, "TQDM_DISABLE": "1", **(TUNED if contender.tuned else {})}
-    command = [*bench_of(contender.checkout), "--child", json.dumps(settings, default=str)]
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
+    env = {**os.environ, "PYTHONPATH": str(contender.checkout), "TQDM_DISABLE": "1"}
+    if contender.tuned:
+        env |= TUNED
+    command = [sys.executable, "-m", "extras.bench", "--child", json.dumps(settings, default=str)]
+    done = subprocess.run(command, cwd=contender.checkout, env=env, capture_output=True, text=True)
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["killed"]
-        raise InputError(f"{task} {contender.name} failed: {said[-1]}")
+        raise InputError(f"{task} of {contender.name} failed: {said[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def bench_of(checkout):
-    """The command that starts the bench of a checkout, which can be of a commit that has it at its top."""
-    at_the_top = checkout / "bench.py"
-    if at_the_top.exists():
-        return [sys.executable, str(at_the_top)]
-    if not (checkout / "extras" / "bench.py").exists():
-        raise InputError(f"--against {checkout}: there is no checkout of this project; `git worktree add "
-                         f"{checkout} COMMIT` makes one")
-    return [sys.executable, "-m", "extras.bench"]
 
 
 def machine_load():
@@ -509,43 +342,10 @@ def spread(values, form=".2f"):
     return " to ".join([shown[0], shown[-1]] if len(shown) > 1 else shown) or "-"
 
 
-def print_steps(folder, args, contenders):
-    """Both tables of the step: what it costs and, if that is asked for, how exact it is."""
-    top = child(folder, args, "ceiling")["flops"]
-    to_check = args.exact and any(contender.peer != "ours-cache" for contender in contenders)
-    exact = child(folder, args, "reference") if to_check else None
-    runs = measure_steps(folder, args, contenders)
-    print(f"\nA step of {args.batch_size} x {args.seq_len} tokens, {args.shape}, {args.precision}: "
-          f"{args.rounds} rounds of {args.steps} steps. The largest matrix product reaches "
-          f"{top / 1e9:,.0f} GFLOP/s.\n")
-    print(format_table(cost_rows(runs, args, top)), flush=True)
-    if exact:
-        print("\n" + format_table(exactness_rows(folder, runs, args, exact)), flush=True)
-    if any(contender.peer == "ours-cache" for contender in contenders):
-        print_answering(folder, args)
-
-    cores = os.cpu_count() or 1
-    loads = [run["load"] for rounds in runs.values() for run in rounds if run["load"] is not None]
-    print("\nTime: the median of the rounds' ratios to the first row. Load: processes that wanted a core in\n"
-          f"the minute before, the last one of this bench included; there are {cores} cores.")
-    if loads and max(loads) > 1.25 * cores:
-        print("The machine was busy with something else: measure again when it is quiet.")
-
-
-def print_answering(folder, args):
-    load_before = machine_load()
-    seconds = child(folder, args, "answering")
-    print(f"\nFor a cache of {DRAWS} draws the teacher answers for 1,000 tokens in "
-          f"{statistics.median(seconds):.3g} s (range\n{spread(seconds, '.3g')}), load before "
-          f"{spread([load_before])}. The draws of ours-cache are any tokens, so its\n"
-          "loss is compared with none.", flush=True)
-
-
-def cost_rows(runs, args, top):
-    """Time and memory. `top`: FLOP/s of the largest matrix product."""
+def cost_rows(runs, args):
+    """Time, memory, and the loss of the first step, which the same code has computed."""
     first = next(iter(runs.values()))
     first_medians = [statistics.median(run["seconds"]) for run in first]
-    tokens = args.batch_size * args.seq_len
 
     rows = []
     for contender, rounds in runs.items():
@@ -561,55 +361,48 @@ def cost_rows(runs, args, top):
             "range, s": spread(seconds, ".3g"),
             "time": f"{statistics.median(ratios):.2f}x",
             "by round": spread(ratios),
-            "tokens/s": f"{tokens / median:,.0f}",
-            "of the ceiling": f"{step_flops(args, contender.peer != 'ours-cache') / median / top:.0%}",
+            "tokens/s": f"{args.batch_size * args.seq_len / median:,.0f}",
             "peak, GB": f"{max(run['peak'] for run in rounds) / 1e9:.2f}",
+            "loss": "-" if contender.peer == "ours-cache" else f"{rounds[0]['loss']:.6f}",
             "load before": spread([run["load"] for run in rounds]),
         })
     return rows
 
 
-def exactness_rows(folder, runs, args, exact):
-    """Loss and gradient against float64. `exact`: the losses of `reference`."""
+def exactness_rows(folder, args, contenders):
+    """Each way to compute the loss once: the environment changes no number, and random draws have no loss."""
     rows = []
-    for contender, rounds in runs.items():
-        if contender.tuned or contender.peer == "ours-cache":  # the same loss; a loss of any draws
+    for contender in contenders:
+        if contender.tuned or contender.peer == "ours-cache" or contender.checkout != ROOT:
             continue
-        error = "-"
-        if contender.peer != "script":  # whose loss has fewer terms, so its gradient is another
-            error = f"{child(folder, args, 'gradient', contender):.1e}"
-        rows.append({
-            "": contender.name,
-            "loss": f"{rounds[0]['loss']:.6f}",
-            "in float64": f"{exact['script' if contender.peer == 'script' else 'loss']:.6f}",
-            "gradient off by": error,
-        })
+        found = child(folder, args, "exactness", contender)
+        rows.append({"": contender.name, "loss off by": f"{found['loss']:.1e}",
+                     "gradient off by": f"{found['gradient']:.1e}"})
     return rows
 
 
-def print_decoding(folder, args):
-    rows = []
-    for sequences, of in child(folder, args, "decode").items():
-        rows.append({"sequences": sequences, "ours": f"{of['ours']:.0f}", "hf": f"{of['hf']:.0f}",
-                     "ours is": f"{of['ours'] / of['hf']:.2f}x", "same ids": f"{of['same']:.0%}"})
-    print(f"\nGreedy decoding of the student, {args.precision}: tokens/s, the best of 4; load before "
-          f"{spread([machine_load()])}\n")
-    print(format_table(rows), flush=True)
+def print_tables(folder, args, contenders):
+    runs = measure_steps(folder, args, contenders)
+    print(f"\nA step of {args.batch_size} x {args.seq_len} tokens, {args.shape}, {args.precision}: "
+          f"{args.rounds} rounds of {args.steps} steps.\n")
+    print(format_table(cost_rows(runs, args)), flush=True)
 
+    cores = os.cpu_count() or 1
+    print("\nTime: the median of the rounds' ratios to the first row. Load: processes that wanted a core in\n"
+          f"the minute before, the last one of this bench included; there are {cores} cores.")
+    loads = [run["load"] for rounds in runs.values() for run in rounds if run["load"] is not None]
+    if loads and max(loads) > 1.25 * cores:
+        print("The machine was busy with something else: measure again when it is quiet.")
 
-def print_tokenisation(folder, args):
-    load_before = machine_load()
-    of = child(folder, args, "tokenise")
-    print(f"\nTokenisation with {args.workers} workers, the best of 3: ours {of['ours']:.1f} MB/s, "
-          f"datasets.map and a memory map {of['hf']:.1f} MB/s;\nours is {of['ours'] / of['hf']:.2f}x as "
-          f"fast; load before {spread([load_before])}")
+    rows = exactness_rows(folder, args, contenders) if args.exact else []
+    if rows:
+        print("\nAgainst the definition in float64, on one text of 64 tokens:\n\n" + format_table(rows))
 
 
 # ------------------------------------------------------------------------------------ the command
 def parse_args(argv=None):
     parser = new_parser(__doc__, "python -m extras.bench [options]")
     add = parser.add_argument_group("what is measured").add_argument
-    add("--only", choices=["step", "decode", "tokenise"], help="one part alone; without it, all three")
     add("--peers", default="ours,hf,script", metavar="NAMES",
         help=f"who makes the steps, of {', '.join(PEERS)}; the first is the measure of the others")
     add("--against", type=user_path, metavar="FOLDER",
@@ -640,11 +433,6 @@ def parse_args(argv=None):
     add("--steps", type=count, default=3, metavar="N",
         help="measured steps in a process, after one that warms up")
 
-    add = parser.add_argument_group("tokenisation").add_argument
-    add("--tokenizer", type=user_path, default=DEMO_TEACHER, metavar="MODEL",
-        help="a model whose tokenizer is used: folder or Hub name")
-    add("--megabytes", type=count, default=40, metavar="N", help="text to tokenise")
-    add("--workers", type=count, default=2, metavar="N", help="cores that tokenise")
     add("--child", type=json.loads, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -657,7 +445,9 @@ def find_contenders(args):
     contenders = [Contender(peer) for peer in peers]
     if args.against:
         checkout = Path(args.against).resolve()
-        bench_of(checkout)  # refuses what is none
+        if not (checkout / "extras" / "bench.py").exists():
+            raise InputError(f"--against {checkout}: this is not a checkout of this project; `git worktree "
+                             f"add {checkout} COMMIT` makes one")
         contenders.insert(1, Contender("ours", checkout=checkout))
     if args.tuned:
         contenders += [contender._replace(tuned=True) for contender in contenders]
@@ -668,7 +458,7 @@ def describe_machine(device):
     """Hardware, system and libraries, in a line."""
     hardware = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
     try:
-        libraries = [f"{name} {version(name)}" for name in ("torch", "transformers", "datasets")]
+        libraries = [f"{name} {version(name)}" for name in ("torch", "transformers")]
     except PackageNotFoundError as error:
         raise InputError(f"extras.bench needs {error.name}: "
                          "python -m pip install -r requirements-dev.txt") from error
@@ -687,8 +477,6 @@ def main():
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.device = pick_device(args.device)
-    if os.path.exists(args.tokenizer):
-        args.tokenizer = os.path.abspath(args.tokenizer)  # processes start in the repository's folder
     print(describe_machine(args.device) + "\n", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -696,12 +484,7 @@ def main():
         for role, config in (("teacher", teacher), ("student", student)):
             torch.manual_seed(len(role))
             model_class(config).save(Path(folder, role))
-        if args.only in (None, "step"):
-            print_steps(folder, args, contenders)
-        if args.only in (None, "decode"):
-            print_decoding(folder, args)
-        if args.only in (None, "tokenise"):
-            print_tokenisation(folder, args)
+        print_tables(Path(folder), args, contenders)
 
 
 if __name__ == "__main__":
