@@ -203,6 +203,8 @@ def apply_merges(word, ranks):
 
 def merge_ranks(model, name):
     """The list of merges as {("Ġ", "t"): 0, ("Ġ", "a"): 1, ...}."""
+    if not isinstance(model["merges"], list):
+        raise InputError(f"{name}: its merges are not a list")
     ranks = {}
     for rank, merge in enumerate(model["merges"]):
         first, second = merge.split(" ") if isinstance(merge, str) else merge  # older files: "Ġ t"

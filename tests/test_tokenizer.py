@@ -1,4 +1,4 @@
-"""support/tokenizer.py: ids against Hugging Face's own library, and every tokenizer that is refused."""
+"""support/tokenizer.py: the ids of Hugging Face's own library, files of both forms, and what is refused."""
 import copy
 import json
 import random
@@ -41,10 +41,10 @@ TEXTS = {
 
 
 @FORMS
-@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_ids_equal_the_reference(tokenizers_dir, form, text):
+def test_ids_equal_the_reference(tokenizers_dir, form):
     ours, reference = pair(tokenizers_dir, form)
-    assert ours.encode(text, allow_special=True) == reference(text)
+    for name, text in TEXTS.items():
+        assert ours.encode(text, allow_special=True) == reference(text), name
 
 
 @FORMS
@@ -53,7 +53,7 @@ def test_ids_equal_the_reference_on_random_mixtures(tokenizers_dir, form):
     draw = random.Random(0)
     parts = [" ", "\n", "\t", "\r\n", "\u00a0", "\u3000", "word", "'ll", "'", "7", "\u00e9", "e\u0301",
              "\u4e2d", "!", "x  y", "<|endoftext|>", "<|padding|>", "\x1c", "\x85"]
-    for _ in range(3000):
+    for _ in range(1000):
         length = draw.randint(1, 12)
         text = "".join(draw.choice(parts) * draw.choice([1, 1, 1, 2, 3, 26]) for _ in range(length))
         assert ours.encode(text, allow_special=True) == reference(text), repr(text)
@@ -71,14 +71,15 @@ def test_ids_equal_the_reference_on_every_code_point(tokenizers_dir, form):
 
 
 @FORMS
-@pytest.mark.parametrize("run", [" ", "\n", "\r\n", "\t \n"])
-def test_a_million_of_whitespace(tokenizers_dir, form, run):
+def test_a_million_of_whitespace(tokenizers_dir, form):
+    """tiktoken itself would panic."""
     ours, reference = pair(tokenizers_dir, form)
-    text = "x" + run * (1_200_000 // len(run)) + "y"
-    ids = ours.encode(text)
-    assert ours.decode(ids) == text
-    if run in " \n":
-        assert ids == reference(text)  # the cuts leave no trace
+    for run in (" ", "\n", "\r\n", "\t \n"):
+        text = "x" + run * (1_200_000 // len(run)) + "y"
+        ids = ours.encode(text)
+        assert ours.decode(ids) == text
+        if len(run) == 1:
+            assert ids == reference(text)  # the cuts leave no trace
 
 
 @FORMS
@@ -122,15 +123,41 @@ def test_saved_tokenizer_opens_in_transformers(tokenizers_dir, form, tmp_path):
     # transformers 4 reads this setting only from the file; without it, it adds token_type_ids
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["model_input_names"] == ["input_ids", "attention_mask"]
+    theirs.save_pretrained(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").fingerprint == ours.fingerprint
 
 
 @FORMS
-def test_a_tokenizer_that_transformers_saved(tokenizers_dir, form, tmp_path):
-    from transformers import AutoTokenizer
-    ours = load_tokenizer(tokenizers_dir / form)
-    ours.save(tmp_path)
-    AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
-    assert load_tokenizer(tmp_path / "again").fingerprint == ours.fingerprint
+def test_the_export_keeps_what_the_tokenizer_knew(tokenizers_dir, form, tmp_path):
+    """Pad token, other special tokens, chat template; and for GPT-2's form vocab.json and merges.txt."""
+    from transformers import AutoTokenizer, GPT2Tokenizer
+    load_tokenizer(tokenizers_dir / form).save(tmp_path / "plain")
+    (tmp_path / "plain" / "config.json").write_text('{"model_type": "gpt2"}')
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "plain")
+    names = ["<|user|>", "<|bot|>"]
+    theirs.add_special_tokens({"pad_token": "[PAD]", "additional_special_tokens": names})
+    theirs.chat_template = "{{ messages[0]['content'] }}"
+    theirs.save_pretrained(tmp_path / "teacher")
+
+    load_tokenizer(tmp_path / "teacher").save(tmp_path / "out", max_length=64)
+    (tmp_path / "out" / "config.json").write_text('{"model_type": "gpt2"}')
+    again = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (again.pad_token, again.pad_token_id) == ("[PAD]", theirs.pad_token_id)
+    assert again.chat_template == theirs.chat_template and set(names) <= set(again.all_special_tokens)
+    assert again.model_max_length == 64 and again.eos_token == "<|endoftext|>"
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert config["additional_special_tokens"] == names  # transformers 4 fails on transformers 5's name
+
+    text = "It's<|user|> a [PAD]<|endoftext|>  test"
+    assert again(text)["input_ids"] == theirs(text)["input_ids"]
+    for file in ("vocab.json", "merges.txt", "added_tokens.json"):
+        assert (tmp_path / "out" / file).exists() == (form == "gpt2")
+    if form == "gpt2":
+        (tmp_path / "out" / "tokenizer.json").unlink()
+        ours = load_tokenizer(tmp_path / "out")
+        assert ours.fingerprint == load_tokenizer(tmp_path / "teacher").fingerprint
+        slow = GPT2Tokenizer.from_pretrained(tmp_path / "out")
+        assert slow(text)["input_ids"] == ours.encode(text, allow_special=True) == theirs(text)["input_ids"]
 
 
 # --- Fingerprints -----------------------------------------------------------------------------------------
@@ -246,7 +273,7 @@ def random_merges(spec, draw):
 def test_random_merges_give_the_ids_of_the_reference_or_are_refused(spec):
     from tokenizers import Tokenizer as Reference
     accepted = 0
-    for seed in range(400):
+    for seed in range(300):
         draw = random.Random(seed)
         changed = random_merges(spec, draw)
         try:
@@ -259,7 +286,7 @@ def test_random_merges_give_the_ids_of_the_reference_or_are_refused(spec):
         for _ in range(20):
             text = "".join(draw.choices("abc ", k=draw.randint(1, 20)))
             assert ours.encode(text) == reference.encode(text).ids, (seed, text)
-    assert accepted > 200
+    assert accepted > 150
 
 
 # --- What is read, and what is not ------------------------------------------------------------------------
@@ -279,24 +306,19 @@ def sequence(key, *steps):
     return {"type": "Sequence", key: [*steps]}
 
 
-@pytest.mark.parametrize("section, value", [
-    ("post_processor", template(TEXT_A)),
-    ("post_processor", template(BOS, TEXT_A, special=SPECIAL)),
-    ("post_processor", template(BOS, TEXT_A, BOS, special=SPECIAL)),
-    ("post_processor", sequence("processors", BYTE_LEVEL, template(TEXT_A))),
-    ("post_processor", sequence("processors")),
-    ("pre_tokenizer", sequence("pretokenizers", BYTE_LEVEL)),
-    ("pre_tokenizer", sequence("pretokenizers", sequence("pretokenizers", BYTE_LEVEL))),
-    ("normalizer", sequence("normalizers")),
-])
-def test_what_changes_no_id_of_a_text_is_read(spec, tok, section, value):
+def test_what_changes_no_id_of_a_text_is_read(spec, tok):
     from tokenizers import Tokenizer as Reference
-    ours = made({**spec, section: value})
-    reference = Reference.from_str(json.dumps({**spec, section: value}))
-    assert ours.fingerprint == tok.fingerprint
-    for text in TEXTS.values():
-        expected = reference.encode(text, add_special_tokens=False).ids
-        assert ours.encode(text, allow_special=True) == expected
+    for section, value in [
+            ("post_processor", template(BOS, TEXT_A, BOS, special=SPECIAL)),
+            ("post_processor", sequence("processors", BYTE_LEVEL, template(TEXT_A))),
+            ("pre_tokenizer", sequence("pretokenizers", sequence("pretokenizers", BYTE_LEVEL))),
+            ("normalizer", sequence("normalizers"))]:
+        ours = made({**spec, section: value})
+        reference = Reference.from_str(json.dumps({**spec, section: value}))
+        assert ours.fingerprint == tok.fingerprint
+        for text in TEXTS.values():
+            expected = reference.encode(text, add_special_tokens=False).ids
+            assert ours.encode(text, allow_special=True) == expected
 
 
 def test_a_sequence_of_nfc_is_nfc(spec):
@@ -312,73 +334,67 @@ def test_longer_special_tokens_come_first(spec):
         assert ours.encode(text, allow_special=True) == reference.encode(text).ids
 
 
-@pytest.mark.parametrize("path, value, named", [
-    ("normalizer", {"type": "NFKC"}, "normalizer.type 'NFKC'"),
-    ("normalizer", sequence("normalizers", {"type": "NFC"}, {"type": "Lowercase"}), "Lowercase"),
-    ("pre_tokenizer", {"type": "Metaspace"}, "Metaspace"),
-    ("pre_tokenizer", None, "pre_tokenizer of 0 steps"),
-    ("pre_tokenizer", sequence("pretokenizers", BYTE_LEVEL, BYTE_LEVEL), "pre_tokenizer of 2 steps"),
-    ("pre_tokenizer/add_prefix_space", True, "add_prefix_space"),
-    ("pre_tokenizer/use_regex", False, "use_regex"),
-    ("model/type", "WordPiece", "WordPiece"),
-    ("model/dropout", 0.1, "dropout"),
-    ("model/byte_fallback", True, "byte_fallback"),
-    ("model/ignore_merges", True, "ignore_merges"),
-    ("model/continuing_subword_prefix", "##", "##"),
-    ("model/merges", "reversed", "another order than the merges'"),
-    ("model/merges/7", ["zz", "qq"], "['zz', 'qq'] is no pair of tokens"),
-    ("model/merges/7", "t h e", "'t h e' is no pair of tokens"),
-    ("model/merges/7", 7, "no tokenizer.json"),
-    ("model/merges/7", [["t"], ["h"]], "no tokenizer.json"),
-    ("model/merges", {}, "model.merges is no list"),
-    ("model/vocab", [], "model.vocab is no dict"),
-    ("model/vocab/!", "rename", "no token for the byte 33"),
-    ("model/vocab/!", 2, "'!' and '#' have the same id 2"),
-    ("model/vocab/zzzz", 10**12, "id 1000000000000 of 'zzzz'"),
-    ("model/vocab/zzzz", -1, "id -1 of 'zzzz'"),
-    ("model/vocab/zzzz", True, "id True of 'zzzz'"),
-    ("model/vocab/zzzz", 600.0, "id 600.0 of 'zzzz'"),
-    ("model/vocab/zzzz", None, "id None of 'zzzz'"),
-    ("model/vocab/zzzz", 599, "<|endoftext|>' has id 599, but the tokenizers library reads 600"),
-    ("post_processor", template(TEXT_A, TEXT_A), "TemplateProcessing"),
-    ("post_processor", template(BOS, special=SPECIAL), "TemplateProcessing"),
-    ("post_processor", {"type": "BertProcessing"}, "BertProcessing"),
-    ("post_processor", {"type": "TemplateProcessing"}, "no tokenizer.json"),
-    ("added_tokens/0/lstrip", True, "lstrip"),
-    ("added_tokens/0/content", "<eos>", "<|endoftext|>"),
-    ("added_tokens/0/content", "", "has no text"),
-    ("added_tokens/0/content", 7, "has no text"),
-    ("added_tokens/0/special", False, "<|endoftext|>"),
-    ("added_tokens/0/special", None, "neither special nor not"),
-    ("added_tokens/0/id", 7, "has id 7, but the tokenizers library reads 599"),
-    ("added_tokens/0/id", "599", "id '599' of '<|endoftext|>'"),
-    ("added_tokens/0", "<|endoftext|>", "has no text"),
-    ("added_tokens/1", {"content": "\\", "id": 59, "special": True}, "'\\\\' is an ordinary one"),
-    ("added_tokens/1", {"content": "self", "id": "vocab", "special": True}, "'self' is an ordinary one"),
-    ("added_tokens", None, "added_tokens is no list"),
-    ("model", None, "model is no dict"),
-])
-def test_a_tokenizer_that_is_not_implemented(tokenizers_dir, tmp_path, path, value, named):
-    spec = json.loads((tokenizers_dir / "gpt2" / "tokenizer.json").read_text(encoding="utf-8"))
-    *parents, last = [int(key) if key.isdigit() else key for key in path.split("/")]
-    place = spec
-    for key in parents:
-        place = place[key]
-    if value == "rename":
-        place["zzzz"] = place.pop(last)
-    elif path == "added_tokens/1":
-        ids = spec["model"]["vocab"]
-        place.append({**value, "id": ids[value["content"]]})
-    else:
-        place[last] = place[last][::-1] if value == "reversed" else value
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    with pytest.raises(InputError) as error:
+def test_what_would_give_other_ids_is_refused(tokenizers_dir, tmp_path):
+    source = (tokenizers_dir / "gpt2" / "tokenizer.json").read_bytes()
+    special = {"special": True, "lstrip": False}
+    steps = sequence("normalizers", {"type": "NFC"}, {"type": "Lowercase"})
+    for named, change in {
+            "NFKC": lambda spec: spec.update(normalizer={"type": "NFKC"}),
+            "Lowercase": lambda spec: spec.update(normalizer=steps),
+            "Metaspace": lambda spec: spec.update(pre_tokenizer={"type": "Metaspace"}),
+            "of 0 steps": lambda spec: spec.update(pre_tokenizer=None),
+            "add_prefix_space": lambda spec: spec["pre_tokenizer"].update(add_prefix_space=True),
+            "use_regex": lambda spec: spec["pre_tokenizer"].update(use_regex=False),
+            "dropout": lambda spec: spec["model"].update(dropout=0.1),
+            "##": lambda spec: spec["model"].update(continuing_subword_prefix="##"),
+            "in another order": lambda spec: spec["model"]["merges"].reverse(),
+            "not a pair of tokens": lambda spec: spec["model"]["merges"].insert(7, ["zz", "qq"]),
+            "no token for the byte 33": lambda spec: spec["model"]["vocab"].update(
+                zz=spec["model"]["vocab"].pop("!")),
+            "have the same id 2": lambda spec: spec["model"]["vocab"].update({"!": 2}),
+            "TemplateProcessing": lambda spec: spec.update(post_processor=template(TEXT_A, TEXT_A)),
+            "BertProcessing": lambda spec: spec.update(post_processor={"type": "BertProcessing"}),
+            "lstrip": lambda spec: spec["added_tokens"][0].update(lstrip=True),
+            "no special token <|endoftext|>": lambda spec: spec["added_tokens"][0].update(content="<eos>"),
+            "has id 7, but the tokenizers library reads": lambda spec: spec["added_tokens"][0].update(id=7),
+            "'\\\\' is also an ordinary token": lambda spec: spec["added_tokens"].append(
+                {**special, "content": "\\", "id": spec["model"]["vocab"]["\\"]})}.items():
+        spec = json.loads(source)
+        change(spec)
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+        with pytest.raises(InputError) as error:
+            load_tokenizer(tmp_path)
+        assert named in str(error.value) and f"{tmp_path}/tokenizer.json" in str(error.value)
+
+
+def test_damaged_files(tokenizers_dir, tmp_path):
+    source = (tokenizers_dir / "gpt2" / "tokenizer.json").read_text(encoding="utf-8")
+    eot = json.loads(source)["added_tokens"][0]
+    contents = [b"", b"{", b"[]", b"null", b"{}", b"[" * 100_000, b"\xff\xfe{\x00}\x00"]
+    for key, value in [("model", None), ("vocab", []), ("merges", {}), ("merges", [7]),
+                       ("merges", [["t", "h", "e"]]), ("vocab", {"!": -1}), ("vocab", {"!": 600.0}),
+                       ("vocab", {"!": True}), ("vocab", {"!": None}), ("added_tokens", [7]),
+                       ("added_tokens", [{**eot, "content": 7}, eot]),
+                       ("added_tokens", [{**eot, "content": ""}, eot])]:
+        spec = json.loads(source)
+        place = spec if key in spec else spec["model"]
+        place[key] = place[key] | value if key == "vocab" and value else value
+        contents.append(json.dumps(spec).encode())
+    for content in contents:
+        (tmp_path / "tokenizer.json").write_bytes(content)
+        with pytest.raises(InputError) as error:
+            load_tokenizer(tmp_path)
+        assert f"{tmp_path}/tokenizer.json" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_pointer_of_git_lfs(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(InputError, match="pointer of Git LFS"):
         load_tokenizer(tmp_path)
-    assert named in str(error.value) and "\n" not in str(error.value)
 
 
 def test_tokens_that_take_minutes_to_be_made(spec):
-    """Each is a letter longer than the one before."""
+    """Each is a character longer than the one before."""
     vocab = spec["model"]["vocab"]
     token = "aa"
     for length in range(2, 600):
@@ -386,7 +402,7 @@ def test_tokens_that_take_minutes_to_be_made(spec):
         if length > 2:
             spec["model"]["merges"].append([token[:-1], "a"])
         token += "a"
-    with pytest.raises(InputError, match="tokens of up to 599 letters are not implemented"):
+    with pytest.raises(InputError, match="tokens of up to 599 characters are not supported"):
         made(spec)
 
 
@@ -404,34 +420,21 @@ def test_a_vocabulary_with_a_gap(spec):
         made(spec)
 
 
-@pytest.mark.parametrize("normalized", [[True], [False], [True, False]], ids=str)
-def test_runs_of_spaces_that_are_not_normalized_come_first(tokenizers_dir, normalized):
+def test_runs_of_spaces_that_are_not_normalized_come_first(tokenizers_dir):
     from tokenizers import Tokenizer as Reference
     content = json.loads((tokenizers_dir / "neox" / "tokenizer.json").read_text(encoding="utf-8"))
-    for i, token in enumerate(content["added_tokens"][2:]):
-        token["normalized"] = normalized[i % len(normalized)]
-    if len(normalized) == 2:
-        with pytest.raises(InputError, match="some are normalized"):
-            made(content)
-        return
-    ours = made(content)
-    reference = Reference.from_str(json.dumps(content))
-    for n in range(60):
-        text = "a" + " " * n + "b"
-        assert ours.encode(text) == reference.encode(text).ids
-
-
-@pytest.mark.parametrize("content", [
-    b"", b"{", b"[]", b"7", b"null", b"{}", b'{"model": {}}', b"[" * 100_000,
-    b'{"a":' * 100_000,
-    b"\xff\xfe{\x00}\x00", b"\xef\xbb\xbf{}",
-    b'{"model": {"vocab": {"\\ud800": 0}, "merges": []}, "pre_tokenizer": {}}',
-], ids=lambda content: str(content[:20]))
-def test_a_damaged_tokenizer_json(tmp_path, content):
-    (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(InputError) as error:
-        load_tokenizer(tmp_path)
-    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    for normalized in ([True], [False], [True, False]):
+        for i, token in enumerate(content["added_tokens"][2:]):
+            token["normalized"] = normalized[i % len(normalized)]
+        if len(normalized) == 2:
+            with pytest.raises(InputError, match="only some are normalized"):
+                made(content)
+            continue
+        ours = made(content)
+        reference = Reference.from_str(json.dumps(content))
+        for n in range(60):
+            text = "a" + " " * n + "b"
+            assert ours.encode(text) == reference.encode(text).ids
 
 
 # --- vocab.json and merges.txt ----------------------------------------------------------------------------
@@ -465,26 +468,28 @@ def test_vocab_json_and_merges_txt_with_more_tokens(old_files, tok):
     assert ours.special == {"<|endoftext|>": 599, "[PAD]": 600, "<|user|>": 601}
     assert shared_vocabulary(ours, tok) == 600
     (old_files / "special_tokens_map.json").unlink()
-    with pytest.raises(InputError, match="added token '.*' is not implemented"):
+    with pytest.raises(InputError, match="added token '.*' is not supported"):
         load_tokenizer(old_files)
 
 
-@pytest.mark.parametrize("file, content, named", [
-    ("vocab.json", b"[1]", "vocab.json is damaged"),
-    ("merges.txt", b"#version: 0.2\n\xff\xff a\n", "UnicodeDecodeError"),
-    ("merges.txt", b"a b c\n", "'a b c' is no pair"),
-    ("added_tokens.json", b'{"[PAD]": "600"}', "TypeError"),
-    ("added_tokens.json", b"{", "added_tokens.json is damaged"),
-    ("tokenizer_config.json", b'{"add_prefix_space": true}', "add_prefix_space True"),
-], ids=str)
-def test_damaged_old_files(old_files, file, content, named):
-    (old_files / file).write_bytes(content)
-    with pytest.raises(InputError) as error:
-        load_tokenizer(old_files)
-    assert named in str(error.value) and "\n" not in str(error.value)
+def test_damaged_old_files(old_files):
+    for file, content, named in [
+            ("vocab.json", b"[1]", "vocab.json is not a JSON object"),
+            ("merges.txt", b"#version: 0.2\n\xff\xff a\n", "utf-8"),
+            ("merges.txt", b"a b c\n", "vocab.json"),
+            ("added_tokens.json", b'{"[PAD]": "600"}', "TypeError"),
+            ("added_tokens.json", b"{", "added_tokens.json is not a JSON object"),
+            ("special_tokens_map.json", b'{"pad_token": ' + b"[" * 900 + b"]" * 900 + b"}", None),
+            ("tokenizer_config.json", b'{"add_prefix_space": true}', "add_prefix_space True")]:
+        before = (old_files / file).read_bytes() if (old_files / file).exists() else b"{}"
+        (old_files / file).write_bytes(content)
+        if named:
+            with pytest.raises(InputError, match=named):
+                load_tokenizer(old_files)
+        else:
+            load_tokenizer(old_files).save(old_files / "saved")
+        (old_files / file).write_bytes(before)
 
-
-def test_half_of_the_old_files(old_files):
     (old_files / "merges.txt").unlink()
     with pytest.raises(InputError, match="has no tokenizer.json"):
         load_tokenizer(old_files)
@@ -508,10 +513,10 @@ def test_trained_tokenizer(tok):
 def test_real_tokenizers(name, real_hub, run, tmp_path):
     script = f"""
 from tokenizers import Tokenizer
-from support.documents import stdlib_documents
-from support.hub import fetch
+from support.hub import need
+from support.text import stdlib_documents
 from support.tokenizer import load_tokenizer
-path = fetch({name!r}, "tokenizer.json")
+path = need({name!r}, "tokenizer.json")
 ours, reference = load_tokenizer({name!r}), Tokenizer.from_file(str(path))
 texts = [text for _, text in stdlib_documents()][:100]
 assert all(ours.encode(text, allow_special=True) == reference.encode(text).ids for text in texts)
