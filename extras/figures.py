@@ -1,22 +1,27 @@
-"""The README's pictures, each with the numbers that it shows.
+"""The README's pictures, and the texts that it prints.
 
     python -m extras.figures              assets/layers, token, gradient.png
     python -m extras.figures --run out    also loss and distribution.png
-    python -m extras.figures --texts      the student's texts as it learns
+    python -m extras.figures --texts      trains the demo, minutes long: texts
 
 Read in this order:
   draw_layers    which of the teacher's layers a student is made of
-  work_token     one prediction with three tokens, worked out: logits, softmax, KL, gradient
+  draw_token     one prediction with three tokens, worked out: logits, softmax, KL, gradient
   draw_gradient  why the loss has T²: the size of the gradient at T = 0.5 to 16, with it and without
-  demo_students  the demo's student after 0, 200 and 1,200 steps
+  make_texts     what the README prints, all from one run of the demo
 
-The third is measured, with the shipped teacher and the demo's student before its first step, on 1,024 tokens
-of held-out modules; the others are drawn from numbers that stand here.
+The gradient is measured, with the shipped teacher and the demo's student before its first step, on 1,024
+tokens of held-out modules; the other pictures are drawn from numbers in this file.
 """
+if not __package__:  # started as a file, from which Python does not find the rest of the project
+    raise SystemExit("error: run this from the project's folder, as `python -m extras.figures`")
+
 import copy
-import math
+import io
+import re
 import sys
 import tempfile
+from contextlib import redirect_stdout
 from itertools import pairwise
 from pathlib import Path
 from unittest import mock
@@ -25,19 +30,19 @@ import torch
 from torch.nn import functional as F
 
 import distill
-from distill import plain_loss
+import sample
+from data import load_tokenizer
+from distill import LossSettings, plain_loss
 from extras import plot
 from extras.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, new_figure
 from model import load, spread_layers, student_from
-from sample import DEFAULT_PROMPT
-from support.chunked_loss import LossSettings
-from support.cli import format_table, new_parser, run_cli, user_path
-from support.documents import stdlib_split
-from support.options import DEMO_TEACHER, RECIPES
-from support.state import RunFolder
-from support.tokenizer import load_tokenizer
+from support import ROOT
+from support.cli import InputError, new_parser, run_cli, user_path
+from support.files import replaced
+from support.flags import DEMO_TEACHER, RECIPES
+from support.run import Run
+from support.text import stdlib_split
 
-ROOT = Path(__file__).parent.parent
 DEMO_LAYERS = [int(number) for number in RECIPES["demo"]["student_layers"].split(",")]
 
 
@@ -97,21 +102,6 @@ def work_token(T):
     q = (STUDENT / T).softmax(-1)
     kl = (p * (p.log() - q.log())).sum().item()
     return {"p": p, "q": q, "kl": kl, "gradient": (q - p) / T}
-
-
-def print_token():
-    """The same numbers as tables."""
-    print("\nteacher's logits t = (4, 2, 0), student's logits s = (2, 2, 1)\n"
-          "p = softmax(t / T), q = softmax(s / T), KL = sum of p * log(p / q)")
-    for T in (1, 2):
-        found = work_token(T)
-        rows = []
-        for i, token in enumerate(TOKENS):
-            p, q, gradient = (found[name][i].item() for name in ("p", "q", "gradient"))
-            rows.append({f"T = {T}": token, "p": f"{p:.3f}", "q": f"{q:.3f}",
-                         "p * log(p / q)": f"{p * math.log(p / q):+.3f}",
-                         "(q - p) / T": f"{gradient:+.3f}", "times T²": f"{T**2 * gradient:+.3f}"})
-        print(f"\n{format_table(rows)}\nKL = {found['kl']:.3f} nats, T² KL = {T**2 * found['kl']:.3f}")
 
 
 def draw_token():
@@ -197,15 +187,6 @@ def gradient_sizes():
     return sizes
 
 
-def print_gradient(sizes):
-    """Some of the numbers, as a table."""
-    rows = []
-    for T in (0.5, 1, 2, 4, 8, 16):
-        i = TEMPERATURES.index(T)
-        rows.append({"T": f"{T:g}", "without T²": sizes["without T²"][i], "with T²": sizes["with T²"][i]})
-    print(f"\nsize of the gradient\n{format_table(rows)}\nof the CLM: {sizes['CLM']:.4f}\n")
-
-
 def draw_gradient(sizes):
     """Axes: the size of the gradient over T, both axes logarithmic."""
     axes = new_figure(height=3.8).subplots()
@@ -234,65 +215,112 @@ def draw_gradient(sizes):
     return axes
 
 
-# ------------------------------------------------------------------------------------ texts on the way
+# ------------------------------------------------------------------------------------ printed texts
+TEXTS = ROOT / "docs" / "texts.txt"
 SHOWN_STEPS = (0, 200, 1200)
 
 
-def demo_students(folder):
-    """{steps: the demo's student after as many}, all of one run of `python distill.py --no-control`."""
+def make_texts(folder):
+    """Train the demo in `folder` -> {command: what it prints, or the part of it that the README shows}."""
     students = {}
+    save = Run.save
 
-    def keep(run_folder, corpus, student, optimizer, steps):
-        """In place of saving the state, which comes every 100 steps."""
-        if steps in SHOWN_STEPS:
-            students[steps] = copy.deepcopy(student).eval()
+    def save_and_keep(run, step):
+        """Like Run.save, which is called every 100 steps."""
+        save(run, step)
+        if run.args.role == "student" and step in SHOWN_STEPS:
+            students[step] = copy.deepcopy(run.student).eval()
 
-    command = ["distill.py", "--no-control", "--out", str(folder)]
-    with mock.patch.object(RunFolder, "save", keep), mock.patch.object(sys, "argv", command):
+    out = Path(folder, "out")
+    with mock.patch.object(Run, "save", save_and_keep), redirect_stdout(io.StringIO()) as printed, \
+            mock.patch.object(sys, "argv", ["distill.py", "--out", str(out)]):
         distill.main()
+    table = re.search(r"\| model (.*\n\|)+.*", printed.getvalue())[0]
     teacher = load(DEMO_TEACHER)
-    students[0] = plot.student_before(plot.settings_of(folder), teacher)
-    return {steps: students[steps] for steps in SHOWN_STEPS} | {"teacher": teacher}
+    students[0] = plot.student_before(out, teacher)
+
+    flags = ["--compare", "demo/teacher", "--tokens", "60"]
+    return {
+        "python distill.py": table,
+        " ".join(["python sample.py", *flags]): samples(out, sample.parse_args(flags)),
+        "python -m extras.figures --texts": likeliest_texts(students, teacher),
+    }
+
+
+def samples(out, args):
+    """What sample.py prints for the student in `out` and for the teacher, under their names in the README."""
+    args.device = "cpu"
+    parts = []
+    for name, place in (("out", str(out)), ("demo/teacher", DEMO_TEACHER)):
+        text, = sample.continuations(place, args)
+        parts.append(f"--- {name}\n{args.prompt}{text}\n")
+    return "\n".join(parts)
 
 
 @torch.no_grad()
-def print_texts(students, prompt=DEFAULT_PROMPT, tokens=40):
-    """How each goes on from a prompt, always with the likeliest token."""
+def likeliest_texts(students, teacher, tokens=40):
+    """How each student, {steps: model}, and the teacher go on, always with the likeliest token."""
     tokenizer = load_tokenizer(DEMO_TEACHER)
-    ids = torch.tensor([tokenizer.encode(prompt)])  # (1, L)
-    for steps, student in students.items():
-        name = "the teacher" if steps == "teacher" else f"after {steps} steps"
-        print(f"--- {name}\n{tokenizer.decode(student.generate(ids, tokens)[0].tolist())}")
+    ids = torch.tensor([tokenizer.encode(sample.DEFAULT_PROMPT)])  # (1, L)
+    models = {f"after {steps} steps": students[steps] for steps in SHOWN_STEPS} | {"the teacher": teacher}
+    return "\n".join(f"--- {name}\n{tokenizer.decode(model.generate(ids, tokens)[0].tolist())}"
+                     for name, model in models.items())
+
+
+def read_texts(path=TEXTS):
+    """{command: text} of the file that write_texts makes."""
+    blocks = path.read_text(encoding="utf-8").split("\n$ ")[1:]
+    return {command: text.rstrip() for command, _, text in (block.partition("\n") for block in blocks)}
+
+
+def write_texts(texts, path=TEXTS, readme=ROOT / "README.md"):
+    """Write the file, and put each new text where the README has the old one."""
+    page = readme.read_text(encoding="utf-8")
+    before = read_texts(path) if path.exists() else {}
+    content = "Texts of the README, made by `python -m extras.figures --texts`.\n"
+    print(path)
+    for command, text in texts.items():
+        text = "\n".join(line.rstrip() for line in text.rstrip().splitlines())
+        content += f"\n$ {command}\n{text}\n"
+        if command in before:
+            page = page.replace(before[command], text)
+        if text not in page:
+            print(f"{readme} does not have the text of `{command}`: paste it there")
+
+    for place, new in ((path, content), (readme, page)):
+        with replaced(place) as temporary:
+            Path(temporary).write_text(new, encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------ the command
 def parse_args(argv=None):
     parser = new_parser(__doc__, "python -m extras.figures [options]")
-    add = parser.add_argument_group("what is drawn").add_argument
+    add = parser.add_argument_group("what is made").add_argument
     add("--run", type=user_path, metavar="DIR",
         help="also loss.png and distribution.png, of this run of distill.py; the README's are the demo's")
     add("--texts", action="store_true",
-        help="instead, train the demo's student once more, without its control, and print what it writes "
-             "after 0, 200 and 1,200 steps")
+        help="instead of pictures, train the demo and its control once more, which takes minutes, and write "
+             "what models print into docs/texts.txt and README.md")
     add = parser.add_argument_group("where to").add_argument
     add("--folder", type=user_path, default=str(ROOT / "assets"), metavar="DIR", help="of the pictures")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.texts and args.run:
+        raise InputError("--texts trains a run of its own: leave --run out")
+    return args
 
 
 def main():
     args = parse_args()
     if args.texts:
+        print("This trains the demo and its control, which takes about three minutes.", flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            print_texts(demo_students(Path(folder, "out")))
+            write_texts(make_texts(folder))
         return
 
     folder = Path(args.folder)
     plot.save(draw_layers()[0].figure, folder / "layers.png")
     plot.save(draw_token()[0].figure, folder / "token.png")
-    print_token()
-    sizes = gradient_sizes()
-    print_gradient(sizes)
-    plot.save(draw_gradient(sizes).figure, folder / "gradient.png")
+    plot.save(draw_gradient(gradient_sizes()).figure, folder / "gradient.png")
     if args.run:
         plot.save(plot.draw_loss(args.run).figure, folder / "loss.png")
         distribution = plot.draw_distribution(args.run, plot.DEFAULT_PROMPT)

@@ -1,9 +1,9 @@
 """A page to play with: what the teacher knows and the student does not, token by token.
 
-    python -m extras.play                            out, its teacher, its control
-    python -m extras.play out-2                      another student, and its teacher
-    python -m extras.play gpt2 distilgpt2            teacher, student, by name
-    python -m extras.play out --save page.html       one file, which needs no server
+    python -m extras.play                        out, its teacher, its control
+    python -m extras.play out-2                  another student, its teacher
+    python -m extras.play gpt2 distilgpt2        teacher, student, by name
+    python -m extras.play out --save page.html   one file without a server
     python -m extras.play out --save page.html --texts a.txt b.txt
 
 Read in this order:

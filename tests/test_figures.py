@@ -1,32 +1,31 @@
-"""extras/figures.py: the README's pictures show what they say they show."""
+"""extras/figures.py: the README's pictures and texts show what they say they show."""
+import json
 import sys
 
 import pytest
 import torch
-from test_distill import flags
-from test_distill import workshop as workshop  # the fixture
+from conftest import README
+from workshop import flags
 
 import distill
-from extras import bench, figures, plot
+from extras import bench, figures, play, plot
 from model import load, student_from
 
 
 def test_one_token_on_paper():
-    """The numbers that the README works out by hand."""
+    """The numbers that the README works out by hand, and their gradient by autograd."""
     one, two = figures.work_token(1), figures.work_token(2)
     assert one["p"].tolist() == pytest.approx([0.867, 0.117, 0.016], abs=5e-4)
     assert one["q"].tolist() == pytest.approx([0.422, 0.422, 0.155], abs=5e-4)
     assert two["p"].tolist() == pytest.approx([0.665, 0.245, 0.090], abs=5e-4)
     assert (one["kl"], two["kl"], 4 * two["kl"]) == pytest.approx((0.437, 0.171, 0.683), abs=1e-3)
 
-
-@pytest.mark.parametrize("T", [1, 2])
-def test_the_gradient_on_paper_is_autograds(T):
-    s = figures.STUDENT.clone().requires_grad_()
-    log_q = (s / T).log_softmax(-1)
-    p = (figures.TEACHER / T).softmax(-1)
-    (p * (p.log() - log_q)).sum().backward()
-    assert torch.allclose(figures.work_token(T)["gradient"], s.grad, atol=1e-6)
+    for T, found in ((1, one), (2, two)):
+        s = figures.STUDENT.clone().requires_grad_()
+        log_q = (s / T).log_softmax(-1)
+        p = (figures.TEACHER / T).softmax(-1)
+        (p * (p.log() - log_q)).sum().backward()
+        assert torch.allclose(found["gradient"], s.grad, atol=1e-6)
 
 
 def test_bars_hold_the_numbers():
@@ -63,34 +62,7 @@ def test_t_squared_is_why_the_gradient_stays(monkeypatch):
     assert 0.1 < plain[0] < sizes["CLM"] < 1.5  # of q - p and of q - onehot: lengths of at most sqrt(2)
 
 
-def test_students_on_the_way_to_what_the_run_ends_with(workshop, tmp_path, monkeypatch, capsys):
-    honest = distill.main
-
-    def small():
-        sys.argv += flags(workshop, tmp_path / "out", steps=3, **{"save-interval": 1})
-        honest()
-    monkeypatch.setattr(distill, "main", small)
-    monkeypatch.setattr(figures, "DEMO_TEACHER", workshop / "teacher")
-    monkeypatch.setattr(figures, "SHOWN_STEPS", (0, 1, 3))
-
-    students = figures.demo_students(tmp_path / "out")
-    assert [*students] == [0, 1, 3, "teacher"]
-    teacher = load(workshop / "teacher")
-    first, last = student_from(teacher, [0, 3]), load(tmp_path / "out")
-    for steps, expected in ((0, first), (3, last), ("teacher", teacher)):
-        for name, tensor in students[steps].state_dict().items():
-            assert torch.equal(tensor, expected.state_dict()[name]), (steps, name)
-    assert not torch.equal(students[1].head_weight, first.head_weight)
-    assert not torch.equal(students[1].head_weight, last.head_weight) and not students[1].training
-
-    capsys.readouterr()
-    figures.print_texts(students)
-    said = capsys.readouterr().out
-    assert said.count("def read_config(path):") == 4 and "--- after 1 steps" in said
-
-
-def test_the_command(tmp_path, monkeypatch, capsys):
-    """Every picture is small, and so transparent that it suits any page."""
+def test_pictures_are_small_and_transparent(tmp_path, monkeypatch):
     import matplotlib.image
     monkeypatch.setattr(figures, "demo_logits", lambda: (
         torch.randn(8, 50), torch.randn(8, 50), torch.randint(50, (8,))))
@@ -101,14 +73,65 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     for path in paths:
         assert path.stat().st_size < 100_000
         assert matplotlib.image.imread(path)[0, 0, 3] == 0
-    out = capsys.readouterr().out
-    assert "KL = 0.437 nats" in out and "KL = 0.171 nats, T² KL = 0.683" in out
 
 
-@pytest.mark.parametrize("module", [bench, figures, plot])
-def test_help_fits_into_80_columns(module, monkeypatch, capsys):
+# ------------------------------------------------------------------------------------ texts
+def test_texts_are_those_of_the_run(workshop, tmp_path, monkeypatch):
+    """Students on the way to what the run ends with; table and samples are those of the commands."""
+    honest = distill.main
+    students = {}
+
+    def small():
+        sys.argv += flags(workshop, tmp_path / "out", steps=3, **{"save-interval": 1})
+        honest()
+
+    def keep(found, teacher):
+        students.update(found, teacher=teacher)
+        return "texts"
+
+    monkeypatch.setattr(distill, "main", small)
+    monkeypatch.setattr(figures, "DEMO_TEACHER", str(workshop / "teacher"))
+    monkeypatch.setattr(figures, "SHOWN_STEPS", (0, 1, 3))
+    with monkeypatch.context() as patch:
+        patch.setattr(figures, "likeliest_texts", keep)
+        texts = figures.make_texts(tmp_path)
+    teacher = load(workshop / "teacher")
+    first, last = student_from(teacher, [0, 3]), load(tmp_path / "out")
+    for steps, expected in ((0, first), (3, last), ("teacher", teacher)):
+        for name, tensor in students[steps].state_dict().items():
+            assert torch.equal(tensor, expected.state_dict()[name]), (steps, name)
+    assert not torch.equal(students[1].head_weight, first.head_weight)
+    assert not torch.equal(students[1].head_weight, last.head_weight) and not students[1].training
+
+    table, sampled, _ = texts.values()
+    loss = json.loads((tmp_path / "out" / "results.json").read_bytes())["rows"]["student"]["loss"]
+    assert f"{loss:.4f}" in table
+    assert sampled.count("def read_config(path):") == 2 and "--- demo/teacher\n" in sampled
+    said = figures.likeliest_texts(students, teacher)
+    assert said.count("def read_config(path):") == 4 and "--- after 1 steps" in said
+
+
+def test_new_texts_take_the_places_of_old_ones(tmp_path, capsys):
+    path, readme = tmp_path / "texts.txt", tmp_path / "README.md"
+    readme.write_text("# Title\none\n  two\nthe end\n")
+    figures.write_texts({"a": "one\n  two  \n\n", "b": "new"}, path, readme)
+    assert figures.read_texts(path) == {"a": "one\n  two", "b": "new"}
+    assert "text of `b`" in capsys.readouterr().out
+    figures.write_texts({"a": "ONE", "b": "new"}, path, readme)
+    assert readme.read_text() == "# Title\nONE\nthe end\n" and figures.read_texts(path)["a"] == "ONE"
+
+
+def test_the_readme_prints_what_the_commands_print():
+    """docs/texts.txt was written by `python -m extras.figures --texts`."""
+    assert len(figures.read_texts()) == 3
+    for command, text in figures.read_texts().items():
+        assert command in README and text in README, f"the text of `{command}` differs"
+
+
+def test_help_fits_into_80_columns(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit):
-        module.parse_args(["--help"])
-    out = capsys.readouterr().out
-    assert max(map(len, out.splitlines())) < 80 and f"python -m {module.__name__}" in out
+    for module in (bench, figures, play, plot):
+        with pytest.raises(SystemExit):
+            module.parse_args(["--help"])
+        out = capsys.readouterr().out
+        assert max(map(len, out.splitlines())) < 80 and f"python -m {module.__name__}" in out
