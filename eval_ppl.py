@@ -5,15 +5,14 @@
     python eval_ppl.py gpt2 distilgpt2 --protocol pages  ... as the harness
     python eval_ppl.py gpt2 distilgpt2 --data lambada    LAMBADA, likewise
 
-A protocol says how a text is cut into windows, which of their tokens are scored, and by how many words and
-bytes the loss is divided. Nothing else differs between them, and yet gpt2 has 29.9 on WikiText by one and
-37.4 by another.
+A protocol decides how a text is cut into windows, which of their tokens are scored, and by how many words and
+bytes the loss is divided. That is all, and yet on WikiText gpt2 has 29.9 by one protocol and 37.4 by another.
 
 Read in this order:
-  sliding, blocks,     the protocols: a text -> windows; hold them against what is published
+  sliding, blocks,     the protocols: text -> windows
     pages, lambada
   read_texts           what --data names -> texts
-  evaluate             windows -> batches -> scores; support/scoring.py has the logits
+  evaluate             windows -> batches -> scores (support/scoring.py computes the logits)
   figures              sums of scores -> perplexities and their standard errors
 
 The guide: huggingface.co/docs/transformers/perplexity.
@@ -52,29 +51,31 @@ from support.cli import (
 from support.hub import hub_error
 from support.ranks import pick_device
 from support.scoring import SCORES, compare, ratio, score
-from support.text import ROWS, TEXT, ending, open_data, read_file, text_of
+from support.text import HUB_DATA, HUB_NAME, ROWS, TEXT, ending, open_data, read_file, text_of
 from support.tokenizer import load_tokenizer
 from support.wikitext import detokenize_wikitext, wikitext_articles
 
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
 LAMBADA = "EleutherAI/lambada_openai:default"
-TEST_SETS = {"wikitext-2": WIKITEXT, "wikitext-103": WIKITEXT, "lambada": LAMBADA}  # WikiText's two are equal
+TEST_SETS = {**HUB_DATA, "wikitext-2": WIKITEXT, "wikitext-103": WIKITEXT, "lambada": LAMBADA}
+# (WikiText-2 and WikiText-103 have the same test split.)
 
 
 # ------------------------------------------------------------------------------------ protocols
 class Window(NamedTuple):
-    """What a model reads at a time. Words and bytes are the text's, in proportion to the tokens scored."""
+    """What a model reads at once. Words and bytes are the text's, in proportion to the tokens scored."""
     ids: np.ndarray  # L tokens
-    n_scored: int  # the last so many of them are scored, given all before them
+    n_scored: int  # the last n_scored tokens are scored, each given all tokens before it in the window
     words: float
     bytes: float
 
 
 def sliding(text, tokenizer, args):
-    """The guide's: windows of `context` tokens, each `stride` after the last; it scores what none before did.
+    """As in Hugging Face's guide: windows of --context tokens, each --stride tokens after the previous one. A
+    window scores what no earlier one has scored. Words and bytes by the share of tokens scored.
 
-    So each token is scored once, but for the first of a window that has nothing before it. With stride 2 and
-    context 4, in parentheses what is only read:  (a) b c d,  (c d) e f,  (e f) g
+    So each token is scored once, except the first one of a window without overlap: nothing comes before it.
+    With stride 2 and context 4 (in parentheses: read, not scored):  (a) b c d,  (c d) e f,  (e f) g
     """
     ids, words, size = whole_text(text, tokenizer)
     n = len(ids)
@@ -90,7 +91,8 @@ def sliding(text, tokenizer, args):
 
 
 def blocks(text, tokenizer, args):
-    """Fine-tuning scripts': disjoint blocks of `context` tokens; what is left at the end is dropped.
+    """As in fine-tuning scripts: disjoint blocks of --context tokens, without what remains at the end. Words
+    and bytes by the share of tokens scored.
 
     With context 4:  (a) b c d,  (e) f g h
     """
@@ -103,12 +105,14 @@ def blocks(text, tokenizer, args):
 
 
 def pages(text, tokenizer, args):
-    """The harness's `wikitext`: every token of a page is scored, the first after an end-of-text token.
+    """As in lm-evaluation-harness's wikitext: every token of a page is scored, the first one after an
+    end-of-text token. WikiText is detokenised; its words and bytes are counted before that.
 
-    A window has `context` inputs, so one token more than one of the guide's. The last is filled up on the
-    left with tokens that were scored before. With context 3:  (eot) a b c,  (c) d e f,  (d e f) g
+    A window has --context inputs, one token more than in the guide. The last window of a page is filled up
+    on the left with tokens that were scored before. With context 3:  (eot) a b c,  (c) d e f,  (d e f) g
     """
-    words = len(re.split(r"\s+", text))  # counted before WikiText's words, which are cut apart, are mended
+    # Count words and bytes first: detokenising joins words that WikiText splits, such as "otter 's".
+    words = len(re.split(r"\s+", text))
     size = utf8_length(text)
     if args.data == WIKITEXT:
         text = detokenize_wikitext(text)
@@ -123,41 +127,29 @@ def pages(text, tokenizer, args):
 
 
 def lambada(text, tokenizer, args):
-    """The harness's `lambada_openai`: the last word is scored, given all before it, in one window."""
+    """As in lm-evaluation-harness's lambada_openai: the last word is scored, given all text before it, in one
+    window. Its perplexity is the one per word."""
     before, _, _ = text.rpartition(" ")
     size = utf8_length(text) - utf8_length(before)
 
     ids = tokenizer.encode_array(text)
     n_target = len(ids) - len(tokenizer.encode_array(before.rstrip()))
     ids = ids[-args.context - 1:]
-    n_scored = min(n_target, len(ids) - 1)  # of a text of one word the first token has nothing before it
+    n_scored = min(n_target, len(ids) - 1)  # if the text is one word, nothing comes before its first token
     if n_scored > 0:
         share = n_scored / n_target
         yield Window(ids, n_scored, share, share * size)
 
 
-PROTOCOLS = {  # name: (generator, what is printed with the figures)
-    "sliding": (
-        sliding,
-        "As Hugging Face's guide, not detokenised; words and bytes: by the share of tokens scored"),
-    "blocks": (
-        blocks,
-        "Disjoint whole blocks, not detokenised; words and bytes: by the share of tokens scored"),
-    "pages": (
-        pages,
-        "As lm-evaluation-harness; WikiText is detokenised; words and bytes: the page's before that"),
-    "lambada": (
-        lambada,
-        "As lm-evaluation-harness's lambada_openai, whose perplexity is per word; not detokenised"),
-}
-JOINED = ("sliding", "blocks")  # protocols that read all texts as one
+PROTOCOLS = {"sliding": sliding, "blocks": blocks, "pages": pages, "lambada": lambada}
+JOINED = ("sliding", "blocks")  # these read all texts as one
 
 
 def whole_text(text, tokenizer):
-    """(ids, words, bytes) of a text, or of what a corpus held out, whose words (0) nobody counted."""
+    """(ids, words, bytes) of a text, or of the held-out part of a corpus, which does not count words (0)."""
     if isinstance(text, Corpus):
         return text.val, 0, text.meta["val"]["bytes"]
-    # In pieces, to save memory. No token crosses into a line end that a visible character follows.
+    # Encode in pieces, to save memory. No token contains a line end that a visible character follows.
     pieces = re.finditer(r"(?s).{0,4096}.*?(?=\n\S|\Z)", text)
     ids = np.concatenate([tokenizer.encode_array(piece[0]) for piece in pieces])
     return ids, len(text.split()), utf8_length(text)
@@ -169,7 +161,7 @@ def utf8_length(text):
 
 # ------------------------------------------------------------------------------------ texts
 def read_texts(data, protocol, column):
-    """What --data names: a list of texts, or of one Corpus; of one text if the protocol joins them."""
+    """What --data names -> a list of texts, or of one Corpus. A protocol in JOINED gets one text."""
     path = Path(data)
     if (path / "meta.json").is_file():
         return [Corpus(path)]
@@ -178,31 +170,36 @@ def read_texts(data, protocol, column):
         texts = [text for split, text in open_data(data).documents if split == "val"]
     elif path.is_file():
         texts = list(read_file(path, column))
-        if ending(path) not in ROWS:
-            texts = ["".join(texts)]  # a file of text comes in pieces
+        if ending(path) not in ROWS or not column:
+            texts = ["".join(texts)]  # a file of plain text comes in pieces
     else:
         texts = read_test_set(data, column)
 
     if data == WIKITEXT and protocol == "pages":
         return list(wikitext_articles(texts))
     if data == WIKITEXT and protocol == "blocks":
-        return ["".join(line or " \n" for line in texts)]  # wiki.test.raw; the Hub emptied its blank lines
+        # As in the file wiki.test.raw. On the Hub, its blank lines (" ") have become empty rows.
+        return ["".join(line or " \n" for line in texts)]
     return ["\n\n".join(texts)] if protocol in JOINED else texts
 
 
 def read_test_set(data, column):
-    """The texts of the test split of a data set on the Hub."""
-    if not Path(data).exists():  # the Hub takes half a minute to say that it has no such thing
+    """The texts of the test split of a data set on the Hub, or in a folder."""
+    repo, revision, config = data, None, None
+    if not Path(data).exists():
+        # Do not ask the Hub, which can take half a minute, for a name that looks local or misspelt.
+        name = re.fullmatch(HUB_NAME, data)
         near = lookalike(data, [*TEST_SETS, "stdlib"])
-        if near or data.startswith(("/", ".", "~")) or ending(data) in (*ROWS, *TEXT):
+        if not name or near or ending(data) in (*ROWS, *TEXT):
             hint = f": did you mean {near}?" if near else ""
             raise InputError(f"{data} is neither a file here nor a data set on the Hub{hint}")
+        repo, revision, config = name.groups()
 
     from datasets import load_dataset
     try:
-        values = list(load_dataset(*data.split(":", 1), split="test")[column])
+        values = list(load_dataset(repo, config, split="test", revision=revision)[column])
     except Exception as error:
-        if Path(data).is_dir():
+        if Path(data).is_dir() or "Unknown split" in str(error):
             raise InputError(f"{data} could not be read as a data set with a test split: name a file in it, "
                              "or the corpus in corpora/ that a run has made of it") from error
         raise hub_error(data, error) from error
@@ -210,7 +207,7 @@ def read_test_set(data, column):
 
 
 def check_corpus(corpus, tokenizer, args):
-    """Tokens that are ready have no text to count words in, and are those of one tokenizer."""
+    """A corpus contains token ids, so it fits only its own tokenizer, and its words cannot be counted."""
     if args.protocol not in JOINED or corpus.meta["tokenizer"] != tokenizer.fingerprint:
         raise InputError(f"{args.data} holds token ids of one tokenizer: take --protocol "
                          f"{' or '.join(JOINED)}, and models with that tokenizer")
@@ -218,8 +215,8 @@ def check_corpus(corpus, tokenizer, args):
 
 # ------------------------------------------------------------------------------------ scores
 def evaluate(models, texts, args, tokenizer):
-    """{name: model}, all of one tokenizer -> {name: {figure: count, or (value, standard error)}}."""
-    protocol, _ = PROTOCOLS[args.protocol]
+    """{name: model}, all with this tokenizer -> {name: {figure: count, or (value, standard error)}}."""
+    protocol = PROTOCOLS[args.protocol]
     if isinstance(texts[0], Corpus):
         check_corpus(texts[0], tokenizer, args)
     windows = itertools.chain.from_iterable(protocol(text, tokenizer, args) for text in texts)
@@ -253,7 +250,7 @@ def score_windows(models, windows, args, vocab_size):
 
 
 def collate(windows, device):
-    """Windows -> ids, targets (B, L), filled up on the right, where a causal model does not look."""
+    """Windows -> ids, targets (B, L). Padding is on the right, where a causal model does not look."""
     longest = max(len(window.ids) for window in windows) - 1
     ids = torch.zeros(len(windows), longest, dtype=torch.int64)
     targets = torch.full_like(ids, -100)
@@ -266,13 +263,13 @@ def collate(windows, device):
 
 
 def tokens_per_second(model, windows, args, vocab_size):
-    """How fast a model alone is at the first batch; it was read before, so nothing is cold.
+    """How fast a model is on the first batch, on its own. Padding counts as tokens.
 
-    Padding counts as tokens.
+    The model has scored this batch before, so caches are warm.
     """
     ids, targets = collate(windows[:args.batch_size], args.device)
     started = time.perf_counter()
-    compare([model], [(ids, targets)] * 2, vocab_size)  # waits for the device
+    compare([model], [(ids, targets)] * 2, vocab_size)  # returns when the device has finished
     return 2 * ids.numel() / (time.perf_counter() - started)
 
 
@@ -280,14 +277,15 @@ def tokens_per_second(model, windows, args, vocab_size):
 def figures(scores, windows, protocol, several):
     """SCORES (6, windows) of one model -> {name: count, or (value, standard error)}.
 
-    One NLL gives all perplexities: exp(NLL / words), exp(NLL / bytes), and exp(NLL / tokens), which cannot be
-    compared between tokenizers. Bits per byte is NLL / bytes in bits. With `several` models: KL to the first.
+    All perplexities come from one NLL: exp(NLL / words), exp(NLL / bytes), and exp(NLL / tokens), which only
+    compares models with one tokenizer. Bits per byte is NLL / bytes / log 2. With `several` models there is
+    also the KL to the first one. The perplexity of a model that has diverged can be infinite.
     """
     nll, kl, agree, _, right, tokens = scores
     pairs = [(window.words, window.bytes) for window in windows]
     words, size = torch.tensor(pairs, dtype=torch.float64).T  # each (windows)
     counts = {"token": tokens, "word": words, "byte": size}
-    counts = {unit: count for unit, count in counts.items() if count.any()}  # a corpus does not know words
+    counts = {unit: count for unit, count in counts.items() if count.any()}  # words of a corpus are unknown
 
     result = {f"{unit}s": round(count.sum().item()) for unit, count in counts.items()}
     for unit, count in counts.items():
@@ -301,20 +299,31 @@ def figures(scores, windows, protocol, several):
         result["same_top_1_as_first"] = ratio(agree, tokens)
 
     for name, value in result.items():
-        if isinstance(value, tuple):  # one window has no spread
+        if isinstance(value, tuple):
             mean, error = (number.item() for number in value)
-            result[name] = (mean, error) if len(windows) > 1 else mean
+            has_error = len(windows) > 1 and math.isfinite(error)  # one window has no spread
+            result[name] = (mean, error) if has_error else mean
     return result
 
 
 def report(results, args):
-    """What was measured, and a table with a column for each model."""
+    """The settings, and a table with a column for each model."""
     settings = ", ".join(f"{name} {value}" for name, value in vars(args).items() if name != "models")
-    _, explanation = PROTOCOLS[args.protocol]
-    rows = [{"": name.replace("_", " "), **{model: of.get(name, "-") for model, of in results.items()}}
-            for name in max(results.values(), key=len)]  # the model with the most figures has all rows
-    return (f"{settings}\n{explanation}.\n±: standard error, with windows as independent.\n\n"
+    explanation, *_ = PROTOCOLS[args.protocol].__doc__.split("\n\n")
+    names = max(results.values(), key=len)  # the model with the most figures has all of them
+    rows = []
+    for name in names:
+        cells = {model: values.get(name, "-") for model, values in results.items()}
+        rows.append({"": name.replace("_", " "), **cells})
+    explanation = "\n".join(line.strip() for line in explanation.splitlines())
+    return (f"{settings}\n{explanation}\n± is one standard error, with windows as independent.\n\n"
             f"{format_table(rows)}")
+
+
+def to_json(results, args):
+    """The same as JSON, which has no infinity: null instead."""
+    text = json.dumps({**vars(args), "results": results})
+    return json.dumps(json.loads(text, parse_constant=lambda name: None), indent=2)
 
 
 # ------------------------------------------------------------------------------------ the command
@@ -325,38 +334,39 @@ def parse_args(argv=None):
     add("models", nargs="+", type=user_path, metavar="MODEL",
         help="folders, or names on the Hub such as gpt2; the KL is to the first one with the same tokenizer")
     add("--data", type=user_path, metavar="DATA",
-        help="wikitext-2, wikitext-103 (the same test set), lambada, stdlib, a file, a corpus that data.py "
-             "or a run has prepared, or id[:config] of a data set on the Hub; without it what --protocol "
-             "pages (wikitext-2) or lambada is for, else stdlib where all models are folders, else "
-             "wikitext-2")
-    add("--text-column", default="text", metavar="NAME", help="the column or field that holds a text")
+        help="wikitext-2 (wikitext-103 has the same test set), lambada, stdlib (its held-out part), a file, "
+             "a corpus in corpora/ (its held-out part), or the test split of a data set on the Hub as "
+             "owner/name[@revision][:config]. If you leave it out, folders are scored on stdlib and other "
+             "models on wikitext-2, but --protocol pages on wikitext-2 and lambada on lambada")
+    add("--text-column", default="text", metavar="NAME",
+        help="the column or JSON key that holds the text; '' reads a file as it is, even JSON")
 
     add = parser.add_argument_group(
         "protocol", "sliding: Hugging Face's guide. blocks: fine-tuning scripts. pages: "
         "lm-evaluation-harness's wikitext. lambada: its lambada_openai.").add_argument
     add("--protocol", choices=PROTOCOLS,
-        help="take that of the number you want to compare with; without it lambada for --data lambada, "
-             "otherwise sliding")
+        help="the protocol of the number that you want to compare with (default: lambada for --data lambada, "
+             "otherwise sliding)")
     add("--stride", type=positive, metavar="N",
-        help="sliding: tokens from one window to the next; a small one gives each token more to go by, a "
-             "better perplexity, and takes longer; without it, the context")
+        help="sliding: tokens from one window to the next. A small stride gives each token more context, so "
+             "the perplexity is better, and takes longer (default: the context)")
     add("--context", type=positive, metavar="N",
-        help="tokens of a window; without it, all that the models can see (the least of them)")
+        help="tokens of a window (default: as many as all models can read)")
 
     add = parser.add_argument_group("running").add_argument
     add("--batch-size", type=positive, default=8, metavar="N",
-        help="windows that are scored at a time; fewer take less memory and change no figure")
-    add("--limit", type=positive, metavar="N",
-        help="stop after N windows, for a quick look; without it, take all")
+        help="windows scored at once; fewer need less memory and change no figure")
+    add("--limit", type=positive, metavar="N", help="stop after N windows, for a quick look")
     add("--precision", choices=DTYPES, default="fp32",
-        help="of the weights; published figures are of fp32, bf16 takes half of the memory")
-    add("--device", default="auto", help="cuda, mps or cpu; auto takes the first of them that is there")
-    add("--json", action="store_true", help="print JSON; a pair is a value and its standard error")
+        help="of the weights; published figures are for fp32, bf16 needs half the memory")
+    add("--device", default="auto", help="cuda, mps or cpu; auto takes the first one that is available")
+    add("--json", action="store_true",
+        help="print JSON; a pair is a value and its standard error, null a value too large for a number")
     return parser.parse_args(argv)
 
 
 def settle(args, models):
-    """Fill in what follows from the other arguments and the models, and refuse what these do not allow."""
+    """Fill in the defaults that depend on other arguments and on the models; refuse impossible windows."""
     all_local = all(Path(name).is_dir() for name in args.models)
     if not args.data:
         usual = "stdlib" if all_local else "wikitext-2"
@@ -369,12 +379,12 @@ def settle(args, models):
     if args.stride is None:
         args.stride = args.context
 
-    # Rotary positions have no end, learned ones do.
+    # Rotary positions can go on for ever; learned ones end with the context.
     longest = min((model.context for model in models if isinstance(model, GPT2)), default=math.inf)
     if not 2 <= args.context <= longest:
         allowed = "2 or more" if longest == math.inf else f"2 to {longest}"
         raise InputError(f"--context {args.context}: must be {allowed} with these models")
-    shortest = 1 if args.protocol == "sliding" else args.context  # the others have no choice
+    shortest = 1 if args.protocol == "sliding" else args.context  # the other protocols have fixed strides
     if not shortest <= args.stride <= args.context:
         raise InputError(f"--stride {args.stride}: must be {shortest} to {args.context} with --protocol "
                          f"{args.protocol} and --context {args.context}")
@@ -383,7 +393,7 @@ def settle(args, models):
 def main():
     args = parse_args()
     args.device = pick_device(args.device)
-    tokenizers = {name: load_tokenizer(name) for name in args.models}  # first: a wrong name is said at once
+    tokenizers = {name: load_tokenizer(name) for name in args.models}  # first: finds wrong names fast
     models = {name: load(name, args.device, DTYPES[args.precision]) for name in tokenizers}
     for name in models:
         check_fit(name, models[name], tokenizers[name])
@@ -396,10 +406,7 @@ def main():
         alike = {name: models[name] for name in models if tokenizers[name].fingerprint == kind}
         results |= evaluate(alike, texts, args, tokenizer)
 
-    if args.json:
-        print(json.dumps({**vars(args), "results": results}, indent=2))
-    else:
-        print(report(results, args))
+    print(to_json(results, args) if args.json else report(results, args))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from support.wikitext import wikitext_articles
 HUB_DATA = {"openwebtext": "Skylion007/openwebtext", "pile": "EleutherAI/the_pile_deduplicated",
             "wikitext-103": "Salesforce/wikitext:wikitext-103-raw-v1",
             "wikitext-2": "Salesforce/wikitext:wikitext-2-raw-v1"}
+HUB_NAME = r"([\w-][\w.-]*/[\w.-]+)(?:@([^:]+))?(?::(.+))?"  # owner/name@revision:config
 DATA_CHOICES = (f"stdlib, {', '.join(HUB_DATA)}, a data set of the Hub (owner/name, owner/name:config or "
                 "owner/name@revision:config), a file of text, or a folder of .txt, .md, .jsonl, .parquet or "
                 "source files")
@@ -62,7 +63,7 @@ def open_data(data, text_column="text"):
     if data not in HUB_DATA and os.path.exists(data):
         return open_local(Path(data), text_column)
 
-    repo = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:@([^:]+))?(?::(.+))?", HUB_DATA.get(data, data))
+    repo = re.fullmatch(HUB_NAME, HUB_DATA.get(data, data))
     # Do not ask the Hub, which can take half a minute, for a name that is close to one here or looks local.
     near = lookalike(data, ["stdlib", *HUB_DATA])
     if not repo or data not in HUB_DATA and (near or ending(data) in (*ROWS, *TEXT)):
