@@ -406,12 +406,11 @@ def changes_table(rows):
                 "LAMBADA less text alone's": "-", "names copied, less": "-", "random copied, less": "-"}
         control = states.get(control_of(label))
         if control and len(control) == len(seeds):
-            def less(name, seeds=seeds, control=control):
-                return column(seeds, name) - column(control, name)
-
-            line["LAMBADA less text alone's"] = interval(less("items"))
-            line["names copied, less"] = spread(less("copy names"), "+.3f")
-            line["random copied, less"] = spread(less("copy random 64"), "+.3f")
+            less = {name: column(seeds, name) - column(control, name)
+                    for name in ("items", "copy names", "copy random 64")}
+            line["LAMBADA less text alone's"] = interval(less["items"])
+            line["names copied, less"] = spread(less["copy names"], "+.3f")
+            line["random copied, less"] = spread(less["copy random 64"], "+.3f")
         lines.append(line)
     return lines
 

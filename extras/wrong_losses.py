@@ -404,6 +404,8 @@ def one_run(name, command):
     try:
         return trained(f"{MACHINE} {command}", score, losses_of, cut, before_training) | shown
     except InputError as error:  # a loss of NaN: the run stops and says so
+        if not shown:  # something else, before the first step
+            raise
         return shown | {"ends as": "stops at once", "why": str(error).split(". ")[0]}
 
 

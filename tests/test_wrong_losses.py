@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import distill
 from distill import LossSettings
 from extras import wrong_losses
+from extras.study import ROOT
 from extras.wrong_losses import MISTAKES, PLAN, STUDY, usual_loop
 
 B, L, C, V = 2, 12, 16, 40
@@ -173,9 +174,10 @@ def test_a_run_trains_with_its_mistake(tmp_path, monkeypatch):
     """Two steps: the reported loss is wrong by 1 / T² and the student is still scored by the definition."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("\n\n".join(f"def f{i}(x):\n    return x + {i}" for i in range(900)))
-    small = "--data text.txt --steps 2 --seq-len 256 --batch-size 2 --eval-tokens 300 --student-layers 0"
+    small = (f"--teacher {ROOT}/demo/teacher --data text.txt --steps 2 --batch-size 2 --grad-accum 1 "
+             "--eval-tokens 300 --student-layers 1 --kd-weight 1 --clm-weight 0")
     right, missing, stopped = (
-        wrong_losses.one_run(name, f"{PLAN[name]} {small} --kd-weight 1 --clm-weight 0")
+        wrong_losses.one_run(name, f"{PLAN[name]} {small}")
         for name in ("right, KL alone", "T² missing", "log_target forgotten"))
     assert right["perfect on screen"] == pytest.approx(0, abs=1e-4)
     assert right["initial on screen"] == pytest.approx(4 * missing["initial on screen"], rel=1e-2)
