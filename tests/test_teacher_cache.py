@@ -292,6 +292,7 @@ def test_a_killed_build_goes_on_and_has_the_same_bytes(teacher, tmp_path, monkey
     make(tmp_path / "killed", teacher, before=lambda numbers: answered.append(numbers.start // 32))
     assert answered[3:] == [8, 9]
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    assert content(tmp_path / "killed").keys() == {"header.json", "answers.bin"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
 
 
@@ -368,7 +369,8 @@ def test_damage_is_one_line_and_nothing_is_lost(teacher, tmp_path):
     make(tmp_path / "cache", teacher)
     for file, change, message in (
         ("answers.bin", lambda old: old[:-1], "instead of 79,872. Delete the folder"),
-        ("answers.bin", lambda old: b"\xff" * len(old), "values that no teacher gives. Delete the folder"),
+        ("answers.bin", lambda old: b"\x64\x00" + old[2:], "values that no teacher gives. Delete the folder"),
+        ("answers.bin", lambda old: old[:8] + b"\xff" * 8 + old[16:], "values that no teacher gives."),
         ("header.json", lambda old: b"", "is not the header of a teacher's cache"),
         ("header.json", lambda old: b"[]", "is not the header of a teacher's cache"),
         ("header.json", lambda old: old.replace(b"4992", b'"4992"'), "is not the header"),
