@@ -107,7 +107,8 @@ def warn_of_unknown_text(args, teacher, corpus, tokenizer):
     has not seen, 2.2 on English and more than 3 on shell scripts. A fixed limit holds for texts of all sizes;
     a compressor is not a yardstick, as it needs 3.3 bits for English of 8 kB and 1.9 for English of 1 MB.
     """
-    has_been_tuned = (read_settings(args.teacher) or {}).get("data") == args.data
+    its_text = (read_settings(args.teacher) or {}).get("data", "")  # if it comes from a run
+    has_been_tuned = Path(its_text).resolve() == Path(args.data).resolve()
     if teacher is None or not args.kd_weight or args.resume or has_been_tuned:
         return
     few = copy.copy(args)
@@ -234,8 +235,9 @@ def show_again(args):
 
 QUALITY = ("loss", "perplexity", "bits per byte", "KL to teacher", "same top-1")
 SIZE = ("parameters", "MB as float32", "tokens per second", "acceptance")
-ABOUT_SIZE = ("Speed is that of writing one text, the likeliest token each time. Acceptance is the share of "
-              "tokens that the teacher would keep if this model drafted them (speculative decoding).")
+ABOUT_SPEED = "Speed is that of writing one text, the likeliest token each time."
+ABOUT_ACCEPTANCE = (" Acceptance is the share of tokens that the teacher would keep if this model drafted "
+                    "them (speculative decoding).")
 
 
 def summary(results):
@@ -244,7 +246,8 @@ def summary(results):
         format_table([{"model": name} | {column: row[column] for column in columns if column in row}
                       for name, row in results["rows"].items()])
         for columns in (QUALITY, SIZE))
-    return [quality, results["verdict"], size + "\n" + filled(ABOUT_SIZE)]
+    about = ABOUT_SPEED + (ABOUT_ACCEPTANCE if "teacher" in results["rows"] else "")
+    return [quality, results["verdict"], f"{size}\n{filled(about)}"]
 
 
 # ------------------------------------------------------------------------------------ what the table means
@@ -257,7 +260,7 @@ def all_differences(names, scores):
     return found
 
 
-def verdict(args, gaps, n_windows):
+def verdict(args, gaps, n_pieces):
     """The table in words. What lies within the noise of the held-out text is a tie. gaps: all_differences."""
     if "student - teacher" not in gaps:
         return ""
@@ -274,13 +277,13 @@ def verdict(args, gaps, n_windows):
         paragraphs.append("Only a control tells how much of that came from the teacher: this command with "
                           "--resume --control trains one.")
 
-    n_parts = min(PARTS, n_windows)
+    n_parts = min(PARTS, n_pieces)
     noise = (f"± is two standard errors over {n_parts} parts of the held-out text; a different seed adds "
              f"noise of its own. (Each loss alone is only known to ± {gaps['student'][1]:.3f}, but all "
              "models read the same text.)")
     if n_parts < FEW_PARTS:
-        noise = (f"The held-out text is only {n_parts} x --seq-len tokens long. Its noise is unknown, so "
-                 "everything counts as a tie: take more text, or a shorter --seq-len.")
+        noise = ("The held-out text is too short to know its noise, so everything counts as a tie: take more "
+                 "text.")
     return "\n".join(map(filled, [*paragraphs, noise]))
 
 
@@ -301,7 +304,7 @@ def compared(gaps, a, b):
     return {
         1: f"The {a} is {amount(gap)} better than the {b}.",
         0: f"The {a} and the {b} are tied, {amount(gap)} apart.",
-        -1: f"The {a} is {amount(gap)} worse than the {b}.",
+        -1: f"The {b} is {amount(gap)} better than the {a}.",
     }[sign(gap)]
 
 
@@ -444,8 +447,8 @@ def passage(corpus, tokenizer, before=128, after=60):
     ids = corpus.val[:100_000].tolist()
     bounds = [-1, *(i for i, token in enumerate(ids) if token == corpus.eot), len(ids)]
     documents = [(bound + 1, end) for bound, end in zip(bounds, bounds[1:], strict=False) if end > bound + 1]
-    long = [(start, end) for start, end in documents if end - start >= 2 * (before + after)]
-    start, end = (long or documents)[0]
+    enough = 2 * (before + after)
+    start, end = max(documents, key=lambda document: min(document[1] - document[0], enough))
 
     cut = middle = (start + end + 1) // 2
     for i in range(max(start + 1, middle - before), middle + 1):

@@ -1,12 +1,14 @@
 """How well models predict text that they have not written. Only this file holds logits for evaluation.
 
-  score            one batch of tokens -> sums for each model and sequence
+  score_tokens     one batch -> scores for each model and token
+  score            ... summed over each sequence
   compare          many batches -> sums for each model
-  score_held_out   the held-out text of a run -> sums for each model and window
+  score_held_out   the held-out text of a run -> sums for each model and piece of text
   table_rows       these sums -> the rows of the table that a run prints; validate does both
-  difference       how far two models are apart on the same windows, with its noise
+  difference       how far two models are apart on the same text, with its noise
 
-Shapes: M models, B sequences, L tokens of each, N = B * L, C width, V vocabulary, W windows.
+Shapes: M models, B sequences, L tokens of each, N = B * L, C width, V vocabulary,
+W pieces of text.
 """
 import math
 
@@ -26,8 +28,8 @@ SCORES = (  # what is summed over tokens
 
 
 @torch.no_grad()
-def score(models, ids, targets, vocab_size, chunk_size=512):
-    """SCORES (M, 6, B): sums over the `targets` (B, L) that follow `ids` (B, L) and are not -100.
+def score_tokens(models, ids, targets, vocab_size, chunk_size=512):
+    """SCORES (M, 6, B, L) of the `targets` (B, L) that follow `ids` (B, L); 0 for those that are -100.
 
     Two models are compared over the first `vocab_size` logits: those beyond are padding, and models differ in
     how much of it they have. Logits exist for `chunk_size` tokens at a time.
@@ -58,7 +60,12 @@ def score(models, ids, targets, vocab_size, chunk_size=512):
             columns = (nll, kl, top == first_top, accepted, top == target, torch.ones_like(nll))
             scores[i][:, rows] = torch.stack(columns)
 
-    return scores.unflatten(-1, targets.shape).cpu().double().sum(-1)
+    return scores.unflatten(-1, targets.shape).cpu().double()
+
+
+def score(models, ids, targets, vocab_size, chunk_size=512):
+    """Sums of SCORES over each sequence: (M, 6, B)."""
+    return score_tokens(models, ids, targets, vocab_size, chunk_size).sum(-1)
 
 
 def compare(models, batches, vocab_size):
@@ -73,23 +80,27 @@ def validate(networks, corpus, vocab_size, args, autocast):
     return table_rows(networks, score_held_out(networks, corpus, vocab_size, args, autocast), corpus)
 
 
+PIECE = 64  # tokens
+
+
 def score_held_out(networks, corpus, vocab_size, args, autocast, bar=None):
-    """SCORES (M, 6, W) of the windows that the first --eval-tokens of the held-out text are cut into."""
+    """Sums of SCORES over each piece of the first --eval-tokens of the held-out text: (M, 6, W)."""
     device = networks[0].head_weight.device
     modes = [network.training for network in networks]
     for network in networks:
         network.eval()
 
-    batches = []
+    pieces = []
     with autocast:
         for ids, targets in held_out_batches(corpus, args, device):
-            batches.append(score(networks, ids, targets, vocab_size))  # (M, 6, B)
+            scores = score_tokens(networks, ids, targets, vocab_size).flatten(2)  # (M, 6, B * L)
+            pieces += [piece.sum(-1) for piece in scores.split(PIECE, -1)]  # each (M, 6)
             if bar is not None:
                 bar.update()
 
     for network, mode in zip(networks, modes, strict=True):
         network.train(mode)
-    return torch.cat(batches, -1)
+    return torch.stack(pieces, -1)
 
 
 def held_out_batches(corpus, args, device):
@@ -124,7 +135,7 @@ def table_rows(networks, scores, corpus):
 
 
 # ------------------------------------------------------------------------------------ noise
-PARTS = 32  # of the held-out text, at most: neighbouring windows come from one document, so they are alike
+PARTS = 32  # of the held-out text, at most: neighbouring pieces come from one document, so they are alike
 FEW_PARTS = 5  # fewer than these do not show how much parts differ
 
 
@@ -139,8 +150,8 @@ def ratio(totals, counts):
 def difference(scores, a, b=None):
     """The loss of model `a` minus that of model `b` (None: nothing), and two standard errors.
 
-    All models read the same windows, and a window that is hard for one is hard for the others. So the errors
-    are those of the differences, part by part, which are much smaller than those of the losses.
+    All models read the same text, and what is hard for one is hard for the others. So the errors are those of
+    the differences, part by part, which are much smaller than those of the losses.
     """
     nll = scores[a, SCORES.index("nll")]  # (W)
     if b is not None:

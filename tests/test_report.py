@@ -1,0 +1,324 @@
+"""What a run says: verdicts that are true in all cases, advice that works, commands to paste."""
+import json
+import math
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from workshop import ROOT, call, flags
+
+import distill
+from data import load_tokenizer
+from support import report, scoring
+from support.scoring import SCORES
+
+
+# ------------------------------------------------------------------------------------ the whole story
+def test_a_run_tells_its_story(workshop, distil, tmp_path, monkeypatch):
+    """In 80 columns; the command that it suggests works from another folder; results.json has the table."""
+    monkeypatch.chdir(tmp_path)
+    printed = distil("my out", control=True)
+    place = 0
+    for title in ("teacher ", "control ", "objective ", "steps ", "memory ", "The control now learns", "| model",
+                  "± is", "| model", "Speed is", "After the words", "the text has", "the student", "the control",
+                  "The student is in", "Next:"):
+        place = printed.index(title, place) + 1  # in this order
+    long = [line for line in printed.splitlines() if len(line) > 80]
+    assert [line for line in long if max(map(len, line.split())) < 50] == [], "but for the long paths of tests"
+
+    sample = re.search(r"cd .* sample\.py (?:.*\\\n)*.*", printed)[0].replace("python", sys.executable, 1)
+    done = subprocess.run(f"{sample} --tokens 2 --precision fp32", shell=True, cwd="/", capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(b"---") == 3 and done.stdout.count(b"def read_config") == 9  # three texts each
+
+    results = json.loads((tmp_path / "my out" / "results.json").read_text())
+    rows = results["rows"]
+    assert [*rows] == ["teacher", "student", "control"] and results["settings"]["steps"] == 3
+    for name, row in rows.items():
+        assert f"| {name} | {row['loss']:.4f} |" in printed
+    assert rows["teacher"]["acceptance"] == pytest.approx(1) and 0 < rows["student"]["acceptance"] < 1
+    assert rows["student"]["tokens per second"] > 1
+    assert results["differences"]["control - student"][0] == pytest.approx(
+        rows["control"]["loss"] - rows["student"]["loss"])
+
+    card = (tmp_path / "my out" / "README.md").read_text()
+    assert "# A distilled GPT" in card and results["objective"] in card and results["verdict"] in card
+    assert f" {rows['student']['acceptance']:.4f} |" in card
+
+
+def test_a_finished_run_is_shown_again(workshop, distil, refused, tmp_path):
+    first = distil(tmp_path / "out")
+    again = distil(tmp_path / "out")
+    assert "it is finished" in again and "After the words" not in again
+    end = first[first.index("| model"):first.index("After the words")]  # tables, and the verdict between them
+    assert end in again and "Next:" in again
+
+    for damage in ("", "{}", "[]", '{"rows": 7, "verdict": ""}'):
+        (tmp_path / "out" / "results.json").write_text(damage)
+        refused(tmp_path / "out", "results.json is not the results of a run")
+
+
+def test_text_alone_has_no_verdict(workshop, distil, tmp_path):
+    argv = {"teacher": "none", "student": workshop / "small", "student-layers": None, "kd-weight": None}
+    printed = distil(tmp_path / "out", **argv)
+    assert "teacher" not in printed.replace("demo/teacher", "") and "Acceptance" not in printed
+    assert "# A trained GPT" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_results_are_json_even_if_a_perplexity_overflows(distil, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "exp", lambda nats: math.inf)
+    distil(tmp_path / "out")
+    text = (tmp_path / "out" / "results.json").read_text()
+    rows = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["rows"]
+    assert rows["student"]["perplexity"] is None
+    assert "finished" in distil(tmp_path / "out")
+
+
+# ------------------------------------------------------------------------------------ the plan and the bar
+def test_the_plan_counts_passes_over_the_text(workshop, tmp_path, monkeypatch):
+    """A warning above 10, with a number of steps that is not too many."""
+    said = []
+    monkeypatch.setattr(report, "say", said.append)
+    counts = {"documents": 40, "tokens": 2002}
+    corpus = SimpleNamespace(train=range(1001), val=range(50), meta={"train": counts})
+    student = distill.load(workshop / "small")
+    for packing, examples in (("constant", 100), ("padded", 20)):  # half of the documents are used
+        for steps, passes in ((examples, 8), (examples * 2, 16), (math.floor(examples * 10 / 8), 10)):
+            argv = flags(workshop, tmp_path, steps=steps, packing=packing, seq_len=10)
+            args = distill.parse_args(argv)
+            said.clear()
+            report.print_plan(args, None, student, corpus, SimpleNamespace(world=1, device="cpu"))
+            plan = " ".join(" ".join(said).split())
+            assert f"80 tokens: {passes} passes over the text" in plan
+            assert ("warning" in plan) == (passes > 10)
+            if passes > 10:
+                assert f"read {passes} times" in plan and f"--steps {math.ceil(examples * 10 / 8)}" in plan
+
+
+def test_the_bar_covers_all_the_work(distil, tmp_path, monkeypatch):
+    bars = []
+    monkeypatch.setattr(report, "open_bar", lambda open_bar=report.open_bar, **settings:
+                        bars.append(open_bar(**settings)) or bars[-1])
+    distil(tmp_path / "out", control=True, control_batch_size=4, grad_accum=2)
+    distil(tmp_path / "out", control=True, resume=True, control_batch_size=4, grad_accum=2, eval_tokens=400)
+    n = [(bar.n, bar.total) for bar in bars]
+    assert n[0] == (3 * 2 + 2 * 2 + math.ceil(500 / 16 / 2), n[0][0])
+    assert n[1] == (3 * 2 + 2 * 2 + math.ceil(400 / 16 / 2), n[1][0]), "what was done before counts, too"
+
+
+def test_peak_memory_is_measured():
+    """A tensor that is larger by 400 MB moves it by as much."""
+    code = ("import torch; from support.report import peak_memory as peak; cpu = torch.device('cpu'); "
+            "[print(torch.ones(n).device, peak(cpu)) for n in (5 * 10**7, 15 * 10**7)]")
+    printed = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
+    small, large = map(float, re.findall(r"([\d.]+) GB", printed))
+    assert 0.35 < large - small < 0.45
+
+
+# ------------------------------------------------------------------------------------ an unknown text
+def test_a_teacher_that_does_not_know_the_text(workshop, distil, tmp_path, monkeypatch, capsys):
+    """Random weights do not. It is asked before the first step, and the advice is not refused."""
+    monkeypatch.chdir(tmp_path)
+    printed = distil("out")
+    assert "Should it be tuned" in " ".join(printed.split("memory")[0].split())
+    assert "bits for each byte" not in printed.split("memory")[1]
+    advice = re.search(r"  (cd .*? distill\.py (?:.*\\\n)*.*)\nand then .*\n((?:.*\\\n)*.*)\n", printed)
+    tune, again = (shlex.split(part.replace("\\\n", "")) for part in advice.groups())
+    tune = tune[tune.index("distill.py") + 1:]
+    assert call(monkeypatch, capsys, tune).code == 0
+
+    changes = dict(zip((flag[2:] for flag in again[::2]), again[1::2], strict=True))
+    del changes["recipe"]  # the flags of these tests name a teacher
+    printed = distil(changes.pop("out"), **changes)
+    assert "tuned-teacher" in printed
+    assert "bits for each byte" not in printed, "it has been tuned on this text already"
+
+
+def test_a_teacher_that_knows_the_text_is_not_accused(tmp_path, monkeypatch):
+    """The demo's teacher knows modules of Python, and not this; the length of the text does not matter."""
+    tokenizer = load_tokenizer(ROOT / "demo" / "teacher")
+    teacher = distill.load(ROOT / "demo" / "teacher")
+    said = []
+    monkeypatch.setattr(report, "say", said.append)
+    args = distill.parse_args(["--precision", "fp32", "--out", str(tmp_path / "out")])
+    shouted = (ROOT / "LICENSE").read_text().upper() * 9
+    texts = {"module": Path(textwrap.__file__).read_text(), "prose": shouted}
+    for name, text in texts.items():
+        for n_tokens in (300, 2000):
+            ids = tokenizer.encode(text)[:n_tokens]
+            n_bytes = len(tokenizer.decode(ids).encode())
+            corpus = SimpleNamespace(val=np.array(ids), eot=tokenizer.eot,
+                                     meta={"val": {"bytes": n_bytes, "tokens": len(ids)}})
+            said.clear()
+            report.warn_of_unknown_text(args, teacher, corpus, tokenizer)
+            assert bool(said) == (name == "prose"), (name, n_tokens)
+
+
+# ------------------------------------------------------------------------------------ what the table means
+def verdict(teacher=None, student=None, control=None, noise=0.01, n_pieces=1000, argv=()):
+    losses = {name: loss for name, loss in (("teacher", teacher), ("student", student), ("control", control))
+              if loss}
+    names = [*losses]
+    gaps = {f"{a} - {b}": (losses[a] - losses[b], noise) for a in names for b in names[:names.index(a)]}
+    text = report.verdict(distill.parse_args([*argv]), {**gaps, "student": (student, 0.2)}, n_pieces)
+    assert all(len(line) <= 80 for line in text.splitlines())
+    return " ".join(text.split())
+
+
+def test_each_order_of_the_three_has_its_own_true_sentences():
+    """Nats come first; a share only of a gap that is there; what lies within the noise is a tie."""
+    passed = "then there is no gap to close"
+    cases = [  # losses of teacher, student and control; what is said, and what is not
+        ((3.0, 3.2, 3.5), ["student is 0.300 nats (± 0.010) better than the control", "closes 60% of the gap",
+                           "0.500 nats"], [passed, "tied"]),
+        ((3.802, 3.603, 3.857), ["student is 0.254 nats", "student is 0.199 nats (± 0.010) better than the "
+                                 "teacher", passed], ["closes", "tied"]),
+        ((3.0, 2.8, 2.9), ["student is 0.100 nats", "control is 0.100 nats (± 0.010) better than the teacher",
+                           passed], ["closes"]),
+        ((3.0, 3.2, 2.9), ["control is 0.300 nats (± 0.010) better than the student", "teacher is 0.200 nats",
+                           "Text alone was worth more", "control is 0.100 nats"], ["closes"]),
+        ((3.0, 3.6, 3.5), ["control is 0.100 nats (± 0.010) better than the student",
+                           "teacher is 0.600 nats"], ["closes", passed]),
+        ((3.0, 3.005, 3.3), ["student is 0.295 nats", "The teacher and the student are tied, 0.005 nats"],
+         ["closes", passed]),
+        ((3.0, 3.2, 3.205), ["The student and the control are tied", "no gain from the teacher shows",
+                             "teacher is 0.200 nats"], ["closes", passed]),
+        ((3.0, 3.005, 2.995), ["student and the control are tied", "teacher and the student are tied"],
+         ["closes", passed, "better"]),
+    ]
+    for losses, said, unsaid in cases:
+        text = verdict(*losses)
+        assert [part for part in said if part not in text] == [], (losses, text)
+        assert [part for part in unsaid if part in text] == [], (losses, text)
+        assert "± is two standard errors over 32 parts" in text and "known to ± 0.200" in text
+
+    alone = verdict(3.0, 3.2)
+    assert "teacher is 0.200 nats" in alone and "--resume --control trains one" in alone
+    few = verdict(3.0, 3.2, 3.5, noise=math.inf, n_pieces=4)
+    assert "too short" in few and few.count("tied") == 2 and "±" not in few
+    assert verdict(student=3.0) == ""
+
+
+def test_how_the_control_was_chosen_is_said():
+    tuned = "rate 0.0005 and 2 sequences a step, the best of 31 settings that were tried (docs/atlas.md)."
+    own = ["--teacher", "t", "--student-layers", "2", "--control"]
+    cases = [
+        ([], tuned), (["--seed", "3", "--out", "x"], tuned),
+        (["--steps", "60"], "rate 0.0005 and 2 sequences a step."),  # not tuned for these
+        (["--betas", "0.8", "0.9"], "rate 0.0005 and 2 sequences a step."),
+        (["--control-lr", "3e-4"], "rate 0.0003 and 2 sequences a step."),
+        (own, "128 sequences a step, like the student; --control-lr gives it a rate of its own."),
+        ([*own, "--control-batch-size", "2"], "and 32 sequences a step."),
+    ]
+    for argv, said in cases:
+        assert report.effort(distill.parse_args(argv)).endswith(said), argv
+
+
+def test_noise_of_a_difference():
+    """Paired: what is hard for both cancels. Neighbours that are alike do not count as new evidence."""
+    rng = torch.Generator().manual_seed(0)
+    def scores_of(nll):  # (M, W) -> (M, 6, W)
+        scores = torch.zeros(len(nll), len(SCORES), nll.size(1), dtype=torch.float64)
+        scores[:, SCORES.index("nll")] = nll
+        scores[:, SCORES.index("tokens")] = 64
+        return scores
+
+    hard = 64 * (3 + torch.randn(32, generator=rng))  # for both models
+    gain = 64 * (0.2 + 0.1 * torch.randn(32, generator=rng))
+    scores = scores_of(torch.stack([hard, hard + gain]))
+    mean, noise = scoring.difference(scores, 1, 0)
+    assert mean == pytest.approx(gain.mean().item() / 64)
+    assert noise == pytest.approx(2 * gain.std().item() / 64 / math.sqrt(32))
+    assert scoring.difference(scores, 0)[1] > 5 * noise, "the loss itself"
+
+    again = scoring.difference(scores_of(torch.stack([hard, hard + gain]).repeat_interleave(16, 1)), 1, 0)
+    assert again == pytest.approx((mean, noise)), "16 times the same piece"
+    assert scoring.difference(scores[..., :4], 1, 0)[1] == math.inf
+
+
+def test_what_is_scored_does_not_depend_on_pieces(workshop):
+    """The loss is the mean over the tokens; pieces are cut from blocks that follow each other."""
+    model = distill.load(workshop / "teacher")
+    ids = np.random.default_rng(0).integers(4000, size=400)
+    corpus = SimpleNamespace(val=ids, eot=4095, meta={"val": {"bytes": 1600, "tokens": 400}})
+    args = SimpleNamespace(eval_tokens=300, seq_len=50, batch_size=4)
+    scores = scoring.score_held_out([model, model], corpus, 4095, args, torch.no_grad())
+    assert scores[0, SCORES.index("tokens")].tolist() == [64, 64, 64, 8, 64, 36]  # batches of 200 and 100
+    row, _ = scoring.validate([model, model], corpus, 4095, args, torch.no_grad())
+    assert row["loss"] == pytest.approx(scores[0, 0].sum().item() / 300)
+    assert scoring.difference(scores, 1, 0)[0] == 0
+
+
+def test_writing_speed_is_measured_and_does_not_take_long(monkeypatch):
+    class Writer:
+        head_weight = torch.zeros(1)
+        context = 10**6
+
+        def generate(self, ids, n_tokens):
+            time.sleep(0.002 * n_tokens)
+            return ids
+
+    monkeypatch.setattr(report, "SPEED_SECONDS", 0.2)
+    started = time.perf_counter()
+    assert 300 < report.writing_speed(Writer(), 0) < 520
+    assert time.perf_counter() - started < 0.5
+
+
+# ------------------------------------------------------------------------------------ texts and commands
+def test_the_passage_ends_with_a_line_where_it_can():
+    tokenizer = load_tokenizer(ROOT / "demo" / "teacher")
+
+    def passage(*documents):
+        ids = [token for text in documents for token in (tokenizer.eot, *tokenizer.encode(text))]
+        corpus = SimpleNamespace(val=np.array(ids), eot=tokenizer.eot)
+        return [tokenizer.decode(part) for part in report.passage(corpus, tokenizer)]
+
+    code = "".join(f"def name_{i}(self):\n    a = {i}\n    return a\n\n" for i in range(99))
+    before, after = passage("import os", code, "import sys")
+    assert before.endswith("(self):") and after.startswith("\n    a = ")
+    before, after = passage("one line of prose\n" * 300)
+    assert before.endswith("prose") and after.startswith("\none line")
+    before, after = passage("one two three " * 300)
+    assert before and after and "\n" not in before + after
+    assert passage("x") == ["", "x"] or passage("x") == ["x", ""]
+
+
+def test_two_lines_of_a_text():
+    text = "\n  \n\tif x:\n" + "y" * 90 + "\nthird\x00"
+    first, second = report.titled("the student", text).split("\n")
+    assert first == "the student           if x:"
+    assert second == " " * 18 + "y" * 58 + " ..." and len(second) == 80
+    assert report.titled("After", text, slice(-2, None)).endswith("third\N{REPLACEMENT CHARACTER}")
+    assert report.titled("the text has", "\n") == "the text has"
+
+
+def test_commands_can_be_pasted(tmp_path, monkeypatch):
+    words = ["python", "sample.py", "--model", "it's a folder; rm -rf $HOME", *["word" * 9] * 6]
+    monkeypatch.chdir(ROOT)
+    lines = report.command(*words).split("\n")
+    assert len(lines) > 3 and max(map(len, lines)) <= 80
+    printed = subprocess.check_output(["sh", "-c", "printf '%s|' " + "\n".join(lines)], text=True)
+    assert printed.split("|")[:-1] == words
+    monkeypatch.chdir(tmp_path)
+    assert report.command("pwd").strip() == f"cd {ROOT} && pwd"
+
+
+def test_next_steps_suggest_nothing_that_has_been_done(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    results = {"rows": {"teacher": {}, "student": {}}}
+    demo = report.next_steps(distill.parse_args([]), results)
+    assert "my_texts/" in demo and "extras.plot" in demo
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "loss.png").touch()
+    own = distill.parse_args(["--data", str(tmp_path)])
+    assert "my_texts/" not in report.next_steps(own, results)
+    assert "extras.plot" not in report.next_steps(own, results)
+    assert "extras.play" not in report.next_steps(own, {"rows": {"student": {}}})
