@@ -26,9 +26,9 @@ NO_NETWORK = ("plain `python distill.py` needs no Hub, nor do --teacher demo/tea
 NETWORK_SETTINGS = ("HF_ENDPOINT", "HF_TOKEN", "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
 HUB_ERRORS = {  # class of an error of the Hub's clients -> what it means here; the first match counts
     "GatedRepoError": "is gated: accept its terms on the Hub, then set HF_TOKEN",
+    "RevisionNotFoundError": "is on the Hub, but not with this revision (the branch, tag or commit after @)",
     "RepositoryNotFoundError": "is neither a folder here nor a model on the Hub (or private: set HF_TOKEN)",
     "DatasetNotFoundError": "is neither a file here nor a data set on the Hub (or private: set HF_TOKEN)",
-    "RevisionNotFoundError": "is on the Hub, but not with this revision (the branch, tag or commit after @)",
     "HFValidationError": "is not a folder here, and not a name that a model on the Hub could have",
 }
 
@@ -120,9 +120,8 @@ def download(name, filenames):
     from huggingface_hub import snapshot_download
     wanted = ["config.json", *filenames]  # config.json marks what is in the cache
     try:
-        # A pattern's * also matches a slash, so repositories would send the files of their subfolders.
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted,
-                                      ignore_patterns="*/*", tqdm_class=late_bar()))
+                                      tqdm_class=late_bar()))
     except Exception as error:  # a dozen classes, from two HTTP libraries
         near = lookalike(name)
         hint = f" (did you mean {near}?)" if near and near != name else ""

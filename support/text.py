@@ -533,7 +533,7 @@ def open_hub(data, repo, revision, config, text_column):
 
     def pinned(commit=None):
         """The same Source at one commit, which its identity names: a build can go on with that one later."""
-        with asking_the_hub(repo):
+        with asking_the_hub(f"{repo}@{revision}" if revision else repo):
             from datasets import load_dataset_builder
             try:
                 builder = load_dataset_builder(repo, config, revision=commit or revision)

@@ -457,33 +457,37 @@ def test_hub_data_with_its_own_validation(tok, hub, tmp_path, capsys):
             prepare(data, tok, tmp_path)
 
 
-def test_hub_data_of_a_revision(tok, hub, tmp_path, monkeypatch):
+def test_hub_data_of_a_revision(tok, hub, tmp_path):
     """A build that was killed goes on with the version that it began with, and says which one that is."""
-    import datasets
-    asked, load = [], datasets.load_dataset_builder
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *args, revision=None, **kwargs: (
-        asked.append((args[0], args[1], revision)), load(*args, revision=revision, **kwargs))[1])
-    write(hub.root / "datasets/someone/versions/data/train-00000-of-00001.parquet", make_texts(300))
+    def write_version(name, seed):
+        write(hub.root / f"datasets/someone/{name}/data/train-00000-of-00001.parquet", make_texts(300, seed))
 
-    named = prepare("someone/versions@v1.0:default", tok, tmp_path)
-    assert asked == [("someone/versions", "default", "v1.0")]
+    write_version("versions", seed=0)
+    write_version("versions@v1.0", seed=1)
     newest = prepare("someone/versions", tok, tmp_path)
-    assert asked[1:] == [("someone/versions", None, None)] and newest.path != named.path
-    commit = newest.meta["source"]["revision"]
-    assert len(commit) == 40 and commit == named.meta["source"]["revision"]
+    named = prepare("someone/versions@v1.0:default", tok, tmp_path)
+    commits = [made.meta["source"]["revision"] for made in (newest, named)]
+    assert newest.path != named.path and commits[0] != commits[1] and len(commits[0]) == 40
+    expected = [split_ids(tok, hold_out(make_texts(300, seed)))["train"] for seed in (0, 1)]
+    assert [made.train.tolist() for made in (newest, named)] == expected
+    with pytest.raises(InputError, match="someone/versions@v2 is on the Hub, but not with this revision"):
+        prepare("someone/versions@v2", tok, tmp_path)
 
+    # What a kill leaves half-way, after which there is a newer version.
     part = Path(f"{newest.path}.part")
     newest.path.rename(part)
-    (part / "meta.json").rename(part / "progress.json")
+    numbers = {**newest.meta, "complete": False}
+    (part / "meta.json").unlink()
+    (part / "progress.json").write_text(json.dumps(numbers))
+    (hub.root / "datasets/someone/versions").rename(hub.root / "datasets/someone/versions@old")
+    write_version("versions", seed=2)
     again = prepare("someone/versions", tok, tmp_path)
-    assert asked[2:] == [("someone/versions", None, commit)]
-    assert again.train.tolist() == newest.train.tolist()
+    assert again.meta["source"]["revision"] == commits[0] and again.train.tolist() == expected[0]
 
-    # A finished corpus is taken as it is, without asking the Hub; so is one from before revisions were noted.
-    meta = json.loads((again.path / "meta.json").read_text())
-    del meta["source"]["revision"]
-    (again.path / "meta.json").write_text(json.dumps(meta))
-    assert prepare("someone/versions", tok, tmp_path).meta == meta and len(asked) == 3
+    # A finished corpus is taken as it is, also one from before revisions were noted.
+    del again.meta["source"]["revision"]
+    (again.path / "meta.json").write_text(json.dumps(again.meta))
+    assert prepare("someone/versions", tok, tmp_path).meta == again.meta
 
 
 def test_hub_data_that_is_not_there(tok, hub, tmp_path):
