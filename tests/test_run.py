@@ -147,6 +147,10 @@ def full_disk(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def poison(student):
+    student.up.weight.data[0] = math.nan
+
+
 def kill(student):
     raise Killed
 
@@ -214,9 +218,15 @@ def test_a_finished_run_is_not_replaced_unasked(out):
     for how in ({}, {"resume": True}, {"resume_if_there": True}):
         assert train(settings(out, **how)) is None
         assert content(out) == before
+    assert train(settings(out, resume=True, eval_tokens=99)) is not None, "the table is another one"
+    with pytest.raises(Killed):
+        train(settings(out, resume=True, steps=6), at={5: kill})
+    assert not (out / "results.json").exists(), "it is not finished any more"
+    assert train(settings(out, resume=True, steps=6)) is not None
+
     for name in (*MODEL_FILES, "README.md"):  # what is missing is made again
         (out / name).unlink()
-        assert train(settings(out, resume=True)) is not None
+        assert train(settings(out, resume=True, steps=6)) is not None
         assert content(out).keys() == before.keys()
 
 
@@ -249,8 +259,6 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_has_saved(out, monkeypatc
             train(settings(out, **new), at=at)
         assert content(out) == before
 
-    def poison(student):
-        student.up.weight.data[0] = math.nan
     with unchanged(out, "up.weight is not finite"):
         train(settings(out, **new, save_interval=1), at={0: poison})
 
@@ -294,7 +302,9 @@ def test_one_process_at_a_time(tmp_path):
                 pass
     assert not (tmp_path / "a").exists()
     interrupted(tmp_path / "a" / "out", 0)
-    assert not (tmp_path / "a").exists(), "nothing was written to it"
+    with pytest.raises(InputError, match="up.weight is not finite"):
+        train(args, at={0: poison})
+    assert not (tmp_path / "a").exists(), "neither of them has made a step"
 
 
 # ------------------------------------------------------------------------------------ the same run goes on
@@ -330,6 +340,7 @@ def test_a_signal_saves_and_ends(tmp_path, capsys, number):
         said = "stopped after step 3; the same command with --resume" if saved else "nothing was saved"
         assert said in capsys.readouterr().out
         assert out.exists() == saved
+    assert torch.load(out / "train_state.pt", weights_only=True)["step"] == 3
     assert same_bits(train(settings(out, resume=True)), train(settings(tmp_path / "whole")))
 
 
@@ -496,10 +507,11 @@ def test_a_state_of_another_run_or_another_pytorch(out):
     def older(state):
         for group in state["optimizer"]["param_groups"]:
             group.pop("decoupled_weight_decay", None)
-            group["from_the_future"] = 1
+            group.update(from_the_future=1, weight_decay=0.5)  # that of the flags counts
     (out / "train_state.pt").write_bytes(whole)
     changed_state(older)(out / "train_state.pt")
-    assert train(settings(out, resume=True, steps=9)) is not None
+    whole = train(settings(out.parent / "whole", steps=9))
+    assert same_bits(train(settings(out, resume=True, steps=9)), whole)
 
 
 def test_a_log_is_only_a_record(tmp_path, capsys):
@@ -555,9 +567,7 @@ def test_what_is_not_finite_is_named(tmp_path):
         with pytest.raises(InputError, match=f"step 3: .*{said}"):
             run.check(2, Losses(math.nan, 1.0, 1.0, 0.0, teacher_clm, 5), 1.0, 0.1)
 
-    def poison(student):
-        student.down.bias.data[0] = math.inf
-    with pytest.raises(InputError, match="step 4: the student's down.bias is not finite"):
+    with pytest.raises(InputError, match="step 4: the student's up.weight is not finite"):
         train(settings(tmp_path / "out", save_interval=1), at={3: poison})
     assert torch.load(tmp_path / "out" / "train_state.pt", weights_only=True)["step"] == 3
 
