@@ -1,58 +1,56 @@
-"""extras/atlas.py and extras/atlas_page.py: the plan, the runs that are done, and the page made of them."""
+"""extras/atlas.py: the plan, the runs that are done, and the page made of them."""
 import math
 import shlex
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import distill
-from extras import atlas, atlas_page
-from support import options
-from support.cli import InputError
+from extras import atlas
+from extras.atlas import STUDY
+from support import flags
 
 
-def test_every_run_of_the_plan_can_be_made():
-    for flags in atlas.plan().values():
-        args = distill.parse_args(shlex.split(f"{atlas.BASE} {flags}"))
-        options.check(args)
-        assert not args.control and args.precision == "bf16"
+def parsed(command):
+    return distill.parse_args(shlex.split(f"{atlas.BASE} {command}"))
 
 
-def test_rows_that_are_done_are_runs_of_the_plan():
+def test_rows_are_runs_of_the_plan_and_every_run_can_be_made():
     """A row whose flags are not those of the plan would be called by a name that is not its own."""
-    plan = atlas.plan()
-    for name, row in atlas.finished().items():
-        assert row["flags"] == plan[name], name
-        args = distill.parse_args(shlex.split(f"{atlas.BASE} {row['flags']}"))
-        assert (row["seed"], row["steps"]) == (args.seed, args.steps), name
-        T = args.temperature
-        assert f"T = {T:g})" in row["objective"] or not args.kd_weight, name
+    rows = STUDY.rows()
+    assert rows.keys() <= STUDY.plan.keys()
+    for name, command in STUDY.plan.items():
+        args = parsed(command)
+        assert not args.control and args.precision == "bf16"
+        if name in rows:
+            row = rows[name]
+            assert (row["flags"], row["seed"], row["steps"]) == (command, args.seed, args.steps), name
+            assert f"T = {args.temperature:g})" in row["objective"] or not args.kd_weight, name
 
 
-def test_student_and_control_of_a_budget_see_as_many_tokens():
-    plan = atlas.plan()
+def test_student_and_control_of_a_budget_see_the_same_number_of_tokens():
     for prefix, budgets, size in (("", atlas.BUDGETS, 2), ("first: ", atlas.FIRST_BUDGETS, 4)):
         for steps in budgets:
-            student, control = (distill.parse_args(shlex.split(plan[f"{prefix}{who} {steps} steps, seed 0"]))
+            student, control = (parsed(STUDY.plan[f"{prefix}{who} {steps} steps, seed 0"])
                                 for who in ("student", "control"))
             assert student.steps * student.batch_size == control.steps * control.batch_size == size * steps
             assert student.clm_weight < control.clm_weight == 1
 
 
 def test_the_demo_is_what_the_plan_says_and_its_control_the_best_that_was_tried():
-    """All that was tried at the demo's tokens, in both rounds; up to what a seed is worth."""
-    shipped, demo, control = (distill.parse_args(shlex.split(f"{atlas.BASE} {flags}"))
-                              for flags in ("", atlas.DEMO, atlas.CONTROL))
-    for args in (shipped, demo, control):
-        options.check(args)
+    """All that was tried on the demo's number of tokens, in both rounds; up to what a seed is worth."""
+    shipped, demo, control = parsed(""), parsed(atlas.DEMO), parsed(atlas.CONTROL)
     assert vars(demo) == vars(shipped)
-    assert vars(control) | {"role": "control", "out": "out/control"} == vars(options.control_of(shipped))
+    wanted = vars(flags.control_of(shipped))
+    same = {"role": wanted["role"], "out": wanted["out"], "objective": wanted["objective"]}
+    assert vars(control) | same == wanted
 
-    tried = [row for name, row in atlas.finished().items() if row["tokens"] == 614_400 and row["seed"] == 0
+    rows = STUDY.rows()
+    tried = [row["loss"] for name, row in rows.items() if row["tokens"] == 614_400 and row["seed"] == 0
              and name.startswith(("tune control", "again: control"))]
-    assert len(tried) == options.CONTROLS_TRIED
-    best = atlas.finished()["control 1200 steps, seed 0"]
-    assert best["loss"] <= min(row["loss"] for row in tried) + 0.003
+    assert len(tried) == flags.CONTROLS_TRIED
+    assert rows["control 1200 steps, seed 0"]["loss"] <= min(tried) + 0.003
 
 
 def test_averaged_weights_are_the_mean_of_the_last_quarter():
@@ -67,7 +65,39 @@ def test_averaged_weights_are_the_mean_of_the_last_quarter():
 
     student.weight.grad = torch.tensor([[-1.0]])
     optimizer.step()
-    assert student.weight.item() == 8.5  # nobody watches any more
+    assert student.weight.item() == 8.5  # the hook is gone
+
+
+def test_a_run_and_its_figures(workshop, monkeypatch):
+    """With the demo's own code and small models; a layers run also has the loss before training."""
+    models = (f"--teacher {workshop / 'teacher'} --data {workshop / 'text'} --data-folder "
+              f"{workshop / 'corpora'} --seq-len 16 --eval-tokens 300 --student-layers 0,2,3 --steps 2 "
+              "--grad-accum 1")
+    monkeypatch.setattr(atlas, "reverse_kl", lambda *_: 0.5)
+    monkeypatch.setattr(atlas, "sample_figures", lambda *_: {"distinct_3": 0.5})
+    figures = atlas.one_run("layers 0,2,3, 100 steps", f"{atlas.FIRST_STUDENT} {models}")
+    assert figures["before"] > 0 and figures["before"] != figures["loss"]
+    columns = {"seed", "steps", "tokens", "loss", "teacher_loss", "kl", "same_top_1", "reverse_kl",
+               "distinct_3", "objective", "before", "seconds"}
+    assert figures.keys() == columns and figures["tokens"] == 2 * 4 * 16
+
+
+def test_figures_of_the_students_texts():
+    """Against a teacher whose answer is known: all tokens alike."""
+    def network():
+        choose = torch.Generator().manual_seed(1)
+        text = torch.randint(1, 9, (4, 11), generator=choose)
+        return SimpleNamespace(generate=lambda start, length, choose: text)
+
+    class Teacher(torch.nn.Module):
+        def forward(self, ids):
+            return torch.zeros(*ids.shape, 10)
+
+    found = atlas.sample_figures(Teacher(), network(), SimpleNamespace(eot=0), n=4, length=10)
+    text = network().generate(None, None, None)[:, 1:]
+    triples = {tuple(row[i:i + 3].tolist()) for row in text for i in range(8)}
+    assert found["teacher_nll_of_samples"] == pytest.approx(math.log(10))
+    assert found["distinct_3"] == len(triples) / 32
 
 
 # ------------------------------------------------------------------------------------ the page
@@ -82,41 +112,27 @@ BUDGETS = {
 
 
 def test_budgets_compare_at_equal_tokens_and_at_equal_seconds():
-    recipe = atlas_page.Recipe("", (300, 600), 512, {"student": 0.05 * math.sqrt(2), "control": 0.05})
-    header, _, first, second = atlas_page.budgets_table(BUDGETS, recipe).splitlines()
-    cells = [cell.strip() for cell in first.strip("|").split("|")]
-    assert cells[2:4] == ["2", "3.5500 (3.4000 to 3.7000)"]
-    assert cells[5] == "45%"  # (4.0 - 3.55) / (4.0 - 3.0)
+    recipe = atlas.Recipe("", (300, 600), 512, {"student": 0.05 * math.sqrt(2), "control": 0.05})
+    first, second = atlas.budgets_table(BUDGETS, recipe)
+    assert first["seeds"] == 2 and first["student"] == "3.5500 (3.4000 to 3.7000)"
+    assert first["closes"] == "45%"  # (4.0 - 3.55) / (4.0 - 3.0)
     # After 21.2 s the control is half way between its 15 s and its 30 s: the axis is one of log seconds.
-    assert cells[6:] == ["3.800", "31%"]
-    assert [cell.strip() for cell in second.strip("|").split("|")][6:] == ["", ""]  # nobody knows beyond
+    assert (first["control, equal seconds"], first["closes then"]) == ("3.800", "31%")
+    assert (second["control, equal seconds"], second["closes then"]) == ("", "")  # beyond its last budget
 
 
-def test_each_arm_has_its_seeds_in_order():
-    found = atlas_page.arms({"a, seed 2": row(1.0, 2), "a, seed 0": row(2.0), "b": row(3.0)})
-    assert {arm: [one["seed"] for one in of] for arm, of in found.items()} == {"a": [0, 2], "b": [0]}
-
-
-def test_only_marked_places_are_filled():
-    page = "before <!-- table: layers -->old\n<!-- end --> after"
+def test_layers_are_sorted_by_what_they_came_to():
     rows = {"layers 0,1,2, 100 steps": row(3.2, before=3.9), "layers 0,1,3, 100 steps": row(3.1, before=4.0)}
-    filled = atlas_page.fill(page, rows)
-    assert filled.startswith("before <!-- table: layers -->\n| layers")
-    assert filled.endswith("<!-- end --> after")
-    assert "old" not in filled and filled.index("0,1,3") < filled.index("0,1,2")
-    assert atlas_page.fill(filled, rows) == filled
-    with pytest.raises(InputError, match="nothing"):
-        atlas_page.fill("<!-- table: nothing --><!-- end -->", rows)
+    assert [line["layers"] for line in atlas.layers_table(rows)] == ["0,1,3", "0,1,2"]
 
 
 def test_the_page_has_the_tables_of_today():
-    page = atlas_page.PAGE.read_text(encoding="utf-8")
-    assert page.count("<!-- table: ") == len(atlas_page.TABLES)
-    assert atlas_page.fill(page, atlas.finished()) == page
+    page = STUDY.file(".md").read_text(encoding="utf-8")
+    assert STUDY.filled(page, STUDY.rows()) == page, "python -m extras.atlas --page"
 
 
 def test_the_pictures_are_drawn_from_what_there_is():
     pytest.importorskip("matplotlib")
-    for draw in (atlas_page.draw_budgets, atlas_page.draw_divergences):
-        for rows in (atlas.finished(), BUDGETS):
+    for draw in STUDY.pictures.values():
+        for rows in (STUDY.rows(), BUDGETS):
             assert draw(rows).axes
