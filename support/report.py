@@ -228,9 +228,9 @@ def show_again(args):
     path = Path(args.out, RESULTS)
     with reading(path, "the results of a run"):
         results = json.loads(path.read_bytes())
-        paragraphs = [*summary(results), next_steps(args, results)]
+        text = "\n\n".join(filter(None, [*summary(results), next_steps(args, results)]))
     say(f"{args.out} contains this run already, and it is finished. Its results:\n")
-    say("\n\n".join(filter(None, paragraphs)))
+    say(text)
 
 
 QUALITY = ("loss", "perplexity", "bits per byte", "KL to teacher", "same top-1")
