@@ -120,9 +120,8 @@ def download(name, filenames):
     from huggingface_hub import snapshot_download
     wanted = ["config.json", *filenames]  # config.json marks what is in the cache
     try:
-        # A pattern's * also matches a slash, so repositories would send the files of their subfolders.
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted,
-                                      ignore_patterns="*/*", tqdm_class=late_bar()))
+                                      tqdm_class=late_bar()))
     except Exception as error:  # a dozen classes, from two HTTP libraries
         near = lookalike(name)
         hint = f" (did you mean {near}?)" if near and near != name else ""
