@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from support.cli import InputError, checked, new_parser, user_path
-from support.documents import open_data
+from support.text import open_data
 from support.hub import check_hub_name
 
 ROOT = Path(__file__).parent.parent
