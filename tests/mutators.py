@@ -1,15 +1,17 @@
-"""Ways to damage a file, for test_mutations.py: bytes, JSON, tensors, pickles, archives.
+"""Ways to damage a file, for test_mutations.py.
 
-  damage_bytes                        any file
-  damage_json                         values, keys and lists of a JSON file become odd ones
-  damage_pickle, damage_zip           what torch.save writes: the objects in it, its parts
-  damage_safetensors                  the header, most of the time
-  odd_tensor                          a tensor of another kind in place of one
+  damage              a file, in the way that suits its name
+  damage_bytes        any bytes
+  damage_json         values, keys and lists become odd ones
+  damage_pickle       what torch.save writes: the objects in it, its parts, its bytes
+  damage_safetensors  the header, or a tensor
+  damage_rows         a line of .jsonl, a table of .parquet
 
-Each takes `draw`, a random.Random, and with the same one does the same. What damages returns what it made and
-a recipe, a few words for people.
+Each takes `draw`, a random.Random, and returns the damaged content and a recipe in words. The same `draw`
+does the same damage.
 """
 import copy
+import gzip
 import io
 import json
 import math
@@ -18,10 +20,40 @@ import struct
 import warnings
 import zipfile
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.torch
 import torch
 
-# --- Bytes ------------------------------------------------------------------------------------------------
+# Parts of a file that are damaged more often, because more depends on them.
+TELLING = {"tokenizer.json": ["model", "added_tokens"],
+           "train_state.pt": ["settings", "student", "optimizer"]}
 
+
+def damage(draw, path):
+    content, recipe = damage_content(draw, path.name, path.read_bytes())
+    path.write_bytes(content)
+    return f"{path.name}: {recipe}"
+
+
+def damage_content(draw, name, content):
+    base, _, ending = name.rpartition(".")
+    if draw.random() < 0.25:
+        return damage_bytes(draw, content)
+    if ending == "gz":
+        inner, recipe = damage_content(draw, base, gzip.decompress(content))
+        return gzip.compress(inner, mtime=0), recipe
+    within = draw.choice([None, *TELLING.get(name, [])])
+    if ending == "json":
+        return damage_json(draw, content, within)
+    if name in ("pytorch_model.bin", "train_state.pt"):
+        return damage_pickle(draw, content, within)
+    ways = {"safetensors": damage_safetensors, "jsonl": damage_rows, "parquet": damage_table,
+            "csv": damage_cells}
+    return ways.get(ending, damage_bytes)(draw, content)
+
+
+# ------------------------------------------------------------------------------------ bytes
 PIECES = [
     b"\0", b"\xff", b"\x80", b"\x7f\xff\xff\xff", b"\xef\xbb\xbf", b"\xff\xfe", b"\xed\xa0\x80",
     b"\xe2\x80\xa8", b"\n", b"\r\n", b"\r", b",", b'"', b"{", b"-", b"0", b"#version", b"9" * 400,
@@ -53,10 +85,8 @@ def damage_bytes(draw, content):
     return content, "; ".join(done)
 
 
-# --- Trees of dicts and lists -----------------------------------------------------------------------------
-
-# What json.dumps cannot write stands as a name until it has written the rest.
-RAW = {
+# ------------------------------------------------------------------------------------ trees: JSON, pickles
+RAW = {  # what json.dumps cannot write: it writes the name, which is then replaced
     "<1e400>": "1e400",
     "<5000 digits>": "1" * 5000,
     **{f"<{n} lists>": "[" * n + "]" * n for n in (50, 900, 960, 980, 990, 1000, 5000, 100_000)},
@@ -71,20 +101,21 @@ ODD = [
 NAMES = ["", "x", "two\nlines", "\ud800", "\u0120\u0120", "a" * 2000]
 
 
-def somewhere(draw, tree):
-    """A (dict or list, key) of a tree. It is found by walking down: by number, the thousand entries of a
-    vocabulary would hide the settings beside it."""
-    node = tree
-    while True:
-        key = draw.choice(list(node)) if isinstance(node, dict) else draw.randrange(len(node))
-        below = node[key]
-        if not isinstance(below, (dict, list)) or not below or draw.random() < 0.2:
-            return node, key
-        node = below
+def damage_json(draw, content, within=None):
+    """`within`: a key at the top, the only place where something is changed."""
+    tree, recipe = damage_tree(draw, json.loads(content), odd_json, within)
+    text = json.dumps(tree)
+    for name, raw in RAW.items():
+        text = text.replace(f'"{name}"', raw)
+    mark = draw.choice([b"\xef\xbb\xbf", b"\xff\xfe", b" \n", b"\0"]) if draw.random() < 0.05 else b""
+    return mark + text.encode(), f"{recipe}; starts with {mark!r}"
 
 
-def damage_tree(draw, tree, odd):
-    """Change a tree in place, once to three times. `odd(draw, value)` gives another value for one."""
+def damage_tree(draw, tree, odd, within=None):
+    """Change a tree of dicts and lists, once to three times. odd(draw, value): a different value for one."""
+    if within in tree:
+        tree[within], recipe = damage_tree(draw, tree[within], odd)
+        return tree, f"{within}: {recipe}"
     done = []
     for _ in range(draw.choice([1, 1, 1, 2, 3])):
         if not isinstance(tree, (dict, list)) or not tree or draw.random() < 0.02:
@@ -99,7 +130,7 @@ def damage_tree(draw, tree, odd):
         if way == "delete":
             del node[key]
         elif way == "copy":
-            node[key] = copy.deepcopy(other[other_key])  # not the same one, which could make a cycle
+            node[key] = copy.deepcopy(other[other_key])  # the same object could make a cycle
         elif way == "exchange" and node is other:
             node[key], node[other_key] = node[other_key], node[key]
         elif way == "rename" and isinstance(node, dict):
@@ -112,12 +143,24 @@ def damage_tree(draw, tree, odd):
     return tree, "; ".join(done)
 
 
+def somewhere(draw, tree):
+    """A (dict or list, key) of a tree, found by walking down. If all entries had the same chance, the
+    thousand entries of a vocabulary would hide the settings beside it."""
+    node = tree
+    while True:
+        key = draw.choice(list(node)) if isinstance(node, dict) else draw.randrange(len(node))
+        below = node[key]
+        if not isinstance(below, (dict, list)) or not below or draw.random() < 0.2:
+            return node, key
+        node = below
+
+
 def odd_name(draw, name):
     return draw.choice([*NAMES, f"{name}x", f"{name}"[:-1]])
 
 
 def odd_json(draw, old):
-    """A value for JSON: an odd one, or one near the old."""
+    """A value for JSON: an odd one, or one close to the old one."""
     if type(old) in (int, float) and math.isfinite(old) and draw.random() < 0.4:
         return draw.choice([old + 1, old - 1, -old, old * 2, old // 2, float(old), str(old), [old]])
     if isinstance(old, str) and draw.random() < 0.4:
@@ -127,77 +170,52 @@ def odd_json(draw, old):
     return draw.choice(ODD)
 
 
-def damage_json(draw, content, within=None):
-    """A JSON file: as a tree, or once in four as bytes. `within`: a key at its top, the only place where
-    something is changed."""
-    tree = json.loads(content)
-    if within:
-        tree[within], recipe = damage_tree(draw, tree[within], odd_json)
-    elif draw.random() < 0.25:
-        return damage_bytes(draw, content)
-    else:
-        tree, recipe = damage_tree(draw, tree, odd_json)
-    text = json.dumps(tree)
-    for name, raw in RAW.items():
-        text = text.replace(f'"{name}"', raw)
-
-    mark = draw.choice([b"\xef\xbb\xbf", b"\xff\xfe", b" \n", b"\0"]) if draw.random() < 0.05 else b""
-    return mark + text.encode(), f"{recipe}; starts with {mark!r}"
-
-
-# --- Tensors ----------------------------------------------------------------------------------------------
-
+# ------------------------------------------------------------------------------------ tensors
 FLOATS = (torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2,
           torch.float8_e8m0fnu)
 OTHERS = (torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64)
-DENSE = {  # what safetensors can hold, too
-    "another float": lambda draw, x: x.to(draw.choice(FLOATS)),
-    "no float": lambda draw, x: x.to(draw.choice(OTHERS)),
-    "flat": lambda draw, x: x.flatten(),
-    "wrapped": lambda draw, x: x[None],
-    "transposed": lambda draw, x: x.reshape(x.shape[::-1]),
-    "a scalar": lambda draw, x: torch.zeros(()),
-    "empty": lambda draw, x: torch.zeros(0),
-    "shorter": lambda draw, x: x.flatten()[:-1],
-    "longer": lambda draw, x: torch.cat([x.flatten(), torch.zeros(1)]),
-    "scaled": lambda draw, x: x.float() * draw.choice([math.nan, math.inf, 1e38, 1e20, 0.0, -1.0]),
-    "one NaN": lambda draw, x: x.float().masked_fill(torch.arange(x.numel()).view(x.shape) == 0, math.nan),
-}
-STRANGE = {
-    "meta": lambda draw, x: x.to("meta"),
-    "sparse": lambda draw, x: x.to_sparse(),
-    "compressed": lambda draw, x: x.view(1, -1).to_sparse_csr(),
-    "quantised": lambda draw, x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8),
-    "nested": lambda draw, x: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
-    "a parameter": lambda draw, x: torch.nn.Parameter(x.float()),
-    "expanded": lambda draw, x: torch.ones(1).expand(x.shape),
-    "overlapping": lambda draw, x: torch.ones(x.numel() + 9).as_strided(x.shape, [1] * x.dim()),
-    "conjugated": lambda draw, x: x.to(torch.complex64).conj(),
-    "a list": lambda draw, x: x.tolist(),
-    "bytes": lambda draw, x: bytes(100),
-    "its size": lambda draw, x: x.shape,
-    "its dtype": lambda draw, x: x.dtype,
-}
-
-
-def odd_tensor(draw, tensor, makers=DENSE):
-    return makers[draw.choice(list(makers))](draw, tensor)
+DENSE = [  # what safetensors can hold, too
+    lambda draw, x: x.to(draw.choice(FLOATS)),
+    lambda draw, x: x.to(draw.choice(OTHERS)),
+    lambda draw, x: x.flatten(),
+    lambda draw, x: x[None],
+    lambda draw, x: x.reshape(x.shape[::-1]),
+    lambda draw, x: torch.zeros(()),
+    lambda draw, x: torch.zeros(0),
+    lambda draw, x: x.flatten()[:-1],
+    lambda draw, x: torch.cat([x.flatten(), torch.zeros(1)]),
+    lambda draw, x: x.float() * draw.choice([math.nan, math.inf, 1e38, 1e20, 0.0, -1.0]),
+    lambda draw, x: x.float().masked_fill(torch.arange(x.numel()).view(x.shape) == 0, math.nan),
+]
+STRANGE = [
+    lambda draw, x: x.to("meta"),
+    lambda draw, x: x.to_sparse(),
+    lambda draw, x: x.view(1, -1).to_sparse_csr(),
+    lambda draw, x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8),
+    lambda draw, x: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    lambda draw, x: torch.nn.Parameter(x.float()),
+    lambda draw, x: torch.ones(1).expand(x.shape),
+    lambda draw, x: torch.ones(x.numel() + 9).as_strided(x.shape, [1] * x.dim()),
+    lambda draw, x: x.to(torch.complex64).conj(),
+    lambda draw, x: x.tolist(),
+    lambda draw, x: bytes(100),
+    lambda draw, x: x.shape,
+    lambda draw, x: x.dtype,
+]
 
 
 def odd_object(draw, old):
     """A value in a pickle of tensors."""
     if isinstance(old, torch.Tensor) and draw.random() < 0.8:
         try:
-            return odd_tensor(draw, old.detach(), DENSE | STRANGE)
+            return draw.choice(DENSE + STRANGE)(draw, old.detach())
         except (RuntimeError, NotImplementedError):  # not every kind can be made of every other
             return torch.empty(3, device="meta")
     return torch.ones(2) if draw.random() < 0.1 else odd_json(draw, old)
 
 
-# --- Files of tensors -------------------------------------------------------------------------------------
-
 class Payload:
-    """Unpickled without care it makes a folder called EXECUTED."""
+    """Unpickled without care, it makes a folder called EXECUTED."""
 
     def __reduce__(self):
         return os.mkdir, ("EXECUTED",)
@@ -210,26 +228,29 @@ def saved(value, legacy=False):
     return buffer.getvalue()
 
 
-def damage_pickle(draw, value, legacy=False, within=None):
-    """A file of torch.save: another tree, now and then with code in it; `within` as in damage_json."""
+def damage_pickle(draw, content, within=None):
+    """Different objects in it, sometimes code; or its bytes; or the parts of its archive."""
+    value = torch.load(io.BytesIO(content), weights_only=True)
+    legacy = draw.random() < 0.3
+    if draw.random() < 0.4:
+        if legacy or draw.random() < 0.5:
+            return damage_bytes(draw, saved(value, legacy))
+        return damage_zip(draw, saved(value))
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # sparse and nested tensors are called experimental
-        if within:
-            value[within], recipe = damage_tree(draw, value[within], odd_object)
-        else:
-            value, recipe = damage_tree(draw, value, odd_object)
-        if draw.random() < 0.03:
-            value = draw.choice([Payload(), {"x": Payload()}, [value, Payload()]])
-            recipe = "with code"
         try:
+            value, recipe = damage_tree(draw, value, odd_object, within)
+            if draw.random() < 0.03:
+                value = draw.choice([Payload(), {"x": Payload()}, [value, Payload()]])
+                recipe = "with code"
             return saved(value, legacy), recipe
         except (RuntimeError, NotImplementedError, AttributeError):  # not all that is odd can be saved
-            return saved([recipe], legacy), f"a list in place of: {recipe}"
+            return saved(["odd"], legacy), "a list"
 
 
 def damage_zip(draw, content):
-    """An archive, as torch.save writes: one of its parts is damaged, goes, comes twice, gets another name, or
-    all are packed."""
+    """One part of an archive is damaged, missing, there twice or renamed, or all parts are compressed."""
     before = zipfile.ZipFile(io.BytesIO(content))
     names = before.namelist()
     pickled = next(name for name in names if name.endswith(".pkl"))
@@ -250,23 +271,73 @@ def damage_zip(draw, content):
     return buffer.getvalue(), f"{way} {chosen}: {recipe}"
 
 
-DTYPES = ["F64", "F16", "BF16", "F8_E4M3", "F8_E8M0", "F4", "I64", "U8", "BOOL", "C64"]
-
-
 def damage_safetensors(draw, content):
-    """The header, or once in three any bytes. In front are 8 bytes of its length, then comes JSON, such as
+    """The header or a tensor. In front are 8 bytes with the header's length, then comes JSON, such as
     {"wte.weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}, and then the data."""
-    if draw.random() < 0.3:
-        return damage_bytes(draw, content)
+    if draw.random() < 0.4:
+        tensors = safetensors.torch.load(content)
+        name = draw.choice(list(tensors))
+        tensor = draw.choice(DENSE)(draw, tensors.pop(name)).contiguous()
+        if draw.random() < 0.3:
+            name = odd_name(draw, name).replace("\ud800", "\u2028")  # which UTF-8 cannot hold
+        recipe = f"{name!r:.40} = {tensor.dtype} {[*tensor.shape]}"
+        return safetensors.torch.save(tensors | {name: tensor}), recipe
+
     length, = struct.unpack("<Q", content[:8])
     header, recipe = damage_json(draw, content[8:8 + length])
     if draw.random() < 0.1:
-        dtype = draw.choice(DTYPES)
+        dtype = draw.choice(["F64", "F16", "BF16", "F8_E4M3", "F8_E8M0", "F4", "I64", "U8", "BOOL", "C64"])
         header = header.replace(b'"F32"', f'"{dtype}"'.encode(), draw.choice([1, -1]))
         recipe += f"; {dtype}"
-
     stated = len(header)
     if draw.random() < 0.05:
         stated = draw.choice([0, 1, 2**31, 2**63, 2**64 - 1, len(content)])
         recipe += f"; a header of {stated} bytes"
     return struct.pack("<Q", stated) + header + content[8 + length:], recipe
+
+
+# ------------------------------------------------------------------------------------ rows
+def damage_rows(draw, content):
+    """One line of .jsonl."""
+    lines = content.splitlines(keepends=True)
+    i = draw.randrange(len(lines))
+    lines[i], recipe = damage_json(draw, lines[i])
+    return b"".join([*lines[:i], lines[i] + b"\n", *lines[i + 1:]]), f"line {i}: {recipe}"
+
+
+def damage_cells(draw, content):
+    """One cell of .csv."""
+    rows = [line.split(",") for line in content.decode().splitlines()]
+    row = draw.choice(rows)
+    i = draw.randrange(len(row))
+    row[i] = draw.choice(["nan", "inf", "-1", "1e400", "", "2.5", "1_0", "\u0662", '"', "9" * 400])
+    return "\n".join(map(",".join, rows)).encode(), f"column {i} = {row[i]!r:.40}"
+
+
+COLUMNS = [
+    lambda texts: pa.array([*texts, None]).dictionary_encode(),
+    lambda texts: pa.array(texts, pa.large_string()),
+    lambda texts: pa.array(["a" * 10**6] * 40),
+    lambda texts: pa.array([], pa.string()),
+    lambda texts: pa.array([None, None]),
+    lambda texts: pa.array([b"\xff", b"a"]),
+    lambda texts: pa.array([1, None]),
+    lambda texts: pa.array([["a"], None]),
+    lambda texts: pa.array([{"text": "a"}]),
+    lambda texts: pa.array([2**62], pa.timestamp("us")),  # later than Python's dates
+]
+
+
+def damage_table(draw, content):
+    """Another table: a different kind of column, name or compression."""
+    texts = pq.read_table(io.BytesIO(content))["text"].to_pylist()
+    column = draw.choice(COLUMNS)(texts)
+    name = draw.choice(["text", "text", "text", "", "text.text", "two\nlines"])
+    packing = draw.choice(["NONE", "SNAPPY", "GZIP", "ZSTD"])
+    buffer = io.BytesIO()
+    pq.write_table(pa.table([column], [name]), buffer, compression=packing)
+    content, recipe = buffer.getvalue(), f"{column.type} called {name!r}, {packing}"
+    if draw.random() < 0.3:
+        content, more = damage_bytes(draw, content)
+        recipe += f"; {more}"
+    return content, recipe

@@ -1,4 +1,4 @@
-"""Every reader, on files that are damaged, odd or hostile: an InputError or a right result, and nothing else.
+"""Every reader, on files that are damaged, odd or hostile: a right result or an InputError, and nothing else.
 
 Read in this order:
   SUBJECTS                     what is damaged, and who reads it
@@ -8,14 +8,16 @@ Read in this order:
 A right result: a model with finite logits, texts as Python's own libraries read them, the ids that Hugging
 Face's tokenizers library gives, batches of ids within the vocabulary, a run that can go on. Never another
 exception (tiktoken's panics are not even Exceptions), a dead process, NaN, a pickle's code run, a file of
-another folder touched, a gigabyte of memory, or five seconds of work.
+another folder touched, a gigabyte of memory, or five seconds of work. After an InputError all files are as
+they were.
 
     MUTATIONS=20000 MUTATION_SEED=7 python -m pytest tests/test_mutations.py
 
-Inputs follow from the seed, so a failure comes again. It names the inputs and leaves their files. If Python
-itself dies, the last input is in the newest pytest-of-NAME/pytest-N of the temporary directory.
+Inputs follow from the seed, so a failure comes again. The message names the inputs and where they are kept.
+If Python itself dies, the last input is in the newest pytest-of-NAME/pytest-N of the temporary directory.
 """
 import argparse
+import contextlib
 import functools
 import gzip
 import itertools
@@ -41,36 +43,29 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
-from mutators import damage_bytes, damage_json, damage_pickle, damage_safetensors, damage_zip
 from texts import make_texts
 
 from data import Corpus, batch_at, prepare
-from distill import make_optimizer, take_step
+from distill import Losses, LossSettings, make_optimizer, take_step
 from model import GPT2, GPTNeoX, load
 from sample import draw as draw_tokens
-from support import options
+from support import flags, report, run, teacher_cache
 from support.cli import InputError
 from support.corpus import Build, corpus_path
-from support.documents import open_data
 from support.hub import read_tensors, weight_files
-from support.log import COLUMNS as COLUMN_NAMES
-from support.log import read_log
-from support.readers import read_file
-from support.run import first_not_finite
-from support.runtime import Ranks
-from support.state import RunFolder
+from support.ranks import Ranks
+from support.text import open_data, read_file
 from support.tokenizer import load_tokenizer
 
 resource = pytest.importorskip("resource", reason="Windows does not say how much memory was used")
 
-MUTATIONS = int(os.environ.get("MUTATIONS", 2000))
+MUTATIONS = int(os.environ.get("MUTATIONS", 1000))
 SEED = int(os.environ.get("MUTATION_SEED", 0))
 SECONDS = 5  # the most that an input may take, of this process's work
 MEGABYTES = 1024  # the most by which an input may raise the peak of memory
 
 
-# --- Models -----------------------------------------------------------------------------------------------
-
+# ------------------------------------------------------------------------------------ models
 def tiny(architecture):
     """A model with weights large enough to matter, and a vocabulary too small for any tokenizer."""
     torch.manual_seed(0)
@@ -78,6 +73,26 @@ def tiny(architecture):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model
+
+
+def save_as_bin(folder):
+    tiny(GPT2).save(folder)
+    tensors = safetensors.torch.load((folder / "model.safetensors").read_bytes())
+    (folder / "pytorch_model.bin").write_bytes(mutators.saved(tensors))
+    (folder / "model.safetensors").unlink()
+
+
+def save_as_shards(folder):
+    tiny(GPTNeoX).save(folder)
+    whole = folder / "model.safetensors"
+    tensors = safetensors.torch.load(whole.read_bytes())
+    whole.unlink()
+    files = {name: f"{'ab'[i % 2]}.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(files.values()):
+        inside = {name: tensors[name] for name in tensors if files[name] == file}
+        (folder / file).write_bytes(safetensors.torch.save(inside))
+    index = {"metadata": {"total_size": 1}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def use_model(folder):
@@ -91,7 +106,6 @@ def use_model(folder):
 
     ids = torch.arange(min(5, model.context))[None] % model.config.vocab_size  # (1, L)
     model.generate(ids, 3, draw_tokens)
-
     with torch.no_grad():
         logits = model(ids)  # (1, L, V)
     assert logits.shape == (*ids.shape, model.config.vocab_size)
@@ -110,62 +124,8 @@ def tensors_in(path):
         return None
 
 
-def damage_config(draw, folder):
-    return damage_file(draw, folder / "config.json", damage_json)
-
-
-def damage_weights(draw, folder):
-    """model.safetensors: its bytes, its header, or an odd tensor in it."""
-    path = folder / "model.safetensors"
-    if draw.random() < 0.6:
-        return damage_file(draw, path, damage_safetensors)
-
-    tensors = safetensors.torch.load(path.read_bytes())
-    name = draw.choice(list(tensors))
-    tensors[name] = mutators.odd_tensor(draw, tensors[name]).contiguous()
-    if draw.random() < 0.3:
-        odd_name = mutators.odd_name(draw, name).replace("\ud800", "\u2028")  # which UTF-8 cannot hold
-        tensors[odd_name] = tensors.pop(name)
-    path.write_bytes(safetensors.torch.save(tensors))
-    return f"{name} = {tensors[name].dtype} {[*tensors[name].shape]}" if name in tensors else f"no {name}"
-
-
-def damage_bin(draw, folder):
-    """pytorch_model.bin in place of safetensors: its bytes, its parts, or odd objects in it."""
-    tensors = safetensors.torch.load((folder / "model.safetensors").read_bytes())
-    (folder / "model.safetensors").unlink()
-    path = folder / "pytorch_model.bin"
-    legacy = draw.random() < 0.3
-    if draw.random() < 0.4:
-        content, recipe = damage_pickle(draw, tensors, legacy)
-    elif legacy or draw.random() < 0.3:
-        content, recipe = damage_bytes(draw, mutators.saved(tensors, legacy))
-    else:
-        content, recipe = damage_zip(draw, mutators.saved(tensors))
-    path.write_bytes(content)
-    return f"legacy {legacy}: {recipe}"
-
-
-def damage_index(draw, folder):
-    """Two shards and their index; one of the three is damaged, most often the index."""
-    whole = folder / "model.safetensors"
-    tensors = safetensors.torch.load(whole.read_bytes())
-    whole.unlink()
-    names = sorted(tensors)
-    files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
-    for file, inside in files.items():
-        (folder / file).write_bytes(safetensors.torch.save({name: tensors[name] for name in inside}))
-    weight_map = {name: file for file, inside in files.items() for name in inside}
-
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
-    if draw.random() < 0.2:
-        return damage_file(draw, folder / draw.choice(list(files)), damage_safetensors)
-    return damage_file(draw, index, damage_json)
-
-
-# --- Tokenizers -------------------------------------------------------------------------------------------
-
+# ------------------------------------------------------------------------------------ tokenizers
+FORMS = {}  # folders of tokenizers, from the fixture tokenizers_dir
 SAMPLES = (
     "It's 1,000 caf\u00e9s;\r\n\n  def f(x):\n        return '\\' + x\t\t",
     "\u65e5\u672c\x00 \x7f  e\u0301 ",
@@ -173,8 +133,25 @@ SAMPLES = (
 )
 
 
+def tokenizer_file(form):
+    """make(folder) for a tokenizer.json in the form of "gpt2" or "neox"."""
+    return lambda folder: shutil.copy(FORMS[form] / "tokenizer.json", folder)
+
+
+def old_tokenizer_files(folder):
+    model = json.loads((FORMS["gpt2"] / "tokenizer.json").read_bytes())["model"]
+    vocab = {**model["vocab"], "<|endoftext|>": len(model["vocab"])}
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    special = {"pad_token": "[PAD]", "eos_token": {"content": "<|endoftext|>", "lstrip": False}}
+    files = {"vocab": vocab, "added_tokens": {"[PAD]": len(vocab)}, "special_tokens_map": special,
+             "tokenizer_config": {"add_prefix_space": False}}
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+
 def use_tokenizer(folder):
-    """The ids of Hugging Face's library, where that reads the file, and the text again."""
+    """The ids of Hugging Face's library, where that reads the file; the text again; the same when saved."""
     tokenizer = load_tokenizer(folder)
     for text in SAMPLES:
         ids = tokenizer.encode(text)
@@ -189,16 +166,12 @@ def use_tokenizer(folder):
             expected = reference.encode(text, add_special_tokens=False).ids
             assert tokenizer.encode(text, allow_special=True) == expected, repr(text)
 
-
-def damage_tokenizer(draw, folder):
-    """Anywhere; more often where ids come from."""
-    within = draw.choice([None, None, "model", "model", "added_tokens"])
-    damage = functools.partial(damage_json, within=within)
-    return damage_file(draw, folder / "tokenizer.json", damage)
+    tokenizer.save(folder / "saved")
+    assert load_tokenizer(folder / "saved").fingerprint == tokenizer.fingerprint
 
 
 def library_reads(source):
-    """The library's tokenizer, or None if it refuses the file (of what decides no ids it asks for more)."""
+    """The library's tokenizer, or None if it refuses the file (it is strict in parts that decide no ids)."""
     from tokenizers import Tokenizer
     try:
         reference = Tokenizer.from_str(source.decode())
@@ -209,169 +182,78 @@ def library_reads(source):
         return None
 
 
-def old_tokenizer_files(folder, spec):
-    vocab = {**spec["model"]["vocab"], "<|endoftext|>": len(spec["model"]["vocab"])}
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]]
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-    (folder / "added_tokens.json").write_text(json.dumps({"[PAD]": len(vocab)}))
-    special = {"pad_token": "[PAD]", "eos_token": {"content": "<|endoftext|>", "lstrip": False}}
-    (folder / "special_tokens_map.json").write_text(json.dumps(special))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"add_prefix_space": False}))
-
-
-def damage_old_tokenizer(draw, folder):
-    path = draw.choice(sorted(folder.iterdir()))
-    return damage_file(draw, path, damage_bytes if path.suffix == ".txt" else damage_json)
-
-
-# --- Texts ------------------------------------------------------------------------------------------------
-
+# ------------------------------------------------------------------------------------ texts
 TEXTS = ["one\ntwo", "", "caf\u00e9 \u65e5\u672c", "def f():\n    return 1\r\n", "x" * 50, "\u2028 \x0b"]
 
 
-def text_files(folder):
+def text_file(name):
+    """make(folder) for a file of TEXTS."""
     rows = [{"text": text, "id": i} for i, text in enumerate(TEXTS)]
-    lines = "".join(json.dumps(row, ensure_ascii=i % 2 == 0) + "\n" for i, row in enumerate(rows)).encode()
-    (folder / "a.txt").write_bytes("\n\n".join(TEXTS).encode())
-    (folder / "a.jsonl").write_bytes(lines)
-    (folder / "a.json").write_text(json.dumps(rows))
-    (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines, mtime=0))
-    (folder / "a.txt.gz").write_bytes(gzip.compress("\n\n".join(TEXTS * 9).encode(), mtime=0))
-    pq.write_table(pa.table({"text": TEXTS, "id": range(len(TEXTS))}), folder / "a.parquet")
+    lines = "".join(json.dumps(row, ensure_ascii=i % 2 == 0) + "\n" for i, row in enumerate(rows))
+    content = {"a.txt": "\n\n".join(TEXTS), "a.jsonl": lines, "a.json": json.dumps(rows)}
+
+    def make(folder):
+        if name == "a.parquet":
+            pq.write_table(pa.table({"text": TEXTS, "id": range(len(TEXTS))}), folder / name)
+            return
+        raw = content[name.removesuffix(".gz")].encode()
+        (folder / name).write_bytes(gzip.compress(raw, mtime=0) if name.endswith(".gz") else raw)
+    return make
 
 
-def damage_text(draw, folder, name):
-    keep_only(folder, name)
-    damage = {"a.json": damage_json, "a.jsonl": damage_lines}.get(name, damage_bytes)
-    return damage_file(draw, folder / name, damage)
-
-
-def keep_only(folder, name):
-    for path in folder.iterdir():
-        if path.name != name:
-            path.unlink()
-
-
-def damage_lines(draw, content):
-    """One line of .jsonl as JSON, or the whole as bytes."""
-    if draw.random() < 0.3:
-        return damage_bytes(draw, content)
-    lines = content.splitlines(keepends=True)
-    i = draw.randrange(len(lines))
-    lines[i], recipe = damage_json(draw, lines[i])
-    return b"".join(lines[:i] + [lines[i] + b"\n"] + lines[i + 1:]), f"line {i}: {recipe}"
-
-
-def damage_packed(draw, folder):
-    """.gz: the packed bytes, or what is in them."""
-    name = draw.choice(["a.jsonl.gz", "a.txt.gz"])
-    keep_only(folder, name)
-    if draw.random() < 0.6:
-        return damage_file(draw, folder / name, damage_bytes)
-    content, recipe = damage_bytes(draw, gzip.decompress((folder / name).read_bytes()))
-    (folder / name).write_bytes(gzip.compress(content, mtime=0))
-    return f"within {name}: {recipe}"
-
-
-COLUMNS = {
-    "texts": lambda: pa.array(TEXTS),
-    "a dictionary": lambda: pa.array([*TEXTS, None]).dictionary_encode(),
-    "large texts": lambda: pa.array(TEXTS, pa.large_string()),
-    "long texts": lambda: pa.array(["a" * 10**6] * 40),
-    "no rows": lambda: pa.array([], pa.string()),
-    "nulls": lambda: pa.array([None, None]),
-    "bytes": lambda: pa.array([b"\xff", b"a"]),
-    "numbers": lambda: pa.array([1, None]),
-    "lists": lambda: pa.array([["a"], None]),
-    "structs": lambda: pa.array([{"text": "a"}]),
-    "dates": lambda: pa.array([2**62], pa.timestamp("us")),  # beyond those that Python has
-}
-
-
-def damage_parquet(draw, folder):
-    """The bytes of a table, or a table with another kind of column, or written in another way."""
-    kind = draw.choice(["bytes", "bytes", "bytes", "table", "table", "both"])
-    recipe = []
-    if kind != "bytes":
-        column = draw.choice(list(COLUMNS))
-        name = draw.choice(["text", "text", "text", "", "text.text", "two\nlines"])
-        packing = draw.choice(["NONE", "SNAPPY", "GZIP", "ZSTD"])
-        pq.write_table(pa.table([COLUMNS[column]()], [name]), folder / "a.parquet", compression=packing)
-        recipe.append(f"{column} called {name!r}, {packing}")
-    if kind != "table":
-        recipe.append(damage_file(draw, folder / "a.parquet", damage_bytes))
-    keep_only(folder, "a.parquet")
-    return "; ".join(recipe)
-
-
-def use_texts(folder):
+def use_text(folder):
     """The texts of a file are str, and what Python reads in it; --data splits them as they are."""
-    for path in sorted(folder.iterdir()):
-        texts = list(read_file(path))
-        assert all(type(text) is str for text in texts)
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        content = content.removeprefix(b"\xef\xbb\xbf")
-        if ".jsonl" in path.name:
-            rows = [json.loads(line) for line in content.split(b"\n") if line.strip()]
-            assert texts == [row["text"] or "" for row in rows]
-        elif path.suffix == ".json":
-            assert texts == [row["text"] or "" for row in json.loads(content)]
-        elif ".txt" in path.name:
-            assert "".join(texts) == content.decode()
+    path, = folder.iterdir()
+    texts = list(read_file(path))
+    assert all(type(text) is str for text in texts)
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    content = content.removeprefix(b"\xef\xbb\xbf")
+    if ".jsonl" in path.name:
+        rows = [json.loads(line) for line in content.split(b"\n") if line.strip()]
+        assert texts == [row["text"] or "" for row in rows]
+    elif path.suffix == ".json":
+        assert texts == [row["text"] or "" for row in json.loads(content)]
+    elif ".txt" in path.name:
+        assert "".join(texts) == content.decode()
 
-        found = list(open_data(str(path)).documents)
-        assert {split for split, _ in found} <= {"train", "val"}
-        assert sum(len(text) for _, text in found) == sum(map(len, texts))
+    found = list(open_data(str(path)).documents)
+    assert {split for split, _ in found} <= {"train", "val"}
+    assert sum(len(text) for _, text in found) == sum(map(len, texts))
 
 
-# --- Corpora ----------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------ corpora, caches
+@functools.cache
+def small_tokenizer():
+    return load_tokenizer(FORMS["gpt2"])
 
-def corpus_files(folder, tokenizer):
-    """A finished corpus, and a second that is half built, with its text."""
-    text = folder / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts(12)))
-    os.utime(text, (0, 0))  # of which the corpus knows, so it must be the same for each input
-    prepare(str(text), tokenizer, folder / "whole")
 
-    source = open_data(str(text))
-    path = corpus_path(folder / "half", source, tokenizer)
-    part = path.with_name(path.name + ".part")
-    part.parent.mkdir()
-    with Build(part, {"source": source.identity, "tokenizer": tokenizer.fingerprint}) as build:
+def text_of_corpus(folder):
+    path = folder / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts(12)))
+    return str(path)
+
+
+def finished_corpus(folder):
+    prepare(text_of_corpus(folder), small_tokenizer(), folder)
+
+
+def half_a_corpus(folder):
+    """A build that was killed after 6 of 12 documents."""
+    os.utime(text_of_corpus(folder), (0, 0))  # the build notes the time
+    source = open_data(str(folder / "text.jsonl"))
+    tokenizer = small_tokenizer()
+    path = corpus_path(folder, source, tokenizer)
+    with Build(path.with_name(path.name + ".part"),
+               {"source": source.identity, "tokenizer": tokenizer.fingerprint}) as build:
         for split, text in itertools.islice(source.documents, 6):
             build.add(split, text, np.append(tokenizer.eot, tokenizer.encode_array(text)).astype(np.uint16))
         build.numbers["documents"] = 6
         build.save(build.progress)
 
 
-def damage_corpus(draw, folder):
-    whole, = (folder / "whole").iterdir()
-    path = draw.choice([whole / "meta.json"] * 3 + [whole / "train.bin", whole / "val.bin"])
-    return damage_file(draw, path, damage_json if path.suffix == ".json" else damage_bytes)
-
-
-def damage_half(draw, folder):
-    part, = (folder / "half").iterdir()
-    path = draw.choice([part / "progress.json"] * 3 + [part / "train.bin", part / "val.bin"])
-    return damage_file(draw, path, damage_json if path.suffix == ".json" else damage_bytes)
-
-
-def use_corpus(folder, tokenizer):
-    whole, = (folder / "whole").iterdir()
-    check_corpus(Corpus(whole))
-
-
-def use_half(folder, tokenizer):
-    """A build goes on from what is there, or starts again."""
-    os.utime(folder / "text.jsonl", (0, 0))
-    corpus = prepare(str(folder / "text.jsonl"), tokenizer, folder / "half")
-    assert corpus.vocab_size == tokenizer.vocab_size
-    check_corpus(corpus)
-    assert not list((folder / "half").glob("*.part"))
-
-
-def check_corpus(corpus):
+def use_corpus(folder):
+    path, = (path for path in folder.iterdir() if path.is_dir())
+    corpus = Corpus(path)
     for tokens, packing in itertools.product((corpus.train, corpus.val), ("constant", "padded")):
         ids, targets = batch_at(tokens, 0, 3, 2, 4, packing, corpus.eot)
         assert ids.shape == targets.shape == (2, 4)
@@ -379,169 +261,142 @@ def check_corpus(corpus):
         assert -100 <= targets.min() and targets.max() < corpus.vocab_size
 
 
-# --- Runs -------------------------------------------------------------------------------------------------
+def use_half(folder):
+    """A build goes on from what is there, or starts again."""
+    os.utime(folder / "text.jsonl", (0, 0))
+    tokenizer = small_tokenizer()
+    assert prepare(str(folder / "text.jsonl"), tokenizer, folder).vocab_size == tokenizer.vocab_size
+    use_corpus(folder)
 
+
+CACHE = {**dict.fromkeys(teacher_cache.COMPARED, 1), "teacher": "t", "data": "d", "examples": 3, "tokens": 6,
+         "draws": 2, "vocab_size": 11, "seq_len": 2}
+
+
+def never(examples):
+    raise AssertionError("a cache that is there was answered again")
+
+
+def cache_files(folder):
+    rows = np.zeros(CACHE["tokens"], teacher_cache.row_type(CACHE))
+    (folder / "cache").mkdir()
+    (folder / "cache" / "header.json").write_text(json.dumps(CACHE))
+    (folder / "cache" / "answers.bin").write_bytes(rows.tobytes())
+
+
+def use_cache(folder):
+    offsets = range(0, 7, 2)
+    teacher_cache.make(folder / "cache", CACHE, never, offsets, Ranks("cpu"), 6)
+    draws = teacher_cache.TeacherCache(folder / "cache", offsets).draws([2, 0], torch.device("cpu"))
+    assert draws.ids.shape == (4, 2) and 0 <= draws.ids.min() and draws.ids.max() < 11
+    assert torch.isfinite(draws.entropy + draws.clm).all()
+
+
+# ------------------------------------------------------------------------------------ runs
 STEPS = 5
 
 
-def settings(folder):
+def settings(folder, *more):
     argv = f"--teacher none --student x --steps {STEPS} --seq-len 4 --precision fp32 --device cpu --workers 1"
-    args = options.parse_args("", [*argv.split(), "--resume", "--out", str(folder / "out")])
-    options.check(args)
+    argv += " --save-interval 1"
+    args = flags.parse_args("", LossSettings(), [*argv.split(), "--out", str(folder / "out"), *more])
+    flags.check(args)
+    args.objective = "loss = CLM"
     return args
 
 
-def run_files(folder):
-    """A run of two of five steps."""
-    args = settings(folder)
-    args.resume = False
-    student, optimizer, corpus = parts_of_run(args)
-    run = RunFolder(args, Ranks("cpu"))
-    run.claim()
-    for _ in range(2):
-        make_step(student, optimizer)
-    run.save(corpus, student, optimizer, 2)
-    rows = [COLUMN_NAMES, *([step, 2.5, 1.5, 3.5, 0, 0, 0.001, 1, 64, 1000] for step in (1, 2))]
-    text = "".join(",".join(map(str, row)) + "\n" for row in rows)
-    (folder / "out" / "log.csv").write_text(text)
-    run.release()
-
-
-def parts_of_run(args):
+def go_on(args, n_steps):
+    """Claim the folder, make some steps as distill.train does, and save each of them."""
     student = tiny(GPT2)
-    return student, make_optimizer(student, args), argparse.Namespace(train=range(100))
+    optimizer = make_optimizer(student, args)
+    corpus = argparse.Namespace(train=range(100), fingerprint="of a text")
+    ranks = Ranks("cpu")
+    with run.claim(args, ranks) as finished:
+        if finished:
+            report.show_again(args)
+            return
+        with run.Run(args, student, optimizer, corpus, 11, ranks) as loop:
+            for step in itertools.islice(loop.steps(), n_steps):
+                student(torch.tensor([[1, 2, 3]])).logsumexp(-1).sum().backward()
+                gradients = [(p.grad**2).sum() for p in student.parameters()]
+                loop.check(step, losses := Losses(2.5, 1.5, 3.5, 0.0, 0.0, 1.0), sum(gradients).item(), 1e-3)
+                take_step(optimizer, 1e-3)
+                loop.finish_step(step, losses, 64, 1e-3, 1.0)
+    assert not run.first_not_finite(dict(student.named_parameters()))
 
 
-def make_step(student, optimizer):
-    student(torch.tensor([[1, 2, 3]])).logsumexp(-1).sum().backward()
-    if first_not_finite((name, p.grad) for name, p in student.named_parameters()):
-        raise InputError("a step whose gradient is not finite is not made: Run.check")
-    take_step(optimizer, 1e-3)
+def half_a_run(folder):
+    go_on(settings(folder), 2)
 
 
-def damage_settings(draw, folder):
-    return damage_file(draw, folder / "out" / "args.json", damage_json)
-
-
-def damage_log(draw, folder):
-    path = folder / "out" / "log.csv"
-    if draw.random() < 0.5:
-        return damage_file(draw, path, damage_bytes)
-    cells = [line.split(",") for line in path.read_text().splitlines()]
-    row, column = draw.randrange(3), draw.randrange(10)
-    odd = ["nan", "inf", "-1", "1e400", "", "2.5", "1_0", "\u0662", '"', "9" * 400]
-    cells[row][column] = draw.choice(odd)
-    path.write_text("\n".join(map(",".join, cells)), encoding="utf-8")
-    return f"row {row}, column {column} = {cells[row][column]!r:.40}"
-
-
-def damage_state(draw, folder):
-    path = folder / "out" / "train_state.pt"
-    kind = draw.choice(["bytes", "zip", "anything", "settings", "student", "optimizer"])
-    if kind in ("bytes", "zip"):
-        return damage_file(draw, path, damage_bytes if kind == "bytes" else damage_zip)
-    state = torch.load(path, weights_only=True)
-    content, recipe = damage_pickle(draw, state, within=None if kind == "anything" else kind)
-    path.write_bytes(content)
-    return f"{kind}: {recipe}"
+def finished_run(folder):
+    args = settings(folder)
+    go_on(args, STEPS)
+    row = {"parameters": 9, "loss": 2.5, "perplexity": 12.2, "bits per byte": 1.5, "MB as float32": 1}
+    with run.published(args.out) as new:
+        for name in (*run.MODEL_FILES, "README.md"):
+            (new / name).write_text("{}")
+    results = {"objective": args.objective, "rows": {"student": row}, "verdict": "tied"}
+    (folder / "out" / "results.json").write_text(json.dumps(results))
 
 
 def use_run(folder):
-    """The run is claimed and resumed, makes a step and can be saved; its log has what it can have."""
-    args = settings(folder)
-    student, optimizer, corpus = parts_of_run(args)
-    run = RunFolder(args, Ranks("cpu"))
-    run.claim()
-    try:
-        done = run.resume(corpus, student, optimizer)
-        assert type(done) is int and 0 <= done <= STEPS
-        make_step(student, optimizer)
-        assert not first_not_finite(student.named_parameters())
-        run.save(corpus, student, optimizer, done + 1)
-    finally:
-        run.release()
-
-    rows = read_log(folder / "out" / "log.csv")
-    steps = [row["step"] for row in rows]
-    assert steps == sorted(set(steps)) and all(step > 0 for step in steps)
-    assert all(math.isfinite(value) for row in rows for value in row.values())
+    """The run goes on for a step or shows its results again; its log has what a log can have."""
+    go_on(settings(folder, "--resume"), 1)
+    for path, columns in ((folder / "out" / name, columns) for name, columns in run.LOGS.items()):
+        rows = run.read_rows(path, columns)
+        steps = [row["step"] for row in rows]
+        assert steps == sorted(set(steps)) and all(step > 0 for step in steps)
+        assert all(math.isfinite(value) for row in rows for value in row.values())
 
 
-# --- All of them ------------------------------------------------------------------------------------------
+def use_finished(folder):
+    """Its results are shown, and what is published then leaves a text that has been edited as it is."""
+    go_on(settings(folder, "--resume"), 1)
+    before = {name: (folder / "out" / name).read_bytes() for name in ("README.md", "config.json")}
+    with run.published(folder / "out") as new:
+        for name in before:
+            (new / name).write_text("new")
+    for name, content in before.items():
+        now = (folder / "out" / name).read_bytes()
+        assert now == content or now == b"new" and content == b"{}"
 
+
+# ------------------------------------------------------------------------------------ all of them
 class Subject(NamedTuple):
     make: Callable  # (folder): write good files
-    damage: Callable  # (draw, folder) -> a recipe in words: damage them
+    damaged: str  # a pattern: the files of which one is damaged
     use: Callable  # (folder): read them, and find the result right
 
 
-def damage_file(draw, path, damage):
-    content, recipe = damage(draw, path.read_bytes())
-    path.write_bytes(content)
-    return f"{path.name}: {recipe}"
-
-
-def of_model(architecture, damage):
-    return lambda tokenizers: Subject(lambda folder: tiny(architecture).save(folder), damage, use_model)
-
-
-def of_tokenizer(form):
-    def make(tokenizers):
-        source = (tokenizers / form / "tokenizer.json").read_bytes()
-        return Subject(
-            lambda folder: (folder / "tokenizer.json").write_bytes(source),
-            damage_tokenizer, use_tokenizer)
-    return make
-
-
-def of_old_tokenizer(tokenizers):
-    spec = json.loads((tokenizers / "gpt2" / "tokenizer.json").read_bytes())
-    return Subject(lambda folder: old_tokenizer_files(folder, spec), damage_old_tokenizer, use_tokenizer)
-
-
-def of_text(name):
-    damage = functools.partial(damage_text, name=name)
-    return lambda tokenizers: Subject(text_files, damage, use_texts)
-
-
-def of_corpus(damage, use):
-    def make(tokenizers):
-        tokenizer = load_tokenizer(tokenizers / "gpt2")
-        return Subject(
-            lambda folder: corpus_files(folder, tokenizer), damage, lambda folder: use(folder, tokenizer))
-    return make
-
-
-def of_run(damage):
-    return lambda tokenizers: Subject(run_files, damage, use_run)
-
-
 SUBJECTS = {
-    "config.json of GPT-2": of_model(GPT2, damage_config),
-    "config.json of GPT-NeoX": of_model(GPTNeoX, damage_config),
-    "model.safetensors": of_model(GPT2, damage_weights),
-    "model.safetensors of GPT-NeoX": of_model(GPTNeoX, damage_weights),
-    "pytorch_model.bin": of_model(GPT2, damage_bin),
-    "pytorch_model.bin of GPT-NeoX": of_model(GPTNeoX, damage_bin),
-    "model.safetensors.index.json": of_model(GPT2, damage_index),
-    "tokenizer.json of GPT-2": of_tokenizer("gpt2"),
-    "tokenizer.json of GPT-NeoX": of_tokenizer("neox"),
-    "vocab.json and merges.txt": of_old_tokenizer,
-    ".txt": of_text("a.txt"),
-    ".jsonl": of_text("a.jsonl"),
-    ".json": of_text("a.json"),
-    ".parquet": lambda tokenizers: Subject(text_files, damage_parquet, use_texts),
-    ".gz": lambda tokenizers: Subject(text_files, damage_packed, use_texts),
-    "meta.json and .bin of a corpus": of_corpus(damage_corpus, use_corpus),
-    "progress.json of a corpus": of_corpus(damage_half, use_half),
-    "args.json": of_run(damage_settings),
-    "log.csv": of_run(damage_log),
-    "train_state.pt": of_run(damage_state),
+    "config of GPT-2": Subject(lambda folder: tiny(GPT2).save(folder), "config.json", use_model),
+    "config of GPT-NeoX": Subject(lambda folder: tiny(GPTNeoX).save(folder), "config.json", use_model),
+    "weights of GPT-2": Subject(lambda folder: tiny(GPT2).save(folder), "*.safetensors", use_model),
+    "weights of GPT-NeoX": Subject(lambda folder: tiny(GPTNeoX).save(folder), "*.safetensors", use_model),
+    "pytorch_model.bin": Subject(save_as_bin, "*.bin", use_model),
+    "shards": Subject(save_as_shards, "*.safetensors*", use_model),
+    "tokenizer of GPT-2": Subject(tokenizer_file("gpt2"), "*", use_tokenizer),
+    "tokenizer of GPT-NeoX": Subject(tokenizer_file("neox"), "*", use_tokenizer),
+    "vocab and merges": Subject(old_tokenizer_files, "*", use_tokenizer),
+    **{name: Subject(text_file(f"a{name}"), "*", use_text)
+       for name in (".txt", ".jsonl", ".json", ".parquet", ".jsonl.gz")},
+    "corpus": Subject(finished_corpus, "*/*", use_corpus),
+    "half a corpus": Subject(half_a_corpus, "*/*", use_half),
+    "teacher's cache": Subject(cache_files, "*/*", use_cache),
+    "settings of a run": Subject(half_a_run, "out/args.json", use_run),
+    "log of a run": Subject(half_a_run, "out/log.csv", use_run),
+    "state of a run": Subject(half_a_run, "out/train_state.pt", use_run),
+    "finished run": Subject(finished_run, "out/*.json", use_finished),
 }
 
 
-# --- What a reader does -----------------------------------------------------------------------------------
+@pytest.fixture(scope="module", autouse=True)
+def forms(tokenizers_dir):
+    FORMS.update({path.name: path for path in tokenizers_dir.iterdir()})
 
+
+# ------------------------------------------------------------------------------------ what a reader does
 NEVER = {"os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "subprocess.Popen",
          "socket.connect", "socket.getaddrinfo"}
 CHANGES = {"os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "os.truncate", "shutil.rmtree"}
@@ -577,26 +432,24 @@ class Watch:
         if not path.startswith(allowed) and not path.endswith(".pyc") and "__pycache__" not in path:
             self.seen.append(f"{event} {path}")
 
-    def __call__(self, folder):
-        self.next = os.path.realpath(folder)
-        return self
-
-    def __enter__(self):
+    @contextlib.contextmanager
+    def on(self, folder):
         def stop(*_):
             raise TooLong(f"more than {SECONDS} seconds")
 
         self.seen = []
-        self.memory = peak_megabytes()
-        self.handler = signal.signal(signal.SIGPROF, stop)
+        memory = peak_megabytes()
+        handler = signal.signal(signal.SIGPROF, stop)
         signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of this process's work, however busy the machine is
-        self.folder = self.next
-
-    def __exit__(self, *error):
-        self.folder = None
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, self.handler)
-        if peak_megabytes() > self.memory + MEGABYTES:
-            self.seen.append(f"{peak_megabytes() - self.memory:,.0f} MB of memory")
+        self.folder = os.path.realpath(folder)
+        try:
+            yield
+        finally:
+            self.folder = None
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.signal(signal.SIGPROF, handler)
+            if peak_megabytes() > memory + MEGABYTES:
+                self.seen.append(f"{peak_megabytes() - memory:,.0f} MB of memory")
 
 
 def peak_megabytes():
@@ -611,28 +464,31 @@ def watch():
 
 def outcome(use, folder, watch):
     """How `use` takes the files in a folder: "right", "refused", or what is wrong with it."""
-    result = "right"
+    before = content_of(folder)
     try:
-        with warnings.catch_warnings(), watch(folder):
+        with warnings.catch_warnings(), watch.on(folder):
             warnings.simplefilter("ignore")  # PyTorch's about prototypes
             use(folder)
+        result = "right"
     except InputError as error:
         one_line = len(str(error).splitlines()) == 1 and len(str(error)) <= 1000
-        result = "refused" if one_line else f"an InputError that is no line: {error}"
+        result = "refused" if one_line else f"an InputError of several lines: {error}"
+        now = content_of(folder)
+        kept = [path for path in before if path.parent.suffix != ".part"]  # a build may change its own folder
+        if lost := [str(path) for path in kept if now.get(path) != before[path]]:
+            result = f"changed before it was refused: {', '.join(lost)}"
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # of any kind: a panic in Rust is no Exception
         place = traceback.extract_tb(error.__traceback__)[-1]
         result = f"{type(error).__name__}: {error!s:.200} at {Path(place.filename).name}:{place.lineno}"
+    if (folder / "EXECUTED").exists():
+        result = "code in a pickle was run"
     return "; ".join(watch.seen) or result
 
 
-def good_files(subject, folder):
-    """Make them and read them, undamaged, with all imports that a first use brings: {path: content}."""
-    subject.make(folder)
-    files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    subject.use(folder)
-    return files
+def content_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def restore(folder, files):
@@ -645,31 +501,37 @@ def restore(folder, files):
         (folder / name).write_bytes(content)
 
 
+def damage(seed, folder, pattern):
+    """Damage one of the files. The same seed does the same. Returns a recipe in words."""
+    draw = random.Random(seed)
+    return mutators.damage(draw, draw.choice(sorted(folder.glob(pattern))))
+
+
 @pytest.mark.parametrize("name", SUBJECTS)
-def test_an_input_error_or_a_right_result(name, tokenizers_dir, tmp_path, watch, monkeypatch):
+def test_an_input_error_or_a_right_result(name, tmp_path, watch, monkeypatch):
     folder = tmp_path / "files"
     folder.mkdir()
     monkeypatch.chdir(folder)  # so that what a pickle would do is seen here, too
-    subject = SUBJECTS[name](tokenizers_dir)
-    files = good_files(subject, folder)
+    make, pattern, use = SUBJECTS[name]
+    make(folder)
+    files = content_of(folder)
+    use(folder)  # undamaged, with all imports that a first use brings
 
     outcomes = Counter()
     faults = []
     for number in range(math.ceil(MUTATIONS / len(SUBJECTS))):
         seed = f"{SEED} {name} {number}"
         restore(folder, files)
-        recipe = subject.damage(random.Random(seed), folder)
+        recipe = damage(seed, folder, pattern)
         (tmp_path / "recipe.txt").write_text(f"input {number}: {recipe}", "utf-8", "backslashreplace")
 
-        result = outcome(subject.use, folder, watch)
+        result = outcome(use, folder, watch)
         outcomes[result] += 1
-        if (folder / "EXECUTED").exists():
-            result = "code in a pickle was run"
         if result not in ("right", "refused"):
             faults.append(f"input {number} ({recipe}): {result}")
             kept = tmp_path / f"input {number}"
             restore(kept, files)
-            subject.damage(random.Random(seed), kept)
+            damage(seed, kept, pattern)
 
     assert not faults, "\n".join([f"{len(faults)} of seed {SEED}, kept in {tmp_path}:", *faults[:20]])
     # If next to nothing were read, next to nothing would have been tested.
