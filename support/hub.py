@@ -194,7 +194,7 @@ def hub_error(name, error):
             return InputError(f"{name} {meaning}")
     if silence := why_the_hub_is_silent():
         return InputError(f"{name} could not be downloaded, as {silence}; {NO_NETWORK}")
-    return InputError(f"{name} could not be downloaded: {reason_of(error)}")
+    return InputError(f"{name} could not be downloaded: {reason_of(causes[-1])}")
 
 
 # ------------------------------------------------------------------------------------ what is in the files
@@ -242,6 +242,7 @@ def read_tensors(path):
     import torch
     from safetensors.torch import load_file
     with reading(path, "a file of weights"):
+        open(path, "rb").close()  # if that is not allowed, safetensors would say that there is no such file
         # An archive of packed parts cannot be mapped, and before 2020 a .bin was not an archive.
         is_mapped = path.suffix != ".bin" or is_plain_archive(path)
 

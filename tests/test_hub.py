@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -24,6 +25,10 @@ def message_of(function, *args):
         function(*args)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def read_all(path):
+    return [*read_tensors(path)]
 
 
 def serve(hub, name, **files):
@@ -93,17 +98,32 @@ def test_a_lora_adapter_is_called_by_its_name(tmp_path, hub):
 
 
 def test_what_may_not_be_read_is_not_called_damaged_or_missing(tmp_path):
-    """A link to itself stands for the permissions that root does not need."""
-    (tmp_path / "model.safetensors").symlink_to("model.safetensors")
+    (tmp_path / "model.safetensors").symlink_to("model.safetensors")  # to itself
     assert "model.safetensors could not be read: Too many levels" in message_of(weight_files, tmp_path)
-    if os.getuid() != 0:
-        (tmp_path / "config.json").write_text("{}")
-        (tmp_path / "config.json").chmod(0)
-        message = message_of(read_json, tmp_path / "config.json")
-        assert "config.json could not be read: Permission denied" in message
-        tmp_path.chmod(0o600)
-        assert "could not be read: Permission denied" in message_of(need, tmp_path, "config.json")
-        tmp_path.chmod(0o700)
+
+    with tempfile.TemporaryDirectory() as folder:  # not below tmp_path, where only its owner may look
+        folder = Path(folder)
+        names = ("model.safetensors", "pytorch_model.bin", "config.json")
+        for name in names:
+            torch.save({"x": torch.ones(2)}, folder / name)
+            (folder / name).chmod(0)
+        folder.chmod(0o755)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)  # root may read everything
+        try:
+            for name, read in zip(names, (read_all, read_all, read_json), strict=True):
+                assert f"{name} could not be read: Permission denied" in message_of(read, folder / name)
+        finally:
+            os.seteuid(user)
+        folder.chmod(0o600)  # no x: names can be seen, files cannot be opened
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            assert "could not be read: Permission denied" in message_of(need, folder, "config.json")
+        finally:
+            os.seteuid(user)
+            folder.chmod(0o700)
 
 
 # --- The Hub ----------------------------------------------------------------------------------------------
@@ -238,7 +258,7 @@ def test_a_pointer_of_git_lfs(tmp_path):
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 1234\n"
     for name in ("model.safetensors", "pytorch_model.bin"):
         (tmp_path / name).write_text(pointer)
-        message = message_of(lambda path: [*read_tensors(path)], tmp_path / name)
+        message = message_of(read_all, tmp_path / name)
         assert message.startswith(f"{tmp_path / name} is a pointer of Git LFS") and "git lfs pull" in message
 
 
@@ -262,12 +282,12 @@ def test_files_that_hold_something_else_than_weights(tmp_path):
     for content in contents:
         for zipped in (True, False):
             torch.save(content, path, _use_new_zipfile_serialization=zipped)
-            assert message_of(lambda: [*read_tensors(path)]).startswith(str(path))
+            assert message_of(read_all, path).startswith(str(path))
 
     for content in (b"", b"not weights", bytes(99), b"<html>", pickle.dumps(Code())):
         for name in ("model.safetensors", "pytorch_model.bin"):
             (tmp_path / name).write_bytes(content)
-            message = message_of(lambda path: [*read_tensors(path)], tmp_path / name)
+            message = message_of(read_all, tmp_path / name)
             assert f"{name} is not a file of weights, or is damaged" in message
 
 
@@ -306,4 +326,4 @@ def test_files_that_break_off(tmp_path):
         whole = path.read_bytes()
         for size in (0, 1, 100, len(whole) // 2, len(whole) - 1):
             path.write_bytes(whole[:size])
-            assert str(Path(path)) in message_of(lambda path: [*read_tensors(path)], path)
+            assert str(Path(path)) in message_of(read_all, path)
