@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-
 CPU_ELEMENTS = 2**20  # of logits that the loss function sees at a time on a CPU
 
 

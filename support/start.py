@@ -1,1 +1,0 @@
-"""Going away: see support/__init__.py."""
