@@ -1,11 +1,11 @@
 """GPT-2 and GPT-NeoX (Pythia) by hand; the Hub's checkpoints come in, ordinary Hub checkpoints go out.
 
 Read in this order:
-  Config                  the shape of a model, in one set of words for both architectures
+  Config                  the shape of a model, with the same names for both architectures
   Attention, MLP, Block   one pre-norm transformer layer, the same code for both
   GPT                     what both share around the layers: head, key-value cache, generation, saving
   GPT2, GPTNeoX           what differs; hold the two against each other
-  TENSORS, FIELDS         what checkpoints call things, as data
+  TENSORS, FIELDS         the names in checkpoints and in config.json, as data
   load, student_from      checkpoint -> model, and teacher -> student
 
 Shapes: B batch, L tokens of a sequence, C width, H heads, D = C / H width of a head, V vocabulary,
@@ -167,7 +167,7 @@ def rotate(x, cos, sin):
 
 
 class MLP(nn.Module):
-    """Two linear layers with a GELU between them, applied to each token for itself."""
+    """Two linear layers with a GELU between them, applied to each token separately."""
 
     def __init__(self, config):
         super().__init__()
@@ -213,10 +213,10 @@ class GPT(nn.Module):
     Subclasses define the position encoding and the layout of checkpoints.
     """
 
-    # What a subclass says about itself.
+    # Each subclass sets these.
     MODEL_TYPE: str  # in config.json; the column of TENSORS and of FIELDS with its names
     HF_CLASS: str  # its class in transformers
-    DEFAULTS: dict  # fields of Config that mean this when config.json leaves them out
+    DEFAULTS: dict  # values of Config's fields that config.json may leave out
 
     def embed_at(self, ids, past):
         """ids (B, L) that follow `past` tokens -> stream (B, L, C), and what `rotate` needs or None."""
@@ -280,8 +280,8 @@ class GPT(nn.Module):
     def hidden(self, ids, cache=None, past=0):
         """ids (B, L) -> final hidden states, after the last norm (B, L, C).
 
-        With a `cache` that holds `past` tokens, ids go on from those and are added to it: any number of ids
-        if it is empty, otherwise one at a time.
+        With a `cache` that holds `past` tokens, ids follow those and are added to it: any number of ids if it
+        is empty, otherwise one at a time.
         """
         x, rotary = self.embed_at(ids, past)
         x = self.dropout(x)  # (B, L, C)
@@ -290,7 +290,7 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def new_cache(self, batch, room):
-        """Place for keys and values of `room` tokens: (n_layer, 2, batch, H, room, D)."""
+        """Room for the keys and values of `room` tokens: (n_layer, 2, batch, H, room, D)."""
         config = self.config
         shape = (config.n_layer, 2, batch, config.n_head, room, config.head_width)
         return self.norm.weight.new_empty(shape)
@@ -426,7 +426,7 @@ class GPTNeoX(GPT):
 
 # ----------------------------------------------------------------------------------------- names on disk
 class Names(NamedTuple):
-    """What checkpoints call a tensor, "" where they have no such thing."""
+    """What checkpoints call a tensor; "" if they have no such tensor."""
     gpt2: str
     gpt_neox: str
 
