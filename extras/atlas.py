@@ -1,9 +1,9 @@
 """Where does a teacher pay off? A plan of 180 runs of the demo, and the page made of their results.
 
-    python -m extras.atlas                  makes the runs that are missing; stop and start as you like
+    python -m extras.atlas                  makes the missing runs; can be stopped
     python -m extras.atlas --only control   only runs whose name contains "control"
-    python -m extras.atlas --list           prints the plan, and the result of each run that is done
-    python -m extras.atlas --page           makes the tables and the pictures of docs/atlas.md anew
+    python -m extras.atlas --list           prints the plan and the results so far
+    python -m extras.atlas --page           makes the tables and pictures anew
 
 Read in this order:
   plan              the runs, as data: a name, and the flags that BASE lacks

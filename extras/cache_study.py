@@ -1,9 +1,9 @@
 """How good are the students of a teacher on disk? The live teacher, draws from it, or its likeliest tokens.
 
-    python -m extras.cache_study                  makes the runs that are missing; stop and start as you like
+    python -m extras.cache_study                  makes the missing runs; can be stopped
     python -m extras.cache_study --only "seed 1"  only runs whose name contains this
-    python -m extras.cache_study --list           prints the plan, and the result of each run that is done
-    python -m extras.cache_study --page           makes the table of docs/teacher-cache.md anew
+    python -m extras.cache_study --list           prints the plan and the results so far
+    python -m extras.cache_study --page           makes the table of its page anew
 
 Read in this order:
   ARMS               what is compared

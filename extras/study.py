@@ -1,9 +1,9 @@
 """The runner of all studies: a plan of runs, a row of figures for each of them, and a page made of the rows.
 
-    python -m extras.atlas                  makes the runs that are missing; stop and start as you like
+    python -m extras.atlas                  makes the missing runs; can be stopped
     python -m extras.atlas --only control   only runs whose name contains "control"
-    python -m extras.atlas --list           prints the plan, and the result of each run that is done
-    python -m extras.atlas --page           makes the tables and the pictures of docs/atlas.md anew
+    python -m extras.atlas --list           prints the plan and the results so far
+    python -m extras.atlas --page           makes the tables and pictures anew
 
 Read in this order:
   Study     a study, as data; `main` is its command
