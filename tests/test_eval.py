@@ -1,4 +1,4 @@
-"""eval_ppl.py: against float64 by definition, against lm-evaluation-harness, with input that is no good."""
+"""eval_ppl.py: against float64 by definition, against lm-evaluation-harness, with bad input."""
 import json
 import math
 import random
@@ -71,44 +71,28 @@ def foreseen(folder):
 
 @pytest.fixture(scope="session")
 def datasets(request, zoo):
-    """Rows in the Hub's form: WikiText by line and by page, LAMBADA, two rows for each task of Table 1."""
+    """Rows in the Hub's form: WikiText by line and by page, and LAMBADA."""
     import pyarrow
     import pyarrow.parquet
     root = request.config.hub.root / "datasets"
 
-    def write(repo, rows, config="data", splits=("test",)):
+    def write(repo, rows, config="data"):
+        splits = ("train", "validation", "test")
         for split in splits:
             path = root / repo / config / f"{split}-00000-of-00001.parquet"
             path.parent.mkdir(parents=True, exist_ok=True)
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-        names = sorted(path.name for path in (root / repo).iterdir() if path.is_dir())
-        card = "".join(f"- config_name: {'default' if name == 'data' else name}\n  data_files:\n" + "".join(
-            f"  - split: {split}\n    path: {name}/{split}-*\n" for split in splits) for name in names)
-        (root / repo / "README.md").write_text(f"---\nconfigs:\n{card}---\n")
+        files = [{"split": split, "path": f"{config}/{split}-*"} for split in splits]
+        card = {"configs": [{"config_name": "default" if config == "data" else config, "data_files": files}]}
+        (root / repo / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
 
-    every = ("train", "validation", "test")
-    for config in ("wikitext-2-raw-v1", "wikitext-103-raw-v1"):
-        write("Salesforce/wikitext", [{"text": row} for row in ROWS], config, every)
-    pages = [{"page": page} for page in PAGES]
-    write("EleutherAI/wikitext_document_level", pages, "wikitext-2-raw-v1", every)
-    write("EleutherAI/lambada_openai", [{"text": text} for text in (
-        "The fox ran into the wood . Nobody saw the fox", "Rain fell all night, and then there was more rain",
-        "\"You,\" she said , \"are not the one I\"  wanted", "Yes: no\n\nmaybe so", *foreseen(zoo / "gpt2"),
-        *foreseen(zoo / "neox"))])
-    write("baber/piqa", [{"goal": f"To dry {x},", "sol1": "hang it up.", "sol2": "drown it.", "label": 0}
-                         for x in ("a shirt", "hay")], splits=("train", "validation"))
-    write("allenai/winogrande", [{"sentence": f"The {x} did not fit in the box, as _ was too large.",
-                                  "option1": f"the {x}", "option2": "the box", "answer": "1"}
-                                 for x in ("cup", "hat")], "winogrande_xl", ("train", "validation"))
-    write("allenai/ai2_arc", [{"id": x, "question": f"What does {x} need?", "answerKey": "B", "choices": {
-        "text": ["sand", "light", "noise"], "label": ["A", "B", "C"]}} for x in ("a leaf", "grass")],
-          "ARC-Challenge", every)
-    write("allenai/sciq", [{"question": f"What is {x}?", "distractor1": "a stone", "distractor2": "a gas",
-                            "distractor3": "a plant", "correct_answer": "a metal", "support": f"{x} shines."}
-                           for x in ("Tin", "Zinc")], splits=every)
-    write("aps/super_glue", [{"text": f"The {x} chased the dog because it was angry .", "span1_index": 1,
-                              "span2_index": 6, "span1_text": x, "span2_text": "it", "idx": 0, "label": 1}
-                             for x in ("cat", "bird")], "wsc.fixed", every)
+    write("Salesforce/wikitext", [{"text": row} for row in ROWS], "wikitext-2-raw-v1")
+    write("EleutherAI/wikitext_document_level", [{"page": page} for page in PAGES], "wikitext-2-raw-v1")
+    texts = ["The fox ran into the wood . Nobody saw the fox", "Rain fell all night, then more rain",
+             "\"You,\" she said , \"are not the one I\"  wanted", "Yes: no\n\nmaybe so"]
+    texts += foreseen(zoo / "student") + foreseen(zoo / "neox")
+    write("EleutherAI/lambada_openai", [{"text": text} for text in texts])
+    write("EleutherAI/lambada_openai@old", [{"text": "Only one"}])
     return root
 
 
@@ -152,33 +136,20 @@ def guide(model, ids, context, stride):
             return nll, scored
 
 
-@pytest.mark.parametrize("name", ["gpt2", "neox"])
-@pytest.mark.parametrize("stride", [1, 7, 16, 32])
 @torch.no_grad()
-def test_sliding_is_the_guides(measure, zoo, book, name, stride):
+def test_sliding_is_the_guides(measure, zoo, book):
     text = book.read_text()
-    ids = torch.tensor(load_tokenizer(zoo / name).encode(text))
-    nll, scored = guide(load(zoo / name, dtype=torch.float64), ids, 32, stride)
-    flags = "--data", book, "--context", 32, "--stride", stride, "--batch-size", 5
-    found = measure(name, *flags)["results"][name]
-    assert found["tokens"] == scored == len(ids) - (1 if stride < 32 else math.ceil(len(ids) / 32))
-    assert value(found, "perplexity_per_token") == pytest.approx(math.exp(nll / scored), rel=1e-5)
-    per_byte = nll / scored * len(ids) / len(text.encode())  # of all bytes the share that is scored
-    assert value(found, "bits_per_byte") == pytest.approx(per_byte / math.log(2), rel=1e-5)
-    per_word = nll / scored * len(ids) / len(text.split())
-    assert value(found, "perplexity_per_word") == pytest.approx(math.exp(per_word), rel=1e-4)
-
-
-@torch.no_grad()
-def test_blocks_are_disjoint_and_whole(measure, zoo, book):
-    ids = torch.tensor(load_tokenizer(zoo / "gpt2").encode(book.read_text()))
-    blocks = ids[:len(ids) // 32 * 32].view(-1, 32)
-    assert len(ids) % 32 > 1  # there is a partial block to drop
-    logp = load(zoo / "gpt2", dtype=torch.float64)(blocks)[:, :-1].log_softmax(-1)
-    loss = -logp.gather(2, blocks[:, 1:, None]).mean().item()
-    found = measure("gpt2", "--data", book, "--context", 32, "--protocol", "blocks")["results"]["gpt2"]
-    assert found["tokens"] == 31 * len(blocks)
-    assert value(found, "perplexity_per_token") == pytest.approx(math.exp(loss), rel=1e-5)
+    for name, stride in (("gpt2", 7), ("gpt2", 32), ("neox", 16), ("neox", 1)):
+        ids = torch.tensor(load_tokenizer(zoo / name).encode(text))
+        nll, scored = guide(load(zoo / name, dtype=torch.float64), ids, 32, stride)
+        flags = "--data", book, "--context", 32, "--stride", stride, "--batch-size", 5
+        found = measure(name, *flags)["results"][name]
+        assert found["tokens"] == scored == len(ids) - (1 if stride < 32 else math.ceil(len(ids) / 32))
+        assert value(found, "perplexity_per_token") == pytest.approx(math.exp(nll / scored), rel=1e-5)
+        per_byte = nll / scored * len(ids) / len(text.encode())  # the share that is scored, of all bytes
+        assert value(found, "bits_per_byte") == pytest.approx(per_byte / math.log(2), rel=1e-5)
+        per_word = nll / scored * len(ids) / len(text.split())
+        assert value(found, "perplexity_per_word") == pytest.approx(math.exp(per_word), rel=1e-4)
 
 
 class Letters:
@@ -189,33 +160,36 @@ class Letters:
         return np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
 
 
-@pytest.mark.parametrize("protocol, text, context, stride, expected", [
-    ("sliding", "abcdefg", 4, 2, ["a|bcd", "cd|ef", "ef|g"]),
-    ("sliding", "abcdefg", 4, 4, ["a|bcd", "e|fg"]),
-    ("sliding", "abcdefg", 9, 9, ["a|bcdefg"]),
-    ("sliding", "abcde", 4, 4, ["a|bcd"]),  # e would have nothing before it
-    ("sliding", "a", 4, 4, []),
-    ("blocks", "abcdefghij", 4, 4, ["a|bcd", "e|fgh"]),
-    ("blocks", "abcd", 4, 4, ["a|bcd"]),
-    ("blocks", "abc", 4, 4, []),
-    ("pages", "abcdefg", 3, 3, [".|abc", "c|def", "def|g"]),
-    ("pages", "abcdef", 3, 3, [".|abc", "c|def"]),
-    ("pages", "ab", 3, 3, [".|ab"]),
-    ("pages", "", 3, 3, []),
-    ("lambada", "a bc def", 9, 9, ["a bc| def"]),
-    ("lambada", "a bc def", 5, 5, ["bc| def"]),
-    ("lambada", "abc", 9, 9, ["a|bc"]),
-    ("lambada", "", 9, 9, []),
-])
-def test_windows_by_hand(protocol, text, context, stride, expected):
-    """What is read | what is scored, as in the docstrings; a window holds its share of the bytes."""
-    generator, _ = eval_ppl.PROTOCOLS[protocol]
-    windows = list(generator(text, Letters(), Namespace(context=context, stride=stride, data="x")))
-    shown = ["".join(map(chr, window.ids)) for window in windows]
-    cut = [len(window.ids) - window.n_scored for window in windows]
-    assert [f"{ids[:n]}|{ids[n:]}" for ids, n in zip(shown, cut, strict=True)] == expected
-    scored = sum(window.n_scored for window in windows)
-    assert sum(window.bytes for window in windows) == pytest.approx(scored)  # a letter is a byte
+WINDOWS = {  # (protocol, text, context, stride): what is read | what is scored
+    ("sliding", "abcdefg", 4, 2): ["a|bcd", "cd|ef", "ef|g"],
+    ("sliding", "abcdefg", 4, 4): ["a|bcd", "e|fg"],
+    ("sliding", "abcde", 4, 4): ["a|bcd"],  # e would have nothing before it
+    ("sliding", "a", 4, 4): [],
+    ("blocks", "abcdefghij", 4, 4): ["a|bcd", "e|fgh"],
+    ("blocks", "abc", 4, 4): [],
+    ("pages", "abcdefg", 3, 3): [".|abc", "c|def", "def|g"],
+    ("pages", "abcdef", 3, 3): [".|abc", "c|def"],
+    ("pages", "", 3, 3): [],
+    ("lambada", "a bc def", 9, 9): ["a bc| def"],
+    ("lambada", "a bc def", 5, 5): ["bc| def"],
+    ("lambada", "abc", 9, 9): ["a|bc"],
+    ("lambada", "", 9, 9): [],
+}
+
+
+def test_windows_by_hand():
+    """As in the docstrings; a window has its share of the bytes, of which each letter is one."""
+    for (protocol, text, context, stride), expected in WINDOWS.items():
+        args = Namespace(context=context, stride=stride, data="x")
+        windows = list(eval_ppl.PROTOCOLS[protocol](text, Letters(), args))
+        shown = []
+        for window in windows:
+            letters = "".join(map(chr, window.ids))
+            cut = len(letters) - window.n_scored
+            shown.append(f"{letters[:cut]}|{letters[cut:]}")
+        assert shown == expected, (protocol, text)
+        scored = sum(window.n_scored for window in windows)
+        assert sum(window.bytes for window in windows) == pytest.approx(scored)
 
 
 def test_what_each_protocol_makes_of_wikitext(datasets):
@@ -224,55 +198,55 @@ def test_what_each_protocol_makes_of_wikitext(datasets):
         assert eval_ppl.read_texts(eval_ppl.WIKITEXT, protocol, "text") == texts, protocol
 
 
-def test_what_else_is_data(tmp_path, monkeypatch):
-    """jsonl: a text a line; txt: one text, in whatever pieces it is read; stdlib: what the demo held out."""
-    lines, text = tmp_path / "two.jsonl", tmp_path / "long.txt"
-    lines.write_text('{"body": "one"}\n{"body": "two"}\n')
-    assert eval_ppl.read_texts(str(lines), "pages", "body") == ["one", "two"]
-    assert eval_ppl.read_texts(str(lines), "sliding", "body") == ["one\n\ntwo"]
-    text.write_bytes(b"long line\r\n" * 500_000)
-    assert eval_ppl.read_texts(str(text), "pages", "text") == ["long line\r\n" * 500_000]
-    marked, rows = tmp_path / "marked.txt", tmp_path / "ROWS.JSON"
-    marked.write_text("text", encoding="utf-8-sig")
-    assert eval_ppl.read_texts(str(marked), "pages", "text") == ["text"]
-    rows.write_text('[{"text": "one"}, {"text": "two"}]')
-    assert eval_ppl.read_texts(str(rows), "pages", "text") == ["one", "two"]  # not the JSON's markup
+def test_what_else_is_data(tmp_path, monkeypatch, datasets):
+    """Rows are texts; a file of text is one text, however it is read; stdlib: what the demo holds out."""
+    lines = '{"text": "one"}\n{"text": "two"}\n'
+    files = {"two.jsonl": lines, "two.ndjson": lines, "TWO.JSON": '[{"text": "one"}, {"text": "two"}]',
+             "marked.txt": "\ufefftext", "long.txt": "long line\r\n" * 500_000}
+    expected = {"marked.txt": ["text"], "long.txt": [files["long.txt"]]}
+    for name, content in files.items():
+        path = tmp_path / name
+        path.write_bytes(content.encode())
+        assert eval_ppl.read_texts(str(path), "pages", "text") == expected.get(name, ["one", "two"]), name
+    two = str(tmp_path / "two.jsonl")
+    assert eval_ppl.read_texts(two, "sliding", "text") == ["one\n\ntwo"]
+    assert eval_ppl.read_texts(two, "pages", "") == [lines]
+
+    old = "EleutherAI/lambada_openai@old:default"
+    assert eval_ppl.read_texts(old, "lambada", "text") == ["Only one"]
     pairs = [("val", "a"), ("train", "b"), ("val", "c")]
     monkeypatch.setattr(eval_ppl, "open_data", lambda data: Namespace(documents=iter(pairs)))
     assert eval_ppl.read_texts("stdlib", "blocks", "text") == ["a\n\nc"]
 
 
-@pytest.mark.parametrize("argv, data, protocol", [
-    (["gpt2"], eval_ppl.WIKITEXT, "sliding"), ([str(ROOT)], "stdlib", "sliding"),
-    ([str(ROOT), "gpt2"], eval_ppl.WIKITEXT, "sliding"),
-    (["gpt2", "--data", "lambada"], eval_ppl.LAMBADA, "lambada"),
-    ([str(ROOT), "--protocol", "pages"], eval_ppl.WIKITEXT, "pages"),
-    ([str(ROOT), "--protocol", "lambada"], eval_ppl.LAMBADA, "lambada")])
-def test_defaults(argv, data, protocol):
-    """Of folders alone the demo's data, so that they need no Hub; but pages are WikiText's, and so on."""
-    eval_ppl.settle(args := eval_ppl.parse_args(argv), [Namespace(context=64), Namespace(context=32)])
-    assert (args.data, args.protocol, args.context, args.stride) == (data, protocol, 32, 32)
+def test_defaults():
+    """Folders alone are scored on the demo's data, which needs no Hub; pages are WikiText's, and so on."""
+    here = str(ROOT)
+    for argv, data, protocol in [
+            (["gpt2"], eval_ppl.WIKITEXT, "sliding"), ([here], "stdlib", "sliding"),
+            ([here, "gpt2"], eval_ppl.WIKITEXT, "sliding"),
+            (["gpt2", "--data", "lambada"], eval_ppl.LAMBADA, "lambada"),
+            ([here, "--protocol", "pages"], eval_ppl.WIKITEXT, "pages"),
+            ([here, "--protocol", "lambada"], eval_ppl.LAMBADA, "lambada")]:
+        args = eval_ppl.parse_args(argv)
+        eval_ppl.settle(args, [Namespace(context=64), Namespace(context=32)])
+        assert (args.data, args.protocol, args.context, args.stride) == (data, protocol, 32, 32)
 
 
-def test_limit(measure, datasets):
-    found = measure("gpt2", "--data", "wikitext-2", "--limit", 2)["results"]["gpt2"]
-    assert found["tokens"] == 2 * (CONTEXT - 1)
-
-
-def test_precision(measure, book):
-    """bf16 takes half of the memory and rounds: other digits, the same story."""
-    exact, rounded = (measure(ROOT / "demo/teacher", "--data", book, "--precision", precision)
-                      ["results"]["teacher"] for precision in ("fp32", "bf16"))
+def test_precision_and_limit(measure, book):
+    """bf16 takes half the memory and rounds: different digits, the same story."""
+    flags = ROOT / "demo/teacher", "--data", book, "--limit", 1, "--precision"
+    exact, rounded = (measure(*flags, name)["results"]["teacher"] for name in ("fp32", "bf16"))
     assert (exact["parameters"], exact["megabytes"], rounded["megabytes"]) == (3_505_152, 14, 7)
-    bits = value(exact, "bits_per_byte"), value(rounded, "bits_per_byte")
-    assert bits[0] != bits[1] and bits[0] == pytest.approx(bits[1], rel=0.02)
+    bits = exact["bits_per_byte"], rounded["bits_per_byte"]  # one window has no standard error
+    assert bits[0] != bits[1] == pytest.approx(bits[0], rel=0.02)
 
 
 def test_long_texts_are_encoded_in_pieces_that_change_nothing(tokenizers_dir, tmp_path):
     rng = random.Random(0)
     parts = ["\n", " ", "  ", "a", "def f(", "'s", "é",
              "e\u0301", "\r\n", "\t", "9", "\x85", "\u2003", "\u0301"]
-    texts = ["".join(rng.choices(parts, k=20_000)) for _ in range(10)]
+    texts = ["".join(rng.choices(parts, k=20_000)) for _ in range(3)]
     train_tokenizer(texts, 600, tmp_path)  # has tokens for whitespace of all kinds
     for folder in (tmp_path, tokenizers_dir / "gpt2", tokenizers_dir / "neox"):
         tokenizer = load_tokenizer(folder)
@@ -282,6 +256,7 @@ def test_long_texts_are_encoded_in_pieces_that_change_nothing(tokenizers_dir, tm
             assert (words, size) == (len(text.split()), len(text.encode()))
 
 
+# ------------------------------------------------------------------------------------ scores
 def test_scores_of_several_models(zoo):
     """KL, agreement and NLL by definition, with heads that are padded differently."""
     models = [load(zoo / name) for name in ("neox", "neox-wide")]
@@ -380,6 +355,7 @@ def test_validate(zoo, tmp_path):
 
 def corpus_of(folder, tokenizer):
     """A prepared corpus of a few documents."""
+    folder.mkdir(exist_ok=True)
     path = folder / "docs.jsonl"
     path.write_text("".join(json.dumps({"text": f"Number {i}. " * 40}) + "\n" for i in range(99)))
     return prepare(str(path), tokenizer, folder / "corpora")
@@ -403,46 +379,59 @@ def test_the_table_says_what_it_is(monkeypatch, capsys, zoo, datasets):
     out = capsys.readouterr().out
     assert out.startswith(f"data {eval_ppl.WIKITEXT}, ")
     assert all(f", {setting}, " in out for setting in ("protocol pages", "context 64", "stride 64"))
-    assert "WikiText is detokenised; words and bytes: the page's before that" in out
+    assert "WikiText is detokenised" in out and "±" in out
     for name in ("parameters", "megabytes", "tokens", "words", "bytes", "tokens per second"):
         assert re.search(rf"^\| {name} +\| +[\d,]+ \|$", out, re.M), name
     for name in ("perplexity per token", "perplexity per word", "perplexity per byte", "bits per byte"):
         assert re.search(rf"^\| {name} +\| +[\d.]+ ± [\d.]+ \|$", out, re.M), name
 
 
+def test_a_diverged_model_has_no_perplexity(measure, zoo, tmp_path, book):
+    """JSON has no infinity: null."""
+    model = load(zoo / "gpt2")
+    model.norm.weight.data *= 1e4
+    model.save(tmp_path / "diverged")
+    load_tokenizer(zoo / "gpt2").save(tmp_path / "diverged")
+    found = measure(tmp_path / "diverged", "--data", book)["results"]["diverged"]
+    assert found["perplexity_per_token"] is None and value(found, "bits_per_byte") > 1000
+
+
 # ------------------------------------------------------------------------------------ lm-evaluation-harness
 @pytest.fixture(scope="session")
 def harness(zoo, datasets):
-    """harness("gpt2", "wikitext", ...) -> what lm_eval.simple_evaluate returns, and its model."""
+    """harness("gpt2", "wikitext", ...) -> the results of lm_eval.simple_evaluate."""
     import lm_eval
     from lm_eval import tasks
     from lm_eval.models.huggingface import HFLM
     here = Path(tasks.__file__).parent
-    needed = ("wikitext", "lambada", "piqa", "winogrande", "arc", "sciq", "super_glue/wsc")
-    manager = tasks.TaskManager(include_path=[str(here / name) for name in needed], include_defaults=False)
+    needed = [str(here / name) for name in ("wikitext", "lambada")]
+    manager = tasks.TaskManager(include_path=needed, include_defaults=False)
 
     def harness(name, *names):
         lm = HFLM(pretrained=str(zoo / name), dtype="float32", device="cpu", batch_size=4)
-        return lm, lm_eval.simple_evaluate(lm, tasks=list(names), task_manager=manager, bootstrap_iters=10)
+        found = lm_eval.simple_evaluate(lm, tasks=list(names), task_manager=manager, bootstrap_iters=10)
+        return found["results"]
     return harness
 
 
-@pytest.mark.parametrize("name", ["gpt2", "neox"])
-def test_pages_and_lambada_are_the_harnesss(harness, measure, name):
-    """To six digits, through the files that we export."""
-    _, results = harness(name, "wikitext", "lambada_openai")
-    theirs = results["results"]
-    pages = measure(name, "--protocol", "pages")["results"][name]
-    for ours, key in (("perplexity_per_word", "word_perplexity"), ("perplexity_per_byte", "byte_perplexity"),
-                      ("bits_per_byte", "bits_per_byte")):
-        assert value(pages, ours) == pytest.approx(theirs["wikitext"][f"{key},none"], rel=1e-6), ours
-    lambada = measure(name, "--data", "lambada", "--batch-size", 3)["results"][name]
-    theirs = theirs["lambada_openai"]
-    assert value(lambada, "perplexity_per_word") == pytest.approx(theirs["perplexity,none"], rel=1e-6)
-    assert lambada["accuracy"] == pytest.approx([theirs["acc,none"], theirs["acc_stderr,none"]])
-    words = [text.rpartition(" ")[2] for text in eval_ppl.read_texts(eval_ppl.LAMBADA, "lambada", "text")]
-    assert lambada["words"] == len(words) == 8 and lambada["accuracy"][0] > 0 and "accuracy" not in pages
-    assert lambada["bytes"] == sum(len(f" {word}".encode()) for word in words)
+def test_pages_and_lambada_are_the_harnesss(harness, measure):
+    """To six digits, through the files that we export; one of these models is a student."""
+    for name in ("student", "neox"):
+        theirs = harness(name, "wikitext", "lambada_openai")
+        pages = measure(name, "--protocol", "pages")["results"][name]
+        for ours, key in (("perplexity_per_word", "word_perplexity"), ("bits_per_byte", "bits_per_byte"),
+                          ("perplexity_per_byte", "byte_perplexity")):
+            assert value(pages, ours) == pytest.approx(theirs["wikitext"][f"{key},none"], rel=1e-6), ours
+
+        lambada = measure(name, "--data", "lambada", "--batch-size", 3)["results"][name]
+        theirs = theirs["lambada_openai"]
+        assert value(lambada, "perplexity_per_word") == pytest.approx(theirs["perplexity,none"], rel=1e-6)
+        assert lambada["accuracy"] == pytest.approx([theirs["acc,none"], theirs["acc_stderr,none"]])
+        assert lambada["accuracy"][0] > 0 and "accuracy" not in pages
+        texts = eval_ppl.read_texts(eval_ppl.LAMBADA, "lambada", "text")
+        words = [text.rpartition(" ")[2] for text in texts]
+        assert lambada["words"] == len(words) == 8
+        assert lambada["bytes"] == sum(len(f" {word}".encode()) for word in words)
 
 
 def test_detokeniser_is_the_harnesss():
@@ -456,37 +445,17 @@ def test_detokeniser_is_the_harnesss():
     assert detokenize_wikitext(page) == ' = Oz =\nIt is "1.5" km.\n'
 
 
-@torch.no_grad()
-def test_table_1_of_distilpythia(harness, zoo):
-    """An exported student in the harness: its log-likelihoods are our model's for the same tokens."""
-    tasks = ("piqa", "winogrande", "lambada_openai", "arc_challenge", "sciq", "wsc")
-    lm, results = harness("student", *tasks)
-    student = load(zoo / "student", dtype=torch.float64)
-    seen = 0
-    for task in tasks:
-        for sample in results["samples"][task]:
-            for pair, [(theirs, greedy)] in zip(sample["arguments"], sample["resps"], strict=True):
-                context, continuation = lm._encode_pair(*pair)
-                ids = torch.tensor([context + continuation])[:, -CONTEXT - 1:]
-                logp = student(ids[:, :-1]).log_softmax(-1)[0, -len(continuation):]  # (continuation, V)
-                target = torch.tensor(continuation)
-                assert theirs == pytest.approx(logp.gather(1, target[:, None]).sum().item(), rel=1e-5)
-                assert greedy == (logp.argmax(-1) == target).all().item()
-                seen += 1
-    assert seen == 2 * 2 + 2 * 2 + 8 + 2 * 3 + 2 * 4 + 2 * 2
-
-
 # ------------------------------------------------------------------------------------ memory, bad input
 def test_memory_does_not_grow_with_the_text(tmp_path, zoo):
-    """1.5 MB of text, 870,000 tokens, 2.1 GB of logits: a run needs what one over 5% of them does."""
-    short, long = tmp_path / "short.txt", tmp_path / "long.txt"
+    """600 kB of text, 350,000 tokens, 840 MB of logits: no more is needed than for 1/8 of them."""
     line = "for i, (start, end) in enumerate(spans): yield number + 1, 'word', [i]\n"
-    short.write_text(line * 1000)
-    long.write_text(line * 20_000)
+    paths = [tmp_path / "short.txt", tmp_path / "long.txt"]
+    for path, n in zip(paths, (1000, 8000), strict=True):
+        path.write_text(line * n)
     code = f"""
 import resource, sys, torch, eval_ppl
 torch.set_num_threads(1)
-for data in {str(short)!r}, {str(long)!r}:
+for data in {[*map(str, paths)]!r}:
     sys.argv = ["eval_ppl.py", {str(zoo / "student")!r}, "--data", data, "--device=cpu", "--batch-size=32"]
     eval_ppl.main()
     print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
@@ -494,77 +463,68 @@ for data in {str(short)!r}, {str(long)!r}:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     peaks = [int(mb) for mb in re.findall(r"^peak (\d+)", done.stdout, re.M)]
     assert len(peaks) == 2, done.stderr
-    assert peaks[1] - peaks[0] < 40, peaks  # about 20: the text, its ids, a few hundred bytes a window
+    assert peaks[1] - peaks[0] < 40, peaks  # about 10: the text, its ids, a few hundred bytes a window
 
 
-def broken_models(source, narrow, broken):
-    """A model with fewer embeddings than tokens; one whose finite weights lead beyond what a float holds."""
-    model = load(source)
+BAD_INPUT = [
+    ("gpt2 --data EMPTY --protocol pages", "too short"),
+    ("gpt2 --data WORDS --protocol blocks", "too short: no window for blocks, --context 64"),
+    ("gpt2 --data LATIN1", "is not UTF-8 text: see its byte 9"),
+    ("gpt2 --data OBJECT", "is not a list of JSON objects"),
+    ("gpt2 --data FOLDER", "could not be read as a data set with a test split: name a file in it"),
+    ("gpt2 --data OTHER", "did you mean"),
+    ("gpt2 --data wikitext-9", "neither a file here nor a data set on the Hub: did you mean wikitext-2?"),
+    ("gpt2 --data missing/text.ndjson", "missing/text.ndjson is neither a file here nor a data set"),
+    ("gpt2 --data Salesforce/wikitext:wikitext-9-raw-v1", "'wikitext-9-raw-v1' not found"),
+    ("gpt2 --data nobody/nothing", "nobody/nothing"),
+    ("gpt2 --data WORDS --stride 0", "--stride 0: must be 1 or more"),
+    ("gpt2 --data WORDS --context 32 --stride 33", "--stride 33"),
+    ("gpt2 --data WORDS --stride 5 --protocol blocks", "--stride 5: must be 64 to 64"),
+    ("gpt2 --data WORDS --context 65", "--context 65: must be 2 to 64"),
+    ("neox --data WORDS --context " + "9" * 30, "must be 1 or more"),
+    ("gpt2 --data WORDS --device cuda:99", "--device cuda:99"),
+    ("BARE --data WORDS", "no tokenizer.json"),
+    ("NARROW --data WORDS", "its tokenizer has 600 tokens and its model only 500"),
+    ("BROKEN --data WORDS", "its logits are NaN or infinite"),
+    ("neox --data CORPUS", "holds token ids of one tokenizer: take --protocol sliding or blocks, and models"),
+    ("gpt2 --data CORPUS --protocol pages", "take --protocol sliding or blocks"),
+]
+
+
+@pytest.fixture
+def bad_things(tmp_path, zoo):
+    """Models: without a tokenizer; with fewer embeddings than tokens; with finite weights that overflow. And
+    files that are no text."""
+    source = zoo / "gpt2"
+    model, tokenizer = load(source), load_tokenizer(source)
+    model.save(tmp_path / "bare")
     model.norm.weight.data *= 1e38
-    model.save(broken)
-    shape = {"context": CONTEXT, "width": 8, "n_head": 2, "n_layer": 1}
-    GPT2(GPT2.config(**shape, vocab_size=500, eos=499)).save(narrow)
-    for folder in (narrow, broken):
-        load_tokenizer(source).save(folder)
+    model.save(tmp_path / "broken")
+    narrow = GPT2.config(context=64, width=8, n_head=2, n_layer=1, vocab_size=500, eos=499)
+    GPT2(narrow).save(tmp_path / "narrow")
+    for name in ("broken", "narrow"):
+        tokenizer.save(tmp_path / name)
+
+    contents = {"empty.txt": b"", "words.txt": b"few words, not 64", "latin1.txt": b"na\xc3\xafve na\xefve",
+                "object.json": b'{"text": "one"}'}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "folder").mkdir()
+    paths = {path.stem.upper(): path for path in tmp_path.iterdir()}
+    corpus = corpus_of(tmp_path / "corpus", tokenizer).path
+    return paths | {"OTHER": tmp_path / "wrods.txt", "CORPUS": corpus, "gpt2": source, "neox": zoo / "neox"}
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["gpt2", "--data", "EMPTY"], "too short"),
-    (["gpt2", "--data", "LETTER"], "too short"),
-    (["gpt2", "--data", "EMPTY", "--protocol", "pages"], "too short"),
-    (["gpt2", "--data", "WORDS", "--protocol", "blocks"], "too short: no window for blocks, --context 64"),
-    (["gpt2", "--data", "LATIN1"], "latin1.txt is not UTF-8 text: see its byte 9"),
-    (["gpt2", "--data", "WORDS", "--stride", "0"], "--stride 0: must be 1 or more"),
-    (["gpt2", "--data", "WORDS", "--stride", "65"], "--stride 65"),
-    (["gpt2", "--data", "WORDS", "--context", "32", "--stride", "33"], "--stride 33"),
-    (["gpt2", "--data", "WORDS", "--stride", "5", "--protocol", "blocks"], "--stride 5: must be 64 to 64"),
-    (["gpt2", "--data", "WORDS", "--context", "65"], "--context 65: must be 2 to 64"),
-    (["gpt2", "--data", "WORDS", "--context", "1"], "--context 1: must be 2 to 64"),
-    (["neox", "--data", "WORDS", "--context", "9" * 30], f"--context {'9' * 30}: must be 1 or more"),
-    (["gpt2", "--data", "WORDS", "--limit", "9" * 30], "--limit 9999"),
-    (["gpt2", "--data", "WORDS", "--batch-siez", "1"], "did you mean --batch-size?"),
-    (["gpt2", "--data", "WORDS", "--device", "cuda:99"], "--device cuda:99: there is no such device here"),
-    (["gpt2", "--data", "WORDS", "--batch-size", "0"], "--batch-size 0"),
-    (["BARE", "--data", "WORDS"], "no tokenizer.json"),
-    (["NARROW", "--data", "WORDS"], "narrow: its tokenizer has 600 tokens and its model only 500"),
-    (["BROKEN", "--data", "WORDS"], "broken: its logits are NaN or infinite"),
-    (["gpt2", "--data", "OBJECT"], "is not a list of JSON objects"),
-    (["gpt2", "--data", "FOLDER"], "could not be read as a data set with a test split: name a file in it"),
-    (["gpt2", "--data", "SLIP"], "did you mean"),
-    (["gpt2", "--data", "wikitext-9"], "wikitext-9 is neither a file here nor a data set on the Hub: did you "
-                                       "mean wikitext-2?"),
-    (["gpt2", "--data", "missing/text.txt"], "missing/text.txt is neither a file here nor a data set"),
-    (["gpt2", "--data", "gpt2"], "gpt2 could not be read"),
-    (["gpt2", "--data", "Salesforce/wikitext:wikitext-9-raw-v1"], "'wikitext-9-raw-v1' not found"),
-    (["gpt2", "--data", "nobody/nothing"], "nobody/nothing"),
-    (["neox", "--data", "CORPUS"], "holds token ids of one tokenizer: take --protocol sliding or blocks, "
-     "and models with that tokenizer"),
-    (["gpt2", "--data", "CORPUS", "--protocol", "pages"], "take --protocol sliding or blocks"),
-])
-def test_bad_input(monkeypatch, capsys, tmp_path, zoo, datasets, argv, message):
+def test_bad_input(monkeypatch, capsys, datasets, bad_things):
     """One line on stderr that names the thing, and exit code 2."""
-    files = {"EMPTY": b"", "LETTER": b"a", "WORDS": b"few words, not 64", "LATIN1": b"na\xc3\xafve na\xefve"}
-    paths = {name: tmp_path / f"{name.lower()}.txt" for name in files}
-    paths["OBJECT"] = tmp_path / "object.json"
-    files["OBJECT"] = b'{"text": "one"}'
-    for name, content in files.items():
-        paths[name].write_bytes(content)
-    paths |= {"gpt2": zoo / "gpt2", "neox": zoo / "neox", "SLIP": tmp_path / "wrods.txt"}
-    paths |= {name: tmp_path / name.lower() for name in ("BARE", "NARROW", "BROKEN", "FOLDER")}
-    if "BARE" in argv:
-        load(zoo / "gpt2").save(paths["BARE"])
-    if "NARROW" in argv or "BROKEN" in argv:
-        broken_models(zoo / "gpt2", paths["NARROW"], paths["BROKEN"])
-    paths["FOLDER"].mkdir()
-    if "CORPUS" in argv:
-        paths["CORPUS"] = corpus_of(tmp_path, load_tokenizer(zoo / "gpt2")).path
-    argv = [str(paths.get(arg, arg)) for arg in argv]
-    monkeypatch.setattr(sys, "argv", ["eval_ppl.py", "--device", "cpu", *argv])
-    with pytest.raises(SystemExit) as exit:
-        run_cli(eval_ppl.main)
-    assert exit.value.code == 2
-    *_, line = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and message in line
+    for command, message in BAD_INPUT:
+        argv = [str(bad_things.get(word, word)) for word in command.split()]
+        monkeypatch.setattr(sys, "argv", ["eval_ppl.py", "--device", "cpu", *argv])
+        with pytest.raises(SystemExit) as exit:
+            run_cli(eval_ppl.main)
+        assert exit.value.code == 2
+        *_, line = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and message in line, (command, line)
 
 
 def test_rotary_models_read_beyond_their_context(measure, book):
