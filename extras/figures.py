@@ -258,13 +258,18 @@ def samples(out, args):
 
 
 @torch.no_grad()
-def likeliest_texts(students, teacher, tokens=40):
-    """How each student, {steps: model}, and the teacher go on, always with the likeliest token."""
+def likeliest_texts(students, teacher, tokens=40, lines=4):
+    """How each student, {steps: model}, and the teacher go on, always with the likeliest token; the first few
+    lines, as the texts go round in circles."""
     tokenizer = load_tokenizer(DEMO_TEACHER)
     ids = torch.tensor([tokenizer.encode(sample.DEFAULT_PROMPT)])  # (1, L)
     models = {f"after {steps} steps": students[steps] for steps in SHOWN_STEPS} | {"the teacher": teacher}
-    return "\n".join(f"--- {name}\n{tokenizer.decode(model.generate(ids, tokens)[0].tolist())}"
-                     for name, model in models.items())
+
+    parts = []
+    for name, model in models.items():
+        text = tokenizer.decode(model.generate(ids, tokens)[0].tolist())
+        parts += [f"--- {name}", *text.splitlines()[:lines]]
+    return "\n".join(parts)
 
 
 def read_texts(path=TEXTS):

@@ -660,6 +660,15 @@ def test_a_saved_page_shows_what_the_server_shows(page, classroom, run_folder, t
     page.requests = asked
 
 
+def test_the_saved_page_of_the_demo_is_this_page():
+    """docs/page.html: `python -m extras.play demo/teacher out out/control --save docs/page.html`."""
+    path = ROOT / "docs" / "page.html"
+    page, n_policies = re.subn(r"<meta http-equiv.*>\n", "", path.read_text(encoding="utf-8"))
+    page = re.sub(r'(id="saved">)[^<]+<', r"\1null<", page)
+    assert n_policies == 1 and path.stat().st_size < play.MAX_PAGE
+    assert page == play.PAGE.read_text(encoding="utf-8"), "make it again"
+
+
 def test_a_saved_page_that_would_be_too_large(classroom, tmp_path, monkeypatch):
     monkeypatch.setattr(play, "MAX_PAGE", 1000)
     with pytest.raises(InputError, match="name fewer --texts"):
