@@ -232,7 +232,8 @@ def test_a_finished_run_is_not_replaced_unasked(out):
 
 def test_a_finished_run_whose_state_is_gone_is_not_made_again(out):
     (out / "train_state.pt").unlink()
-    assert train(settings(out)) is None
+    args = settings(out)
+    assert train(args) is None and args.resume, "--precision auto is what it was, for example"
     with unchanged(out, "no train_state.pt"):
         train(settings(out, resume=True, steps=9))
 
@@ -535,6 +536,7 @@ def test_a_row_of_the_log_has_numbers_alone(tmp_path):
     cells = dict.fromkeys(COLUMNS, ("nan", "inf", "1e400", "", "x"))
     for column in ("step", "tokens", "tokens_per_second"):
         cells[column] += ("0", "-1")
+    cells["step"] += ("1", "2.5")
     for column, values in cells.items():
         for cell in values:
             rows = [dict.fromkeys(COLUMNS, str(step)) for step in (1, 2, 3)]
@@ -577,6 +579,7 @@ def test_the_same_command_again_shows_the_table(workshop, distil, refused, tmp_p
     """Nothing is written, and a card that was edited stays; but it has to be the same teacher."""
     out = tmp_path / "out"
     first = distil(out, control=True)
+    assert first.count("\nmemory ") == 1
     (out / "README.md").write_text("by hand")
     before = content(out)
     row = next(line for line in first.splitlines() if line.startswith("| control"))
