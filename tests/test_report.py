@@ -27,12 +27,12 @@ def test_a_run_tells_its_story(workshop, distil, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     printed = distil("my out", control=True)
     place = 0
-    for title in ("teacher ", "control ", "objective ", "steps ", "memory ", "The control now learns", "| model",
-                  "± is", "| model", "Speed is", "After the words", "the text has", "the student", "the control",
-                  "The student is in", "Next:"):
+    for title in ("teacher ", "control ", "objective ", "steps ", "memory ", "The control now learns",
+                  "| model", "± is", "| model", "Speed is", "After the words", "the text has", "the student",
+                  "the control", "The student is in", "Next:"):
         place = printed.index(title, place) + 1  # in this order
     long = [line for line in printed.splitlines() if len(line) > 80]
-    assert [line for line in long if max(map(len, line.split())) < 50] == [], "but for the long paths of tests"
+    assert [line for line in long if max(map(len, line.split())) < 50] == [], "but for long paths"
 
     sample = re.search(r"cd .* sample\.py (?:.*\\\n)*.*", printed)[0].replace("python", sys.executable, 1)
     done = subprocess.run(f"{sample} --tokens 2 --precision fp32", shell=True, cwd="/", capture_output=True)
@@ -282,8 +282,9 @@ def test_the_passage_ends_with_a_line_where_it_can():
         return [tokenizer.decode(part) for part in report.passage(corpus, tokenizer)]
 
     code = "".join(f"def name_{i}(self):\n    a = {i}\n    return a\n\n" for i in range(99))
-    before, after = passage("import os", code, "import sys")
-    assert before.endswith("(self):") and after.startswith("\n    a = ")
+    for n_lines in range(0, 16, 3):  # which line is in the middle does not matter
+        before, after = passage("import os", "x = 1\n" * n_lines + code, "import sys")
+        assert before.endswith("(self):") and after.startswith("\n    a = ")
     before, after = passage("one line of prose\n" * 300)
     assert before.endswith("prose") and after.startswith("\none line")
     before, after = passage("one two three " * 300)
