@@ -28,7 +28,6 @@ import hashlib
 import json
 import math
 import shutil
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,22 +41,12 @@ from support.ranks import autocast, to_device
 
 VERSIONS = {"constant": 1, "padded": 2}  # since 2 the end of a padded document is a target, too
 CHUNK_TOKENS = 2**13  # whose answers are computed at a time
-SAVE_SECONDS = 5  # how much work a kill can cost
 HEAD_TOKENS = 2**24  # compare only these first tokens of a corpus
 AGAIN = "Delete the folder, and the same command makes it again"
 
-# What must be equal for a cache to fit a run, and its name in messages.
-COMPARED = {
-    "version": "version of the format",
-    "weights": "teacher",
-    "corpus": "text to train on",
-    "packing": "--packing",
-    "seq_len": "--seq-len",
-    "temperature": "--temperature",
-    "draws": "--cache-draws",
-    "vocab_size": "vocabulary",
-    "precision": "--precision",
-}
+# The entries of header.json that must be equal for a cache to fit a run.
+COMPARED = ("version", "weights", "corpus", "packing", "seq_len", "temperature", "draws", "vocab_size",
+            "precision")
 
 
 # ------------------------------------------------------------------------------------ the loss from draws
@@ -147,30 +136,28 @@ def row_type(header):
 
 def read_header(path):
     """What the cache in the folder `path`, finished or not, says about itself."""
-    path = Path(path)
-    if not (path / "header.json").is_file():
-        raise InputError(f"{path} is not a teacher's cache, as it has no header.json: choose a different "
-                         "--teacher-cache")
-    with reading(path / "header.json", "the header of a teacher's cache"):
-        header = json.loads((path / "header.json").read_bytes())
-        return {name: header[name] for name in (*COMPARED, "teacher", "data", "examples", "tokens")}
+    path = Path(path, "header.json")
+    if not path.is_file():
+        raise InputError(f"{path.parent} is not a teacher's cache, as it has no header.json: choose a "
+                         "different --teacher-cache")
+    with reading(path, "the header of a teacher's cache"):
+        header = json.loads(path.read_bytes())
+        return {
+            **{name: header[name] for name in (*COMPARED, "teacher", "data")},
+            "tokens": int(header["tokens"]),
+            "bytes": int(header["tokens"]) * row_type(header).itemsize,  # of answers.bin
+        }
 
 
 def check_fit(path, wanted):
     """The header of the cache at `path`. InputError if it is not the one that a run needs."""
     header = read_header(path)
-    different = [name for name in COMPARED if header[name] != wanted[name]]
-    if "precision" in different and "weights" in different:
-        different.remove("weights")  # perhaps the same weights, rounded in another way
+    different = [f"{name} {header[name]!s:.99} there, {wanted[name]!s:.99} here"
+                 for name in COMPARED if header[name] != wanted[name]]
     if different:
-        listed = "; ".join(f"{COMPARED[name]} {header[name]!s:.99} there, {wanted[name]!s:.99} here"
-                           for name in different)
-        raise InputError(f"{path} is the cache of another run, of {header['teacher']!s:.99} on "
-                         f"{header['data']!s:.99}: {listed}. Choose a different --teacher-cache")
-
-    with reading(path / "header.json", "the header of a teacher's cache"):
-        is_enough = header["examples"] >= wanted["examples"] and header["tokens"] >= wanted["tokens"]
-    if not is_enough:
+        raise InputError(f"{path} is another cache, of {header['teacher']!s:.99} on {header['data']!s:.99}: "
+                         f"{'; '.join(different)}. Choose a different --teacher-cache")
+    if header["tokens"] < wanted["tokens"]:
         raise InputError(f"{path} has answers for {header['tokens']:,} tokens of this text, and this run "
                          f"reads {wanted['tokens']:,}: choose a different --teacher-cache, or fewer --steps")
     return header
@@ -203,12 +190,10 @@ def make(path, wanted, answers_of, offsets, ranks, reads):
                              "kept, and the same command goes on") from error
 
     header = check_fit(path, wanted)
-    with reading(path / "answers.bin", "the answers of a teacher"):
-        found = (path / "answers.bin").stat().st_size
-    expected = header["tokens"] * row_type(header).itemsize
-    if found != expected:
-        raise InputError(f"{path} is damaged: its answers.bin has {found:,} bytes instead of {expected:,}. "
-                         f"{AGAIN}")
+    found = (path / "answers.bin").stat().st_size
+    if found != header["bytes"]:
+        raise InputError(f"{path} is damaged: answers.bin has {found:,} bytes instead of "
+                         f"{header['bytes']:,}. {AGAIN}")
 
 
 def is_there(path):
@@ -274,30 +259,17 @@ def build(part, header, answers_of, offsets, ranks):
     ranks.wait()  # all ranks have read what is done before one of them changes it
     mine = [int(todo[i]) for i in ranks.share(len(todo))]
     size = examples_of_chunk(header)
-    unsaved = []  # chunks whose rows are written, but perhaps not yet on the disk
-    saved = time.monotonic()
 
     with open(part / "answers.bin", "r+b") as answers, open(part / "done.bin", "r+b") as done:
-        def save():
+        for chunk in open_bar(mine, "answering", unit=" chunks", disable=not ranks.is_first):
+            examples = range(chunk * size, min((chunk + 1) * size, header["examples"]))
+            rows = answers_of(examples)
+            answers.seek(int(offsets[examples.start]) * rows.itemsize)
+            answers.write(rows.tobytes())
             sync(answers)
-            for chunk in unsaved:
-                done.seek(chunk)
-                done.write(b"\1")
+            done.seek(chunk)
+            done.write(b"\1")
             done.flush()
-            unsaved.clear()
-
-        try:
-            for chunk in open_bar(mine, "answering", unit=" chunks", disable=not ranks.is_first):
-                examples = range(chunk * size, min((chunk + 1) * size, header["examples"]))
-                rows = answers_of(examples)
-                answers.seek(int(offsets[examples.start]) * rows.itemsize)
-                answers.write(rows.tobytes())
-                unsaved.append(chunk)
-                if time.monotonic() > saved + SAVE_SECONDS:
-                    save()
-                    saved = time.monotonic()
-        finally:
-            save()
 
 
 @torch.no_grad()
