@@ -1,13 +1,19 @@
-"""support/cli.py: how commands end, what flags refuse and how --help looks."""
+"""support/cli.py: how commands end, what damaged files say, what flags refuse, how --help and bars look."""
+import io
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from support.cli import InputError, checked, lookalike, new_parser, pick_device, run_cli, user_path
+from support import cli
+from support.cli import InputError, checked, lookalike, new_parser, open_bar, reading, run_cli, user_path
+from support.ranks import pick_device
 
 ROOT = Path(__file__).parent.parent
 CODE = """
@@ -34,110 +40,157 @@ def start(what, **settings):
 
 
 # ------------------------------------------------------------------------------------ how commands end
-@pytest.mark.parametrize("command", [["distill.py"], ["data.py"], ["sample.py"], ["eval_ppl.py"],
-                                     ["-m", "extras.plot"]])
-def test_ctrl_c_while_libraries_load(tmp_path, command):
-    """One line and no traceback, whichever library it is that takes its time."""
+def test_ctrl_c_while_libraries_load(tmp_path):
+    """One line and no traceback, whichever library is being loaded."""
     for library in ("torch", "numpy"):
         (tmp_path / f"{library}.py").write_text("import time; print('loading', flush=True); time.sleep(60)")
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    loading = subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    assert loading.stdout.readline() == b"loading\n"
-    loading.send_signal(signal.SIGINT)
-    assert loading.communicate(timeout=30) == (b"", b"\nstopped by SIGINT\n")
-    assert loading.returncode == 130
+    for command in (["distill.py"], ["data.py"], ["sample.py"], ["eval_ppl.py"], ["-m", "extras.plot"]):
+        loading = subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        assert loading.stdout.readline() == b"loading\n"
+        loading.send_signal(signal.SIGINT)
+        assert loading.communicate(timeout=30) == (b"", b"\nstopped by SIGINT\n"), command
+        assert loading.returncode == 130
 
 
-def test_ctrl_c_belongs_to_who_imports_a_lesson_file():
+def test_ctrl_c_is_left_alone_where_a_lesson_file_is_imported():
     code = "import signal, data; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     assert done.stdout == "True\n", done.stderr
 
 
-@pytest.mark.parametrize("what, unbuffered", [
-    ("1", ""), ("1", "1"), ("100000", ""), ("100000", "1"), ("--help", "")])
-def test_a_closed_pipe_ends_silently(what, unbuffered):
+def test_a_closed_pipe_ends_silently():
     """As in `| head -1`: the reader goes after a line, or before there was any."""
-    read, write = os.pipe()
-    if what != "100000":
-        os.close(read)
-    process = start(what, stdout=write, env={"PYTHONUNBUFFERED": unbuffered})
-    os.close(write)
-    if what == "100000":
-        assert os.read(read, 1) == b"0"
-        os.close(read)
-    _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (141, b"")
+    for what, unbuffered in (("1", ""), ("1", "1"), ("100000", ""), ("100000", "1"), ("--help", "")):
+        read, write = os.pipe()
+        if what != "100000":
+            os.close(read)
+        process = start(what, stdout=write, env={"PYTHONUNBUFFERED": unbuffered})
+        os.close(write)
+        if what == "100000":
+            assert os.read(read, 1) == b"0"
+            os.close(read)
+        _, errors = process.communicate(timeout=60)
+        assert (process.returncode, errors) == (141, b""), (what, unbuffered)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
-@pytest.mark.parametrize("what", ["1", "100000", "--help"])
-def test_a_full_disk_is_one_line(what):
+def test_a_full_disk_is_one_line():
     with open("/dev/full", "w") as full:
-        process = start(what, stdout=full)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert errors.startswith(b"error: standard output") and errors.endswith(b": No space left on device\n")
-    assert errors.count(b"\n") == 1
-
-    with open("/dev/full", "w") as full:
+        for what in ("1", "100000", "--help"):
+            process = start(what, stdout=full)
+            _, errors = process.communicate(timeout=60)
+            assert process.returncode == 2
+            assert errors.startswith(b"error: standard output") and errors.count(b"\n") == 1
+            assert errors.endswith(b": No space left on device\n")
         process = start("mistake", stderr=full)
         process.communicate(timeout=60)
-    assert process.returncode == 2
+        assert process.returncode == 2
 
 
-@pytest.mark.parametrize("encoding, printed", [
-    ("utf-8", "0 4² * 日本 ±"), ("cp932", "0 4^2 * 日本 ±"), ("gbk", "0 4^2 * 日本 ±"),
-    ("cp1250", r"0 4^2 * \u65e5\u672c ±"), ("cp1252", r"0 4² * \u65e5\u672c ±"),
-    ("ascii", r"0 4^2 * \u65e5\u672c +-")])
-def test_a_narrow_console_gets_what_it_can_show(encoding, printed):
-    process = start("1", env={"PYTHONIOENCODING": encoding})
-    out, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (0, b"")
-    assert out.decode(encoding).rstrip() == printed
-
-
-def test_a_mistake_is_one_line():
-    process = start("mistake")
-    out, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert (out, errors) == (b"", b"error: no folder a\\nb\\x1b[2J" + os.linesep.encode())
+def test_a_narrow_console_gets_what_it_can_show():
+    for encoding, printed in {
+            "utf-8": "0 4² * 日本 ±", "cp932": "0 4^2 * 日本 ±", "cp1252": r"0 4² * \u65e5\u672c ±",
+            "ascii": r"0 4^2 * \u65e5\u672c +-"}.items():
+        process = start("1", env={"PYTHONIOENCODING": encoding})
+        out, errors = process.communicate(timeout=60)
+        assert (process.returncode, errors) == (0, b"")
+        assert out.decode(encoding).rstrip() == printed
 
 
 def test_an_input_error_is_one_line_wherever_it_is_shown():
-    """A notebook, and who catches it, see it without run_cli."""
+    """In a command, and where somebody catches it, as in a notebook."""
+    out, errors = start("mistake").communicate(timeout=60)
+    assert (out, errors) == (b"", b"error: no folder a\\nb\\x1b[2J" + os.linesep.encode())
     assert str(InputError("tensor a\nb\u2028c has no place")) == "tensor a\\nb\\u2028c has no place"
     assert len(str(InputError("x" * 5000))) < 1000
     error = InputError("no caf\u00e9 in \ud800")
     assert str(InputError(str(error))) == str(error) == "no caf\u00e9 in \\ud800"
 
 
-@pytest.mark.parametrize("error, code, line", [
-    (KeyboardInterrupt(), 130, ""),
-    (InputError("x" * 5000), 2, "error: " + "x" * 700 + " ... " + "x" * 200),
-    (PermissionError(13, "Permission denied", "/root/x"), 2, "error: /root/x: Permission denied"),
-    (OSError(36, "File name too long", "y" * 5000), 2,
-     "error: " + "y" * 700 + " ... " + "y" * 180 + ": File name too long"),
-])
-def test_what_ends_a_command(error, code, line, capsys):
+def ended(capsys, error):
+    """(exit code, stderr) of a command in which this is raised."""
     def main():
         raise error
 
     with pytest.raises(SystemExit) as exit:
         run_cli(main)
-    assert exit.value.code == code
-    assert capsys.readouterr().err.rstrip() == line
+    return exit.value.code, capsys.readouterr().err.rstrip()
 
 
-def test_a_fault_of_ours_keeps_its_traceback():
-    def main():
-        return {}["missing"]
+def test_what_ends_a_command(capsys):
+    for error, code, line in [
+            (KeyboardInterrupt(), 130, ""),
+            (InputError("x" * 5000), 2, "error: " + "x" * 700 + " ... " + "x" * 200),
+            (PermissionError(13, "Permission denied", "/root/x"), 2, "error: /root/x: Permission denied")]:
+        assert ended(capsys, error) == (code, line)
 
-    with pytest.raises(KeyError):
-        run_cli(main)
+    with pytest.raises(KeyError):  # a bug of ours keeps its traceback
+        run_cli(lambda: {}["missing"])
+    with pytest.raises(RuntimeError, match="shapes"):
+        ended(capsys, RuntimeError("shapes do not fit"))
+
+
+def test_out_of_memory_is_one_line_on_any_device(capsys):
+    for error in (MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+                  RuntimeError("MPS backend out of memory"),
+                  RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")):
+        code, line = ended(capsys, error)
+        assert code == 2 and line.startswith("error: out of memory") and "--batch-size" in line
+    with pytest.raises(RuntimeError) as real:
+        torch.empty(2**60)
+    assert ended(capsys, real.value)[0] == 2
+
+
+def test_only_the_first_of_several_processes_speaks(capsys, monkeypatch):
+    """All of them find the same mistake; but once they have met, each has mistakes of its own."""
+    for rank, have_met, speaks in (("0", False, True), ("1", False, False), ("1", True, True)):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setattr(cli, "processes_have_met", lambda met=have_met: met)
+        assert ended(capsys, InputError("no folder x")) == (2, "error: no folder x" if speaks else "")
+
+
+# ------------------------------------------------------------------------------------ files from strangers
+def test_what_libraries_raise_becomes_one_line(tmp_path):
+    """The message, and the class of errors whose message alone says little. The error itself is chained."""
+    path = tmp_path / "tokenizer.json"
+    path.write_text("{")
+    for error, reason in [
+            (KeyError("vocab"), "KeyError 'vocab'"), (TypeError("it is\n None"), "TypeError it is None"),
+            (RuntimeError(""), "RuntimeError"), (RecursionError("too deep"), "too deep"),
+            (ValueError("x" * 5000), "x" * 300)]:
+        with pytest.raises(InputError) as found, reading(path, "a tokenizer"):
+            raise error
+        assert str(found.value) == f"{path} is not a tokenizer, or is damaged: {reason}"
+        assert found.value.__cause__ is error
+
+    with pytest.raises(InputError, match="line 1 column 2"), reading(path, "a tokenizer"):
+        json.loads(path.read_text())
+    with pytest.raises(InputError, match="^already said$"), reading(path, "a tokenizer"):
+        raise InputError("already said")
+    with pytest.raises(KeyboardInterrupt), reading(path, "a tokenizer"):
+        raise KeyboardInterrupt
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path):
+    missing = tmp_path / "missing"
+    with pytest.raises(InputError) as found, reading(missing, "a model"):
+        missing.read_bytes()
+    assert str(found.value) == f"{missing} could not be read: No such file or directory"
+
+
+def test_pointers_of_git_lfs(tmp_path):
+    """What `git clone` without git-lfs leaves is said before anybody calls it damaged."""
+    path = tmp_path / "model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(InputError, match="is a pointer of Git LFS.*`git lfs pull`"), reading(path, "weights"):
+        raise AssertionError("it was read")
+    path.write_text("version 2 of https://git-lfs.github.com/")
+    with reading(path, "weights"), reading(tmp_path, "a folder"):
+        pass
 
 
 # ------------------------------------------------------------------------------------ flags
@@ -156,26 +209,17 @@ def parser():
     return parser
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--seed", "10"], "--seed 10: must be 0 to 9"),
-    (["--seed", "-1"], "--seed -1: must be 0 to 9"),
-    (["--seed", "1.5"], "--seed 1.5: must be 0 to 9"),
-    (["--seed", "9" * 10_000], "--seed " + "9" * 40 + ": must be 0 to 9"),
-    (["--share", "nan"], "--share nan: must be 0 to 1"),
-    (["--share", "1e400"], "--share 1e400: must be 0 to 1"),
-    (["--sede", "3"], "did you mean --seed?"),
-    (["--seed"], "--seed expected one argument"),
-])
-def test_flags_refuse(parser, argv, message):
-    with pytest.raises(InputError) as error:
-        parser.parse_args(argv)
-    assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_flags_take(parser):
+def test_flags_take_and_refuse(parser):
     args = parser.parse_args(["--seed", "9", "--share", "0.5", "--fast"])
     assert (args.seed, args.share, args.fast) == (9, 0.5, True)
-    assert user_path("~/x") == str(Path.home() / "x") and user_path("a~b/~") == "a~b/~"
+    for argv, message in [
+            ("--seed 10", "--seed 10: must be 0 to 9"), ("--seed 1.5", "--seed 1.5: must be 0 to 9"),
+            ("--seed " + "9" * 10_000, "--seed " + "9" * 40 + ": must be 0 to 9"),
+            ("--share nan", "--share nan: must be 0 to 1"), ("--sede 3", "did you mean --seed?"),
+            ("--seed", "--seed expected one argument"), ("--fas", "did you mean --fast?")]:
+        with pytest.raises(InputError) as error:
+            parser.parse_args(argv.split())
+        assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_help_shows_what_helps(parser):
@@ -188,13 +232,11 @@ def test_help_shows_what_helps(parser):
 
 
 def test_devices(monkeypatch):
-    import torch
-    assert pick_device("cpu") == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert pick_device("auto") == "cpu"
-    for name in ("cuda:99", "meta", "gpu", "cuda:" + "9" * 30, ""):
-        with pytest.raises(InputError, match="there is no such device here, only cpu$"):
+    assert pick_device("cpu") == pick_device("auto") == "cpu"
+    for name in ("cuda:99", "meta", "gpu", ""):
+        with pytest.raises(InputError, match=rf"--device {name} does not work here \(.+\); available: cpu$"):
             pick_device(name)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert pick_device("auto") == "mps"
@@ -202,12 +244,48 @@ def test_devices(monkeypatch):
     assert pick_device("auto") == "cuda"
 
 
-@pytest.mark.parametrize("name, near", [
-    ("demo/techer", "demo/teacher"), ("demo/techer/", "demo/teacher"), ("my_text.txt", "my_texts.txt"),
-    ("lambda", "lambada"), ("EleutherAI/pythia-70m", None), ("gpt2", None), ("owner/lambda", None)])
-def test_misspelt_names(tmp_path, monkeypatch, name, near):
+def test_misspelt_names(tmp_path, monkeypatch):
     (tmp_path / "demo" / "teacher").mkdir(parents=True)
     (tmp_path / "my_texts.txt").touch()
     (tmp_path / "distilgpt2").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert lookalike(name, ["lambada", "stdlib"]) == near
+    for name, near in {
+            "demo/techer": "demo/teacher", "demo/techer/": "demo/teacher", "my_text.txt": "my_texts.txt",
+            "lambda": "lambada", "EleutherAI/pythia-70m": None, "gpt2": None, "owner/lambda": None}.items():
+        assert lookalike(name, ["lambada", "stdlib"]) == near, name
+    assert user_path("~/x") == str(Path.home() / "x") and user_path("a~b/~") == "a~b/~"
+
+
+# ------------------------------------------------------------------------------------ bars, tables
+def test_progress_is_lines_where_there_is_no_terminal(monkeypatch):
+    """One every PLAIN_SECONDS, without carriage returns; none of short work; a full disk stops nothing."""
+    monkeypatch.setattr(cli, "PLAIN_SECONDS", 0.05)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    for _ in open_bar(range(4), "training", unit="step"):
+        time.sleep(0.06)
+    lines = sys.stderr.getvalue().splitlines()
+    assert 2 <= len(lines) <= 5 and all(line.startswith("training: ") and "step" in line for line in lines)
+    assert "\r" not in sys.stderr.getvalue()
+
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert list(open_bar(range(3), "short")) == [0, 1, 2] and sys.stderr.getvalue() == ""
+    written = []
+
+    def fail(text):
+        written.append(text)
+        raise OSError("no space left")
+
+    monkeypatch.setattr(sys.stderr, "write", fail)
+    for _ in open_bar(range(2), "training"):
+        time.sleep(0.06)
+    assert written
+
+
+def test_tables_line_up():
+    rows = [{"model": "a", "n": 1200, "loss": 2.5}, {"model": "teacher", "n": 3, "loss": (3.25, 0.5)}]
+    assert cli.format_table(rows).splitlines() == [
+        "| model   |     n |            loss |",
+        "| ------- | ----: | --------------: |",
+        "| a       | 1,200 |          2.5000 |",
+        "| teacher |     3 | 3.2500 ± 0.5000 |"]
+    assert cli.format_table([]) == ""
