@@ -80,16 +80,14 @@ def calibration_error(confidence, reference, n_bins=15):
 @torch.no_grad()
 def figures(args, teacher, student, corpus, tokenizer):
     """Figures of the student on the held-out text, and under "teacher" those of the teacher."""
-    columns = {"student": [], "teacher": []}
+    of_student, of_teacher = [], []
     for ids, targets in held_out_batches(corpus, args, "cpu"):
         with autocast(args, torch.device("cpu")):
             log_p = log_probabilities(teacher, ids, tokenizer.vocab_size)  # (N, V)
             log_q = log_probabilities(student, ids, tokenizer.vocab_size)
-        columns["teacher"].append(columns_of(log_p, log_p, targets.flatten()))
-        columns["student"].append(columns_of(log_q, log_p, targets.flatten()))
-
-    found = {name: summary(torch.cat(parts, 1)) for name, parts in columns.items()}
-    return {**found["student"], "teacher": found["teacher"]}
+        of_student.append(figures_of_tokens(log_q, log_p, targets.flatten()))
+        of_teacher.append(figures_of_tokens(log_p, log_p, targets.flatten()))
+    return {**summary(of_student), "teacher": summary(of_teacher)}
 
 
 def log_probabilities(network, ids, vocab_size):
@@ -97,29 +95,26 @@ def log_probabilities(network, ids, vocab_size):
     return F.linear(hidden, network.head_weight[:vocab_size]).float().log_softmax(-1)
 
 
-def columns_of(log_q, log_p, targets):
-    """Log-probabilities of a model and of its teacher, (N, V), and targets (N,) -> six figures of each token,
-    (6, N), in the order in which `summary` takes them."""
-    nll = -log_q.gather(1, targets[:, None])[:, 0]
-    kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+def figures_of_tokens(log_q, log_p, targets):
+    """Log-probabilities of a model and of its teacher, (N, V), and targets (N,) -> {figure: (N,)}."""
     log_confidence, top = log_q.max(-1)
-    same = top == log_p.argmax(-1)
-    teachers = log_p.gather(1, top[:, None])[:, 0].exp()
-    return torch.stack((nll, kl, same, log_confidence.exp(), top == targets, teachers))
-
-
-def summary(columns):
-    """Six figures of each token, (6, n) -> the figures of a model."""
-    nll, kl, same, confidence, right, teachers = columns.double()
     return {
-        "loss": nll.mean().item(),
-        "kl": kl.mean().item(),
-        "same_top_1": same.mean().item(),
-        "confidence": confidence.mean().item(),  # mean probability of the token that it finds likeliest
-        "right": right.mean().item(),  # how often that is the next token of the text
-        "teachers": teachers.mean().item(),  # mean probability that the teacher gives to it
-        "ece_text": calibration_error(confidence, right),
-        "ece_teacher": calibration_error(confidence, teachers),
+        "loss": -log_q.gather(1, targets[:, None])[:, 0],
+        "kl": F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1),
+        "same_top_1": top == log_p.argmax(-1),
+        "confidence": log_confidence.exp(),  # the probability of the token that it finds likeliest
+        "right": top == targets,  # whether that is the next token of the text
+        "teachers": log_p.gather(1, top[:, None])[:, 0].exp(),  # the teacher's probability of it
+    }
+
+
+def summary(batches):
+    """Figures of tokens, by batch -> the figures of a model."""
+    tokens = {name: torch.cat([batch[name] for batch in batches]).double() for name in batches[0]}
+    return {
+        **{name: values.mean().item() for name, values in tokens.items()},
+        "ece_text": calibration_error(tokens["confidence"], tokens["right"]),
+        "ece_teacher": calibration_error(tokens["confidence"], tokens["teachers"]),
     }
 
 
@@ -137,17 +132,14 @@ def arms_table(rows):
     return lines
 
 
+COLUMNS = {
+    "same top-1": "same_top_1", "confidence": "confidence", "right": "right", "ECE, text": "ece_text",
+    "ECE, teacher": "ece_teacher"}
+
+
 def line(arm, loss, kl, seeds):
-    return {
-        "learns from": arm,
-        "held-out loss": loss,
-        "KL to teacher": kl,
-        "same top-1": f"{average(seeds, 'same_top_1'):.3f}",
-        "confidence": f"{average(seeds, 'confidence'):.3f}",
-        "right": f"{average(seeds, 'right'):.3f}",
-        "ECE, text": f"{average(seeds, 'ece_text'):.3f}",
-        "ECE, teacher": f"{average(seeds, 'ece_teacher'):.3f}",
-    }
+    means = {title: f"{average(seeds, column):.3f}" for title, column in COLUMNS.items()}
+    return {"learns from": arm, "held-out loss": loss, "KL to teacher": kl, **means}
 
 
 STUDY = Study("cache_study", __doc__, plan(), one_run, {"arms": arms_table}, page="teacher-cache")

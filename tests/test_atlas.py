@@ -11,6 +11,9 @@ from extras import atlas
 from extras.atlas import STUDY
 from support import flags
 
+# The code of this run is in commit d0ffd89 alone; docs/atlas.md says so.
+AVERAGED = "again: student, batch 4, lr 1e-3, betas 0.9 0.95 --schedule constant weights averaged"
+
 
 def parsed(command):
     return distill.parse_args(shlex.split(f"{atlas.BASE} {command}"))
@@ -19,7 +22,7 @@ def parsed(command):
 def test_rows_are_runs_of_the_plan_and_every_run_can_be_made():
     """A row whose flags are not those of the plan would be called by a name that is not its own."""
     rows = STUDY.rows()
-    assert rows.keys() <= STUDY.plan.keys()
+    assert [name for name in rows if name not in STUDY.plan] == [AVERAGED]
     for name, command in STUDY.plan.items():
         args = parsed(command)
         assert not args.control and args.precision == "bf16"
@@ -51,21 +54,6 @@ def test_the_demo_is_what_the_plan_says_and_its_control_the_best_that_was_tried(
              and name.startswith(("tune control", "again: control"))]
     assert len(tried) == flags.CONTROLS_TRIED
     assert rows["control 1200 steps, seed 0"]["loss"] <= min(tried) + 0.003
-
-
-def test_averaged_weights_are_the_mean_of_the_last_quarter():
-    student = torch.nn.Linear(1, 1, bias=False)
-    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
-    with atlas.averaged(student, 8):
-        student.weight.data.zero_()
-        for _ in range(8):
-            student.weight.grad = torch.tensor([[-1.0]])
-            optimizer.step()  # the weight is 1, 2, ..., 8
-    assert student.weight.item() == 7.5
-
-    student.weight.grad = torch.tensor([[-1.0]])
-    optimizer.step()
-    assert student.weight.item() == 8.5  # the hook is gone
 
 
 def test_a_run_and_its_figures(workshop, monkeypatch):
