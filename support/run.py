@@ -214,7 +214,9 @@ def shown(found):
     """{"seed": (0, 1), "hash of the text": (8, 9)} -> "--seed was 0, now 1; hash of the text was 8, ..."."""
     parts = []
     for name, (then, now) in found.items():
-        flag = name if " " in name else "--" + name.replace("_", "-")
+        if name == "objective" and len(found) > 1:
+            continue  # it follows from the other settings, unless someone has edited the loss
+        flag = name if " " in name or name == "objective" else "--" + name.replace("_", "-")
         parts.append(f"{flag} was {then!r:.99}, now {now!r:.99}")
     return "; ".join(parts)
 

@@ -63,10 +63,11 @@ TEACHER = Net(1)
 def settings(out, **changes):
     """Those of distill.py that a run looks at."""
     return SimpleNamespace(**{
-        "recipe": "plain", "role": "student", "out": str(out), "resume": False, "resume_if_there": False,
-        "overwrite": False, "teacher": "some/teacher", "student": None, "student_layers": "0,3",
-        "student_init": "teacher", "data": "some/text", "data_folder": "corpora", "teacher_cache": None,
-        "cache_draws": None, "seq_len": 16, "batch_size": 2, "grad_accum": 2, "steps": 4, "epochs": None,
+        "recipe": "plain", "role": "student", "objective": "loss", "out": str(out), "resume": False,
+        "resume_if_there": False, "overwrite": False, "teacher": "some/teacher", "student": None,
+        "student_layers": "0,3", "student_init": "teacher", "data": "some/text", "data_folder": "corpora",
+        "teacher_cache": None, "cache_draws": None, "seq_len": 16, "batch_size": 2, "grad_accum": 2,
+        "steps": 4, "epochs": None,
         "lr": 0.01, "warmup": 0.0, "schedule": "constant", "precision": "fp32", "seed": 0, "kd_weight": 0.5,
         "clm_weight": 0.5, "cos_weight": 0.0, "on_policy": 0.0, "control": False, "control_lr": None,
         "control_batch_size": None, "eval_interval": 0, "eval_tokens": 100, "save_interval": 2, **changes})
@@ -211,9 +212,13 @@ def test_a_foreign_folder_called_control_is_never_touched(out):
 
 def test_a_finished_run_is_not_replaced_unasked(out):
     """The line says how it differs and names the two ways on; the very same command has nothing to do."""
-    for changes in ({"seed": 1}, {"kd_weight": 0.4}, {"recipe": "demo", "lr": 1.0}, {"steps": 5}):
-        with unchanged(out, "--" + [*changes][-1].replace("_", "-"), "--out NAME", "--overwrite"):
+    for changes in ({"seed": 1}, {"objective": "edited", "kd_weight": 0.4}, {"recipe": "demo", "lr": 1.0},
+                    {"steps": 5}):
+        flag = "--" + [*changes][-1].replace("_", "-")
+        with unchanged(out, f"settings: {flag} was", "--out NAME", "--overwrite"):
             train(settings(out, **changes))
+    with unchanged(out, "objective was 'loss', now 'edited'"):
+        train(settings(out, objective="edited"))
     before = content(out)
     for how in ({}, {"resume": True}, {"resume_if_there": True}):
         assert train(settings(out, **how)) is None
