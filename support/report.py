@@ -107,8 +107,8 @@ def warn_of_unknown_text(args, teacher, corpus, tokenizer):
     has not seen, 2.2 on English and more than 3 on shell scripts. A fixed limit holds for texts of all sizes;
     a compressor is not a yardstick, as it needs 3.3 bits for English of 8 kB and 1.9 for English of 1 MB.
     """
-    its_text = (read_settings(args.teacher) or {}).get("data", "")  # if it comes from a run
-    has_been_tuned = Path(its_text).resolve() == Path(args.data).resolve()
+    its_text = (read_settings(args.teacher) or {}).get("data")  # if the teacher comes from a run
+    has_been_tuned = its_text is not None and Path(its_text).resolve() == Path(args.data).resolve()
     if teacher is None or not args.kd_weight or args.resume or has_been_tuned:
         return
     few = copy.copy(args)
@@ -425,7 +425,7 @@ def texts(networks, corpus, tokenizer, draw):
     All draw with the same seed: the likeliest token, again and again, leads small models in circles.
     """
     opening, rest = passage(corpus, tokenizer)
-    lines = [titled("After the words", tokenizer.decode(opening), slice(-2, None)),
+    lines = [titled("After the words", tokenizer.decode(opening), slice(-3, None)),
              titled("the text has", tokenizer.decode(rest))]
     for name, network in networks.items():
         device = network.head_weight.device
@@ -458,13 +458,13 @@ def passage(corpus, tokenizer, before=128, after=60):
     return ids[max(start, cut - before):cut], ids[cut:min(end, cut + after)]
 
 
-def titled(title, text, which=slice(2)):
-    """Two lines of a text, of those that are not blank, beside a title; each is cut to the width."""
+def titled(title, text, which=slice(3)):
+    """Three lines of a text, of those that are not blank, beside a title; each is cut to the width."""
     lines = [line.expandtabs(4) for line in text.splitlines() if line.strip()] or [""]
     shown = []
-    for first, line in zip((title, ""), lines[which], strict=False):
+    for line in lines[which]:
         line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
-        line = f"{first:18}{line}".rstrip()
+        line = f"{'' if shown else title:18}{line}".rstrip()
         shown.append(line if len(line) <= WIDTH else line[:WIDTH - 4] + " ...")
     return "\n".join(shown)
 

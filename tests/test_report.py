@@ -292,12 +292,13 @@ def test_the_passage_ends_with_a_line_where_it_can():
     assert passage("x") == ["", "x"] or passage("x") == ["x", ""]
 
 
-def test_two_lines_of_a_text():
-    text = "\n  \n\tif x:\n" + "y" * 90 + "\nthird\x00"
-    first, second = report.titled("the student", text).split("\n")
+def test_three_lines_of_a_text():
+    text = "\n  \n\tif x:\n" + "y" * 90 + "\nthird\x00\nfourth"
+    first, second, third = report.titled("the student", text).split("\n")
     assert first == "the student           if x:"
     assert second == " " * 18 + "y" * 58 + " ..." and len(second) == 80
-    assert report.titled("After", text, slice(-2, None)).endswith("third\N{REPLACEMENT CHARACTER}")
+    assert third == " " * 18 + "third\N{REPLACEMENT CHARACTER}"
+    assert report.titled("After", text, slice(-1, None)) == "After             fourth"
     assert report.titled("the text has", "\n") == "the text has"
 
 
