@@ -60,31 +60,31 @@ def test_a_run_and_its_figures(workshop, monkeypatch):
     """With the demo's own code and small models; a layers run also has the loss before training."""
     models = (f"--teacher {workshop / 'teacher'} --data {workshop / 'text'} --data-folder "
               f"{workshop / 'corpora'} --seq-len 16 --eval-tokens 300 --student-layers 0,2,3 --steps 2 "
-              "--grad-accum 1")
+              "--grad-accum 2")
     monkeypatch.setattr(atlas, "reverse_kl", lambda *_: 0.5)
     monkeypatch.setattr(atlas, "sample_figures", lambda *_: {"distinct_3": 0.5})
     figures = atlas.one_run("layers 0,2,3, 100 steps", f"{atlas.FIRST_STUDENT} {models}")
     assert figures["before"] > 0 and figures["before"] != figures["loss"]
     columns = {"seed", "steps", "tokens", "loss", "teacher_loss", "kl", "same_top_1", "reverse_kl",
                "distinct_3", "objective", "before", "seconds"}
-    assert figures.keys() == columns and figures["tokens"] == 2 * 4 * 16
+    assert figures.keys() == columns and figures["tokens"] == 2 * 2 * 4 * 16
 
 
 def test_figures_of_the_students_texts():
-    """Against a teacher whose answer is known: all tokens alike."""
-    def network():
-        choose = torch.Generator().manual_seed(1)
-        text = torch.randint(1, 9, (4, 11), generator=choose)
-        return SimpleNamespace(generate=lambda start, length, choose: text)
+    """With a teacher who says that token i comes next after any, with a score of i."""
+    text = torch.randint(1, 9, (4, 11), generator=torch.Generator().manual_seed(1))
+    text[:, 0] = 0
+    student = SimpleNamespace(generate=lambda start, length, choose: text)
 
     class Teacher(torch.nn.Module):
         def forward(self, ids):
-            return torch.zeros(*ids.shape, 10)
+            return torch.arange(10.0).expand(*ids.shape, 10)
 
-    found = atlas.sample_figures(Teacher(), network(), SimpleNamespace(eot=0), n=4, length=10)
-    text = network().generate(None, None, None)[:, 1:]
-    triples = {tuple(row[i:i + 3].tolist()) for row in text for i in range(8)}
-    assert found["teacher_nll_of_samples"] == pytest.approx(math.log(10))
+    found = atlas.sample_figures(Teacher(), student, SimpleNamespace(eot=0), n=4, length=10)
+    written = text[:, 1:]
+    triples = {tuple(row[i:i + 3].tolist()) for row in written for i in range(8)}
+    nll = torch.arange(10.0).logsumexp(0) - written.float().mean()
+    assert found["teacher_nll_of_samples"] == pytest.approx(nll.item())
     assert found["distinct_3"] == len(triples) / 32
 
 

@@ -1,4 +1,5 @@
 """extras/study.py: runs that are missing are made, rows are kept, tables are put between their marks."""
+import copy
 import json
 from argparse import Namespace
 
@@ -149,8 +150,9 @@ def test_what_is_trained(workshop, monkeypatch):
         return {"val": len(corpus.val), "vocab": tokenizer.vocab_size, "temperature": args.temperature}
 
     def shorter(teacher, student, corpus):
-        corpus.val = corpus.val[:7]
-        return teacher, student, corpus
+        short = copy.copy(corpus)
+        short.val = corpus.val[:7]
+        return teacher, student, short
 
     here = {*workshop.iterdir()} - {workshop / "corpora"}
     found = trained(base + "--temperature 3", score, losses_of, shorter, Around)
