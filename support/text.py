@@ -16,7 +16,6 @@ import hashlib
 import io
 import itertools
 import json
-import math
 import operator
 import os
 import platform
@@ -529,7 +528,9 @@ ENOUGH = 10_000  # documents of a validation split to measure with
 def open_hub(data, repo, revision, config, text_column):
     """A data set of the Hub as a Source, streamed: no more of it is downloaded than is taken."""
     identity = {"data": data, "text_column": text_column}
-    size = math.inf if data in ("openwebtext", "pile") else None  # more than any run asks for
+
+    def size():
+        return None  # unknown
 
     def pinned(commit=None):
         """The same Source at one commit, which its identity names: a build can go on with that one later."""
@@ -541,12 +542,12 @@ def open_hub(data, repo, revision, config, text_column):
                 builder = load_dataset_builder(repo, config, revision="refs/convert/parquet")
             splits = builder.as_streaming_dataset()
         known = {**identity, "revision": builder.hash}
-        return Source(known, hub_documents(repo, splits, text_column), plain_name(data), lambda: size)
+        return Source(known, hub_documents(repo, splits, text_column), plain_name(data), size)
 
     def documents():
         yield from pinned().documents
 
-    return Source(identity, documents(), plain_name(data), lambda: size, pinned)
+    return Source(identity, documents(), plain_name(data), size, pinned)
 
 
 @contextlib.contextmanager
