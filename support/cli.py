@@ -107,7 +107,7 @@ def run_cli(main):
                             "size of a step), a shorter --seq-len, or a smaller model")
 
     # With several processes the first one speaks for all, as long as they have not met yet.
-    if message and (os.environ.get("RANK", "0") == "0" or processes_have_met()):
+    if message and (is_first_process() or processes_have_met()):
         with contextlib.suppress(OSError):  # stderr may be as full as stdout
             print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
     discard_output()
@@ -118,6 +118,12 @@ def is_out_of_memory(error):
     """Whether an error of Python or PyTorch, on whatever device, means that memory was short."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def is_first_process():
+    """Whether there is only this process, or torchrun has started it as the first one."""
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    return rank not in map(str, range(1, int(world) if world.isdecimal() else 1))
 
 
 def processes_have_met():
