@@ -112,9 +112,13 @@ class Attention(nn.Module):
         if written_out_is_faster(q) and cache is None and not dropout:
             y = causal_attention(q, k, v, self.scale)  # (B, H, L, D)
         else:
-            # One new token may look at all of the past, so it needs no mask; a whole text needs one.
+            # One new token may look at all of the past, so it needs no mask. A whole text needs one, and so
+            # do several new tokens: each looks at the past, at itself and at those before it.
+            mask = None
+            if past and L > 1:
+                mask = torch.ones(L, past + L, dtype=torch.bool, device=x.device).tril(past)
             y = F.scaled_dot_product_attention(
-                q, k, v, dropout_p=dropout, is_causal=L > 1, scale=self.scale)  # (B, H, L, D)
+                q, k, v, mask, dropout, is_causal=L > 1 and not past, scale=self.scale)  # (B, H, L, D)
         return self.out(y.transpose(1, 2).reshape(B, L, C))
 
 
@@ -280,8 +284,7 @@ class GPT(nn.Module):
     def hidden(self, ids, cache=None, past=0):
         """ids (B, L) -> final hidden states, after the last norm (B, L, C).
 
-        With a `cache` that holds `past` tokens, ids follow those and are added to it: any number of ids if it
-        is empty, otherwise one at a time.
+        With a `cache` that holds `past` tokens, ids follow those and are added to it.
         """
         x, rotary = self.embed_at(ids, past)
         x = self.dropout(x)  # (B, L, C)
