@@ -18,6 +18,7 @@ docs/wrong-losses.md says where each was found and what it does to a student.
 Exit code: 0 the loss is right, 1 it is not, 2 it could not be checked.
 Shapes: B sequences, L tokens in each, N = B * L, V vocabulary. T is the temperature.
 """
+import functools
 import importlib.util
 import inspect
 import itertools
@@ -172,6 +173,16 @@ def load_function(where):
     path, _, name = where.rpartition(":")
     if not path.endswith(".py"):
         raise InputError(f"{where}: expected path/to/file.py:function")
+    module = load_module(path)
+    functions = [known for known, value in vars(module).items() if inspect.isfunction(value)]
+    if name not in functions:
+        raise InputError(f"{path} has no function {name!r}; it has {', '.join(functions) or 'none'}")
+    return getattr(module, name)
+
+
+@functools.cache
+def load_module(path):
+    """Import a file from wherever it is."""
     if not Path(path).is_file():
         near = lookalike(path)
         raise InputError(f"{path} does not exist" + (f" (did you mean {near}?)" if near else ""))
@@ -183,11 +194,7 @@ def load_function(where):
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise InputError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
-
-    functions = [known for known, value in vars(module).items() if inspect.isfunction(value)]
-    if name not in functions:
-        raise InputError(f"{path} has no function {name!r}; it has {', '.join(functions) or 'none'}")
-    return getattr(module, name)
+    return module
 
 
 # ------------------------------------------------------------------------------------ asking a loss

@@ -224,6 +224,7 @@ def examine(tmp_path, monkeypatch, capsys):
     """examine("file.py:loss", ...) -> (exit code, what was printed on either stream), in this process."""
     from extras import check_loss
     from support.cli import run_cli
+    check_loss.load_module.cache_clear()
     (tmp_path / "mine.py").write_text(FILE)
     (tmp_path / "neighbour.py").write_text("T = 3.0")
     (tmp_path / "broken.py").write_text("import no_such_module")
