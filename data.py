@@ -42,17 +42,11 @@ class Corpus:
     def __init__(self, path):
         self.path = Path(path)
         self.meta = read_meta(self.path)
+        self.eot = self.meta["eot"]
+        self.vocab_size = self.meta["vocab_size"]
         self.train, self.val = (np.memmap(self.path / f"{split}.bin", np.uint16, "r") for split in SPLITS)
         for ids in (self.train, self.val):
             check_ids(self.path, ids, self.vocab_size)
-
-    @property
-    def eot(self):
-        return self.meta["eot"]
-
-    @property
-    def vocab_size(self):
-        return self.meta["vocab_size"]
 
     @functools.cached_property
     def fingerprint(self):
@@ -138,7 +132,14 @@ def permutation(seed, epoch, n):
 
 def cut(tokens, context, packing, eot):
     """Starts and ends of all examples."""
-    return cut_documents(tokens, eot) if packing == "padded" else cut_blocks(tokens, context)
+    if packing == "padded":
+        return cut_documents(tokens, eot)
+    n = (len(tokens) - 1) // context
+    if n < 1:
+        raise InputError(f"{len(tokens)} tokens are too few for one block of {context} + 1; take a shorter "
+                         "--seq-len, or more text")
+    # Blocks overlap by a token: the last target of one is the first input of the next.
+    return range(0, n * context, context), range(context + 1, n * context + 2, context)
 
 
 def target_offsets(tokens, context, packing, eot):
@@ -151,16 +152,6 @@ def target_offsets(tokens, context, packing, eot):
         return range(0, len(starts) * context + 1, context)
     n_targets = np.minimum(ends - starts, context)  # the end-of-text id makes up for the first one
     return np.concatenate(([0], n_targets.cumsum()))
-
-
-def cut_blocks(tokens, context):
-    """Starts and ends of blocks of L + 1 tokens. Blocks overlap by a token: the last target of one is the
-    first input of the next."""
-    n = (len(tokens) - 1) // context
-    if n < 1:
-        raise InputError(f"{len(tokens)} tokens are too few for one block of {context} + 1; take a shorter "
-                         "--seq-len, or more text")
-    return range(0, n * context, context), range(context + 1, n * context + 2, context)
 
 
 CUT = deque(maxlen=4)  # (tokens, eot, result) of the last calls: looking through all tokens takes seconds

@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import re
 import shutil
 import sys
 import time
@@ -45,34 +44,24 @@ def corpus_path(folder, source, tokenizer):
 def read_meta(path):
     """The meta.json of a corpus whose numbers agree with its files; otherwise an InputError."""
     meta = read_object(path / "meta.json")
-    sizes = sizes_of(path, meta)
-    eot, vocab_size = meta.get("eot"), meta.get("vocab_size")
-    sound = (
-        sizes == [2 * meta[split]["tokens"] for split in SPLITS]
-        and min(sizes) >= 4
-        and is_count(eot) and is_count(vocab_size) and eot < vocab_size <= 2**16
-        and isinstance(meta.get("complete"), bool)
-        and isinstance(meta.get("source"), dict) and isinstance(meta.get("tokenizer"), str)
-    ) if sizes else False
-    if not sound:
+    sizes = sizes_of(path, meta, "eot", "vocab_size")
+    if (sizes is None or min(sizes) < 4 or sizes != [2 * meta[split]["tokens"] for split in SPLITS]
+            or not meta["eot"] < meta["vocab_size"] <= 2**16):
         # The folder may be somebody else's, so this does not say that it should be deleted.
         raise InputError(f"{path} is not a complete corpus: its meta.json does not describe a train.bin and "
                          "a val.bin beside it. `python data.py` makes corpora, also in place of broken ones")
     return meta
 
 
-def sizes_of(folder, numbers):
-    """The bytes in train.bin and val.bin, if `numbers` counts them as a corpus does; otherwise None."""
+def sizes_of(folder, numbers, *others):
+    """The bytes in train.bin and val.bin, if `numbers` has all counts of a corpus; otherwise None."""
     try:
         counts = [numbers["documents"], *(numbers[split][key] for split in SPLITS for key in COUNTS)]
+        counts += [numbers[key] for key in others]
         sizes = [(folder / f"{split}.bin").stat().st_size for split in SPLITS]
     except (KeyError, TypeError, OSError):
         return None
-    return sizes if all(map(is_count, counts)) else None
-
-
-def is_count(value):
-    return type(value) is int and 0 <= value < 2**62
+    return sizes if all(type(n) is int and 0 <= n < 2**62 for n in counts) else None
 
 
 def check_ids(path, ids, vocab_size):
@@ -94,11 +83,11 @@ def fits(path, wanted, max_tokens):
     """
     try:
         meta = read_meta(path)
-    except InputError:
+        same = (meta["tokenizer"] == wanted["tokenizer"]
+                and wanted["source"].items() <= meta["source"].items())
+        return same and bool(meta["complete"] or max_tokens and meta["train"]["tokens"] >= max_tokens)
+    except (InputError, KeyError, AttributeError):
         return False
-    enough = meta["complete"] or bool(max_tokens) and meta["train"]["tokens"] >= max_tokens
-    same = meta["tokenizer"] == wanted["tokenizer"] and wanted["source"].items() <= meta["source"].items()
-    return enough and same
 
 
 # ------------------------------------------------------------------------------------ building
@@ -114,7 +103,6 @@ def make(path, wanted, source, tokenizer, max_tokens, workers):
             shutil.rmtree(path, ignore_errors=True)
             part.rename(path)
     except OSError as error:
-        # On a full disk it helps to know how much room is needed.
         raise InputError(f"{error.filename or path}: {error.strerror or error}; start again, and it goes on "
                          "from what was saved (a corpus takes about half the size of its text)") from error
 
@@ -175,18 +163,18 @@ class Build:
             temporary.write_text(json.dumps(self.numbers, indent=2))
         self.saved = time.monotonic()
 
-    def finish(self):
-        """Write meta.json, which makes it a corpus."""
-        self.save(self.part / "meta.json")
-        self.progress.unlink(missing_ok=True)
-
 
 def build(part, wanted, source, tokenizer, max_tokens, workers):
     """Write a corpus into the folder `part`, from where a killed build of it stopped."""
-    source = pinned(source, part)
+    if source.pinned:
+        # A data set of the Hub may get a new version while a killed build of it waits. The build goes on with
+        # the version that it noted, because half of one and half of another would be no data set at all.
+        noted = read_object(part / "progress.json").get("source", {})
+        source = source.pinned(noted.get("revision"))
+
     limit = max_tokens or sys.maxsize
-    size = source.size()
-    with Build(part, {**wanted, "source": source.identity}) as corpus, progress_bar(source.name) as bar:
+    bar = open_bar(title=source.name, total=max_tokens, unit=" tokens", unit_scale=True)
+    with Build(part, {**wanted, "source": source.identity}) as corpus, bar:
         todo = itertools.islice(source.documents, corpus.numbers["documents"], None)
         for batch, encoded in tokenized(batched(todo), tokenizer, workers):
             for (split, text), ids in zip(batch, encoded, strict=True):
@@ -196,7 +184,7 @@ def build(part, wanted, source, tokenizer, max_tokens, workers):
                     corpus.add(split, text, ids)
             corpus.numbers["documents"] += len(batch)
 
-            show(bar, corpus, size, max_tokens)
+            bar.update(corpus.tokens("train") - bar.n)
             if corpus.tokens("train") >= limit:
                 break
             if time.monotonic() > corpus.saved + SAVE_SECONDS:
@@ -208,53 +196,22 @@ def build(part, wanted, source, tokenizer, max_tokens, workers):
             if corpus.tokens(split) < 2:
                 raise InputError(f"{source.name}: no text for {split}; take two documents, or a longer one")
         corpus.numbers.update(eot=tokenizer.eot, vocab_size=tokenizer.vocab_size)
-        corpus.finish()
-        bar.total = bar.n
-
-
-def pinned(source, part):
-    """A source that cannot change between the start of a build and its end.
-
-    A data set of the Hub may get a new version while a killed build of it waits. The build goes on with the
-    version that it noted, because half of one and half of another would be no data set at all.
-    """
-    if source.pinned is None:  # "files" in the identity of local data changes with them
-        return source
-    noted = read_object(part / "progress.json").get("source")
-    commit = noted.get("revision") if isinstance(noted, dict) else None
-    is_commit = isinstance(commit, str) and re.fullmatch("[0-9a-f]{40}", commit)
-    return source.pinned(commit if is_commit else None)
-
-
-def progress_bar(name):
-    return open_bar(title=name, unit=" tokens", unit_scale=True)
-
-
-def show(bar, corpus, size, max_tokens):
-    """Move the bar. It ends where the budget or the data will be used up, whichever comes first.
-
-    How many tokens there are in `size` bytes of data follows from the text so far.
-    """
-    tokens = sum(corpus.tokens(split) for split in SPLITS)
-    n_bytes = sum(corpus.numbers[split]["bytes"] for split in SPLITS)
-    ends = []
-    if max_tokens:
-        ends.append(max_tokens + corpus.tokens("val"))
-    if size and n_bytes:
-        ends.append(max(tokens, round(tokens * size / n_bytes)))
-    bar.total = min(ends, default=None)
-    bar.update(tokens - bar.n)
+        corpus.save(part / "meta.json")  # which makes it a corpus
+        corpus.progress.unlink(missing_ok=True)
+        bar.total = bar.n  # less than max_tokens if the data ended before
 
 
 def batched(documents):
     """Lists of documents, of about a megabyte each."""
-    batch, length = [], 0
+    batch = []
+    length = 0
     for document in documents:
         batch.append(document)
         length += len(document[1])
         if length >= BATCH_CHARS:
             yield batch
-            batch, length = [], 0
+            batch = []
+            length = 0
     yield batch
 
 

@@ -5,7 +5,7 @@
   sync          flush an open file to the disk
   read_object   a small JSON file; {} if it is missing or broken
 
-All temporary names start with ".distil-" and end in random digits or ".lock", so they cannot be anybody's.
+All temporary names start with ".distil-" and end in random digits or "lock", so they cannot be anybody's.
 """
 import contextlib
 import errno
@@ -31,14 +31,11 @@ def replaced(path):
         with replaced("out/args.json") as temporary:  # "out/.distil-5f0c.../args.json"
             temporary.write_text("{}")
 
-    A kill between `open(path, "w")` and the last byte would leave half a file where a good one was. So the
-    file is written beside it, flushed to the disk, and renamed: os.replace is atomic.
-
-    The temporary name lies in a new folder, because safetensors writes another temporary file beside it.
-    A symbolic link at `path` becomes a file; the file that it points to (a blob of the Hub's cache) stays.
+    The file is written beside `path`, flushed to the disk, and renamed, so a kill cannot leave half of it. A
+    link at `path` becomes a file; the file that it points to (a blob of the Hub's cache) stays as it is.
     """
     path = Path(path)
-    folder = path.with_name(f".distil-{secrets.token_hex(8)}")
+    folder = path.with_name(f".distil-{secrets.token_hex(8)}")  # safetensors writes a second file in it
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir()  # fails if anything has this name, even a link
@@ -53,11 +50,10 @@ def replaced(path):
         os.replace(temporary, path)
     except (OSError, SafetensorError, RuntimeError) as error:
         # On a full disk torch.save raises a RuntimeError over the system's error. Other ones are bugs.
-        from_torch = "inline_container" in str(error)
-        if isinstance(error, RuntimeError) and not from_torch:
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, (OSError, SafetensorError)):
             raise
-        cause = error.__context__ if from_torch and error.__context__ else error
-        reason = " ".join(str(getattr(cause, "strerror", None) or cause).split())
+        reason = getattr(cause, "strerror", None) or cause
         raise InputError(f"{path} cannot be written ({reason}); what was there is unchanged") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -90,70 +86,69 @@ def locked(folder, what, name="", wait=False):
     The lock is a file in the folder, and the system frees it when its process dies. At the end the file
     goes, and so does each folder that was made for it if nothing has been put into it.
     """
-    new_folders = []
-    try:
+    path = Path(folder, f".distil-{name}-lock" if name else ".distil-lock")
+    with contextlib.ExitStack() as at_end:
         try:
-            folder = Path(folder)
-            new_folders += [new for new in (folder, *folder.parents) if not new.exists()]  # innermost first
-            path = folder / f".distil-{name}{'-' if name else ''}lock"
-            file = take_lock(path, what, wait)
+            new_folders = [parent for parent in path.parents if not parent.exists()]
+            for new in reversed(new_folders):  # the innermost one goes first
+                at_end.callback(if_possible, new.rmdir)
+            file = at_end.enter_context(take_lock(path, what, wait))
         except OSError as error:
             where = error.filename or folder
             raise InputError(f"{what} cannot be written ({where}: {error.strerror or error})") from error
-        with file:
-            ours = sign(file)
-            try:
-                yield
-            finally:
-                if ours:
-                    with contextlib.suppress(OSError):  # Windows does not remove open files
-                        path.unlink()  # while it is locked: take_lock notices that it is gone
-    finally:
-        with contextlib.suppress(OSError):  # a folder that is not empty, so those around it are not either
-            for new in new_folders:
-                new.rmdir()
+        if sign(file):
+            at_end.callback(if_possible, path.unlink)  # while it is locked: take_lock notices that it is gone
+        yield
+
+
+def if_possible(remove):
+    """Remove a folder, unless it is not empty, or a file, unless it is open and this is Windows."""
+    with contextlib.suppress(OSError):
+        remove()
 
 
 def take_lock(path, what, wait):
     """The file `path`, open and locked."""
-    from filelock import lock_descriptor
+    # Do not follow a link, and do not empty a file that is there.
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     for attempt in range(1000):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Do not follow a link, and do not empty a file that is there.
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         try:
             file = open(os.open(path, flags, 0o666), "r+b", buffering=0)
         except FileNotFoundError:  # another process has just removed the folder that it had made
-            if attempt < 999:
-                continue
-            raise
+            continue
 
-        try:
-            if not lock_descriptor(file.fileno(), blocking=False):
-                refuse_or_wait(path, what, wait)
-                lock_descriptor(file.fileno())
-        except InputError:
-            file.close()
-            raise
-        except OSError:
-            note_once("this file system has no file locks: nothing keeps two commands from writing to the "
-                      "same folder at the same time")
+        if not lock(file, blocking=False):
+            in_use = f"{what} is in use by {holder(path)}"
+            if not wait:
+                file.close()
+                raise InputError(f"{in_use}; wait for it, or choose another one")
+            note(f"{in_use}; waiting for it")
+            lock(file, blocking=True)
 
         # The process that had the lock may have removed the file: then a lock on it protects nothing.
-        # (Some network file systems do not count links; hence the end of this loop.)
-        if os.fstat(file.fileno()).st_nlink > 0 or attempt == 999:
+        if os.fstat(file.fileno()).st_nlink > 0 or attempt == 999:  # some file systems do not count links
             return file
         file.close()
+    raise OSError(f"{path} cannot be created")
 
 
-SIGNATURE = re.compile(rb"process \d+ on (.+)\n")
+def lock(file, blocking):
+    """Whether the file could be locked. Where there are no locks: yes, with a note."""
+    try:
+        from filelock import lock_descriptor
+        return lock_descriptor(file.fileno(), blocking=blocking)
+    except (OSError, ImportError):
+        note_once("no file locks (on this file system, or in a filelock before 3.30): nothing keeps two "
+                  "commands from writing to the same folder at the same time")
+        return True
 
 
 def sign(file):
     """Write into a lock file who has it. False for a file with other content, which stays as it is."""
     with contextlib.suppress(OSError):
         content = file.read(1000)
-        if content and not SIGNATURE.fullmatch(content):
+        if content and not re.fullmatch(rb"process \d+ on .+\n", content):
             return False
         file.seek(0)
         file.truncate()
@@ -161,17 +156,13 @@ def sign(file):
     return True
 
 
-def refuse_or_wait(path, what, wait):
-    """Say who has the lock: in an InputError, or in a note before this process waits for it."""
-    holder = "another process"
-    with contextlib.suppress(OSError):  # Windows does not let others read a locked file
-        if found := SIGNATURE.fullmatch(path.read_bytes()):
-            holder = found[0].decode().strip()
-            if found[1].decode() != socket.gethostname():
-                holder += f" (if that is not running any more, delete {path})"
-    if not wait:
-        raise InputError(f"{what} is in use by {holder}; wait for it, or choose another one")
-    note(f"{what} is in use by {holder}; waiting for it")
+def holder(path):
+    """Who has signed a lock file: "process 123 on my-machine"."""
+    try:
+        signature = path.read_text().strip()
+    except (OSError, ValueError):  # Windows does not let others read a locked file
+        signature = ""
+    return f"{signature or 'another process'} (if that is not running any more, delete {path})"
 
 
 # ------------------------------------------------------------------------------------ small JSON files

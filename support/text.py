@@ -11,7 +11,6 @@ Texts are read as they are asked for, so memory stays bounded. wikitext.py cuts 
 """
 import codecs
 import contextlib
-import gzip
 import hashlib
 import io
 import itertools
@@ -21,13 +20,11 @@ import os
 import platform
 import re
 import reprlib
-import shlex
 import sysconfig
 import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,16 +46,13 @@ class Source(NamedTuple):
     identity: dict  # changes when the data does; "files" in it stands for the content of local files
     documents: Iterable  # pairs ("train" or "val", text) in a fixed order, read as they are taken
     name: str  # for people, and for the name of a folder
-    size: Callable  # () -> about how many bytes of text there are; None if unknown
-    pinned: Callable = None  # of the Hub: (commit or None) -> the Source at that commit, or at the newest
+    pinned: Callable = None  # of the Hub: (commit or None) -> this Source at that commit, or at the newest
 
 
 def open_data(data, text_column="text"):
     """What --data stands for, as a Source. No file is opened before its first document is taken."""
     if data == "stdlib":
-        identity = {"data": data, "python": platform.python_version()}
-        paths = [path for _, path in stdlib_modules()]
-        return Source(identity, stdlib_split(), data, partial(size_of, paths))
+        return Source({"data": data, "python": platform.python_version()}, stdlib_split(), data)
     if data not in HUB_DATA and os.path.exists(data):
         return open_local(Path(data), text_column)
 
@@ -67,15 +61,8 @@ def open_data(data, text_column="text"):
     near = lookalike(data, ["stdlib", *HUB_DATA])
     if not repo or data not in HUB_DATA and (near or ending(data) in (*ROWS, *TEXT)):
         hint = f" (did you mean {near}?)" if near else ""
-        raise InputError(f"{not_there(data)}{hint}; --data takes {DATA_CHOICES}")
+        raise InputError(f"there is no file or folder {data}{hint}; --data takes {DATA_CHOICES}")
     return open_hub(data, *repo.groups(), text_column)
-
-
-def not_there(data):
-    """What is wrong with a name that is neither here nor on the Hub."""
-    if os.path.lexists(data):
-        return f"{data} is a link to something that does not exist"
-    return f"there is no {'file' if ending(data) in (*ROWS, *TEXT) else 'folder'} {data}"
 
 
 def plain_name(text):
@@ -149,20 +136,14 @@ NOT_STDLIB = {"test", "tests", "idle_test", "idlelib", "lib2to3", "encodings", "
               "dist-packages"}
 
 
-def stdlib_modules():
-    """(relative path, path) of each module of the Python standard library, sorted by relative path."""
+def stdlib_documents():
+    """(relative path, text) of each module of the Python standard library, sorted by path: about 10 MB."""
     root = Path(sysconfig.get_path("stdlib"))  # in a virtual environment this is the base interpreter's
     for name, path in sorted((path.relative_to(root).as_posix(), path) for path in root.rglob("*.py")):
         skipped = NOT_STDLIB & set(name.split("/")) or name.startswith(("config-", "_sysconfigdata"))
         if not skipped and path.is_file():
-            yield name, path
-
-
-def stdlib_documents():
-    """(relative path, text) of each of these modules: about 10 MB."""
-    for name, path in stdlib_modules():
-        with contextlib.suppress(UnicodeDecodeError):  # an old module may have another encoding
-            yield name, path.read_text(encoding="utf-8")
+            with contextlib.suppress(UnicodeDecodeError):  # an old module may have another encoding
+                yield name, path.read_text(encoding="utf-8")
 
 
 def stdlib_held_out(name):
@@ -185,7 +166,7 @@ SOURCES = tuple(".py .pyi .c .h .cc .cpp .hpp .cu .cs .java .kt .scala .swift .j
                 ".php .pl .lua .r .jl .sh .sql .hs .tex .rst".split())
 TEXT = (".txt", ".md", *SOURCES)
 IN_FOLDERS = (*JSON_LINES, ".parquet", *TEXT)  # not .json: in folders those are settings
-PACKED = (".gz", ".zst")
+PACKED = {".gz": "gzip", ".zst": "zstd"}
 LONGEST = 2**22  # characters; a longer text becomes several documents
 
 
@@ -209,24 +190,9 @@ def open_local(path, text_column):
     stamps = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     identity = {"data": str(path.resolve()), "text_column": text_column,
                 "files": hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]}
-    documents = local_documents(train, val, about, text_column, sum(stat.st_size for _, stat in stats))
-    return Source(identity, documents, plain_name(path.resolve().name), partial(size_of, train + val))
-
-
-def size_of(files):
-    """About how many bytes of text there are in files; None if that is unknown."""
-    total = 0
-    with contextlib.suppress(Exception):  # a broken file is reported when it is read
-        for file in files:
-            if file.suffix.lower() in PACKED:
-                return None
-            if ending(file) == ".parquet":  # compressed, but it says how large its parts are without that
-                from pyarrow.parquet import read_metadata
-                table = read_metadata(file)
-                total += sum(table.row_group(i).total_byte_size for i in range(table.num_row_groups))
-            else:
-                total += file.stat().st_size
-        return total
+    size = sum(stat.st_size for _, stat in stats)
+    documents = local_documents(train, val, about, text_column, size)
+    return Source(identity, documents, plain_name(path.resolve().name))
 
 
 def local_documents(train, val, about, text_column, size):
@@ -247,44 +213,34 @@ def local_documents(train, val, about, text_column, size):
 
 
 def find_files(root):
-    """The readable files in a folder, to train on and to hold out, and a line that tells the user of them."""
+    """The readable files in a folder, to train on and to hold out, and a line that tells the user of them.
+
+    Names of splits count if every file has one: a single training.md must not leave out 40 other files. A
+    README, a licence, and code beside text are about the data, not part of it.
+    """
     left_out = Counter()
     found = list(walk(root, left_out))
     by_split = {"train": [], "val": [], "test": [], None: []}
     for file in found:
         by_split[split_named(file.relative_to(root))].append(file)
 
-    n_named = len(found) - len(by_split[None])
-    if splits_cover(by_split, root):
-        left_out.update({"called test": len(by_split["test"]), "of no split": len(by_split[None])})
+    named = by_split["train"] + by_split["val"] + by_split["test"]
+    code = () if any(ending(file) in SOURCES for file in named) else SOURCES
+    others = [file for file in by_split[None] if ending(file) not in code
+              and not re.match(r"(readme|licen[sc]e)\b", file.name.lower())]
+    if by_split["train"] and not others:
         train, val = by_split["train"], by_split["val"]
-        about = f", by their names {len(train):,} to train on and {len(val):,} held out"
+        left_out["not named train or valid"] = len(found) - len(train + val)
+        about = f"by their names {len(train):,} to train on and {len(val):,} held out"
     else:
-        # One file that happens to be called training.md must not leave out the 40 others.
         train, val = found, []
-        about = f"; {n_named:,} named train, valid or test is read like the others" if n_named else ""
+        about = f"{len(named):,} named train, valid or test is read like the others" if named else ""
 
-    left_out = f"; left out: {listed(left_out)}" if +left_out else ""
+    notes = [listed(Counter(ending(file) for file in train + val)), about]
+    notes += [f"left out: {listed(left_out)}"] if +left_out else []
     if not train:
-        raise InputError(f"{root} has no .txt, .md, .jsonl, .parquet or source file to train on{left_out}")
-    n = len(train + val)
-    kinds = listed(Counter(ending(file) for file in train + val))
-    return train, val, f"{root}: {n:,} file{'s' * (n != 1)} ({kinds}){about}{left_out}"
-
-
-def splits_cover(by_split, root):
-    """Whether the names of splits count: some files are to train on, and no file of text is in no split.
-
-    A README, a licence, and scripts at the top of a folder of data are about the text, not part of it.
-    """
-    named = [file for split in ("train", "val", "test") for file in by_split[split]]
-    sources_are_data = any(ending(file) in SOURCES for file in named)
-
-    def is_about(file):
-        script = ending(file) in SOURCES and file.parent == root and not sources_are_data
-        return script or re.match(r"(readme|licen[sc]e)\b", file.name.lower())
-
-    return bool(by_split["train"]) and all(map(is_about, by_split[None]))
+        raise InputError(f"{root} has no .txt, .md, .jsonl, .parquet or source file to train on; {notes[-1]}")
+    return train, val, f"{root}: {'; '.join(filter(None, notes))}"
 
 
 def split_named(relative):
@@ -305,28 +261,26 @@ def walk(root, left_out):
 
     Hidden ones are left out: ._a.txt on a Mac is not text, and .ipynb_checkpoints holds old copies.
     """
-    found, visited = [], set()
-
     def refuse(error):
         raise error
 
+    found = []
+    visited = set()
     for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
-        if os.path.realpath(folder) in visited:  # links can go round in circles
+        real = os.path.realpath(folder)
+        if real in visited:  # links can go round in circles
             folders.clear()
             continue
-        visited.add(os.path.realpath(folder))
+        visited.add(real)
         left_out["hidden"] += sum(name.startswith(".") for name in folders + names)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(folder, name) for name in names if not name.startswith(".")]
 
     for file in sorted(found):
-        packed_parquet = file.suffix.lower() in PACKED and ending(file) == ".parquet"
-        if not file.is_file():
-            left_out["broken links" if file.is_symlink() else "not regular files"] += 1
-        elif ending(file) not in IN_FOLDERS or packed_parquet:
-            left_out[file.suffix.lower() or "without an ending"] += 1
-        else:
+        if file.is_file() and ending(file) in IN_FOLDERS:
             yield file
+        else:
+            left_out[file.suffix.lower() or "without an ending"] += 1
 
 
 def listed(counts):
@@ -337,8 +291,7 @@ def listed(counts):
 # ------------------------------------------------------------------------------------ one file
 BLOCK = 2**22  # bytes of text that are read at a time
 LONGEST_LINE = 2**16  # a block ends with a line, unless the line is longer than this
-LARGEST_JSON = 2**28  # characters that are parsed at once; a small .gz can be unpacked to any size
-STARTS = {  # how files start that are not UTF-8 text -> what they are, or how to convert them
+STARTS = {  # how files start that are not UTF-8 text -> what they are, and what to do
     rb"PK\x03\x04": "a zip archive: unpack it first",
     rb"7z\xbc\xaf": "a 7z archive: unpack it first",
     rb"(?s).{257}ustar": "a tar archive: unpack it first",
@@ -348,8 +301,8 @@ STARTS = {  # how files start that are not UTF-8 text -> what they are, or how t
     rb"\x28\xb5\x2f\xfd": "packed with zstandard: give its name the ending .zst",
     rb"PAR1": "a parquet file: give its name the ending .parquet",
     rb"%PDF-": "a PDF: extract its text first (pdftotext)",
-    rb"\xff\xfe\0\0|\0\0\xfe\xff": "UTF-32",
-    rb"\xff\xfe|\xfe\xff": "UTF-16",
+    rb"\xff\xfe\0\0|\0\0\xfe\xff": "UTF-32, not UTF-8: iconv -f UTF-32 -t UTF-8 FILE > NEW",
+    rb"\xff\xfe|\xfe\xff": "UTF-16, not UTF-8: iconv -f UTF-16 -t UTF-8 FILE > NEW",
 }
 
 
@@ -361,35 +314,31 @@ def read_file(path, column="text"):
     kind = ending(path)
     if kind in (".csv", ".tsv"):
         raise InputError(f"{path} is a table: write its column of texts as .jsonl or .parquet")
-    if kind == ".parquet" and Path(path).suffix.lower() in PACKED:
-        raise InputError(f"{path}: unpack it first; a parquet file is compressed already")
 
-    with reading(path, f"a {kind} file" if kind in ROWS else "a file of text"):
+    what = f"a {kind} file" if kind in ROWS else "a file of text"
+    if kind == ".json":
+        what = "a list of JSON objects (if it has one object per line, call it .jsonl)"
+    with reading(path, what):
         if kind == ".parquet":
             yield from read_parquet(path, column)
             return
         with unpacked(path) as file:
             blocks = text_blocks(path, file)
-            if column and kind in ROWS:
-                rows = json_lines(path, blocks) if kind in JSON_LINES else json_list(path, blocks)
-                yield from (text_of(row, column, where) for where, row in rows)
-            else:
+            if kind not in ROWS or not column:
                 yield from plain_text(path, blocks, column)
+            elif kind == ".json":
+                yield from json_list(path, blocks, column)
+            else:
+                yield from json_lines(path, blocks, column)
 
 
 def unpacked(path):
     """An open file of bytes; .gz and .zst are unpacked on the way."""
-    suffix = Path(path).suffix.lower()
-    if suffix == ".gz":
-        return gzip.open(path, "rb")
-    if suffix != ".zst":
+    packing = PACKED.get(Path(path).suffix.lower())
+    if packing is None:
         return open(path, "rb")
-    try:
-        import zstandard
-    except ImportError as error:
-        raise InputError(f"{path} needs a package: pip install zstandard (or unpack it: unzstd)") from error
-    reader = zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True)
-    return io.BufferedReader(reader)
+    import pyarrow
+    return io.BufferedReader(pyarrow.input_stream(str(path), packing))
 
 
 def text_blocks(path, file):
@@ -398,36 +347,23 @@ def text_blocks(path, file):
     start = 0
     while True:
         block = file.read(BLOCK) + file.readline(LONGEST_LINE)
-        if start == 0:
-            refuse_known_starts(path, block)
-        if (nul := block.find(b"\0")) >= 0:
-            raise InputError(f"{path} is not text: its byte {start + nul} is NUL")
+        for pattern, what in STARTS.items():
+            if start == 0 and re.match(pattern, block):
+                raise InputError(f"{path} is {what}")
+        if b"\0" in block:
+            raise InputError(f"{path} is not text: it has a NUL byte")
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             # error.object ends where the block does, and may start with half a character of the one before.
             byte = start + len(block) - len(error.object) + error.start
             raise InputError(f"{path} is not UTF-8 text: see its byte {byte}; if it is WINDOWS-1252: "
-                             f"{iconv(path, 'WINDOWS-1252')}") from error
+                             "iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW") from error
         if text:
             yield text
         if not block:
             return
         start += len(block)
-
-
-def refuse_known_starts(path, block):
-    for pattern, what in STARTS.items():
-        if re.match(pattern, block):
-            way_on = f", not UTF-8: {iconv(path, what)}" if what.startswith("UTF") else ""
-            raise InputError(f"{path} is {what}{way_on}")
-
-
-def iconv(path, encoding):
-    """The command that converts a file to UTF-8."""
-    path = Path(path)
-    new = shlex.quote(str(path.with_name(f"{path.stem}-utf8{path.suffix}")))
-    return f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > {new}"
 
 
 def plain_text(path, blocks, column):
@@ -442,17 +378,14 @@ def plain_text(path, blocks, column):
 def all_json_objects(text):
     """Whether each line is a JSON object. The last of several may be cut off, and does not count."""
     lines = [line for line in text.split("\n") if line.strip()]
-    for line in lines[:-1] or lines:
-        try:
-            if not isinstance(json.loads(line), dict):
-                return False
-        except (ValueError, RecursionError):
-            return False
-    return bool(lines)
+    try:
+        return bool(lines) and all(isinstance(json.loads(line), dict) for line in lines[:-1] or lines)
+    except (ValueError, RecursionError):
+        return False
 
 
-def json_lines(path, blocks):
-    """(where it is, its value) for each line of JSON."""
+def json_lines(path, blocks, column):
+    """The text in each line of JSON."""
     number = 0
     rest = ""
     for block in itertools.chain(blocks, ["\n"]):  # the last line may have no line break
@@ -460,44 +393,29 @@ def json_lines(path, blocks):
         for line in lines:
             number += 1
             where = f"{path}, line {number}"
-            if line.strip(" \t\r\f\v"):
-                yield where, parse_json(line, where)
-        check_size(rest, f"{path}, line {number + 1}")
+            if not line.strip(" \t\r\f\v"):
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{where} is not JSON: {error}") from error
+            yield text_of(row, column, where)
 
 
-def json_list(path, blocks):
-    """(where it is, its value) for each entry of a JSON list, which is read as a whole."""
-    content = ""
-    for block in blocks:
-        content += block
-        check_size(content, path)
-    rows = parse_json(content, path)
+def json_list(path, blocks, column):
+    """The text in each entry of a JSON list, which is read as a whole."""
+    rows = json.loads("".join(blocks))
     if not isinstance(rows, list):
-        raise InputError(f"{path} is not a list of JSON objects; with one object per line, call it .jsonl")
-    yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
-
-
-def check_size(content, where):
-    """InputError for JSON that would take several times its size of memory to be parsed."""
-    if len(content) > LARGEST_JSON:
-        raise InputError(f"{where} is more than {LARGEST_JSON // 2**20} MB of JSON in one piece: write it as "
-                         ".jsonl, one object per line (jq -c '.[]' x.json > x.jsonl)")
-
-
-def parse_json(text, where):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        hint = "; with one object per line, call it .jsonl" if "Extra data" in str(error) else ""
-        raise InputError(f"{where} is not JSON: {error}{hint}") from error
+        raise ValueError(f"it is a {type(rows).__name__}")
+    for number, row in enumerate(rows, 1):
+        yield text_of(row, column, f"{path}, row {number}")
 
 
 def read_parquet(path, column):
     """A row's `column` is a document."""
     from pyarrow.parquet import ParquetFile
     with ParquetFile(path) as table:
-        if column not in table.schema_arrow.names:
-            raise no_column(path, column, table.schema_arrow.names)
+        text_of(dict.fromkeys(table.schema_arrow.names), column, path)  # whether there is such a column
         # Take few rows at a time: in a file of 2 kB each of 1,000 rows can stand for one text of 100 MB.
         for batch in table.iter_batches(8, columns=[column]):
             for value in batch.column(0).to_pylist():
@@ -506,19 +424,13 @@ def read_parquet(path, column):
 
 def text_of(row, column, where):
     """The text in a row; "" for a null."""
-    if not isinstance(row, dict):
-        raise InputError(f"{where} is not a JSON object with {column!r} in it, but {reprlib.repr(row)}")
-    if column not in row:
-        raise no_column(where, column, row)
-    if not isinstance(row[column], (str, type(None))):
-        kind = type(row[column]).__name__
-        raise InputError(f"{where}: {column!r} is {kind}, not text: see --text-column")
-    return row[column] or ""
-
-
-def no_column(where, column, names):
-    there = reprlib.repr(list(names))
-    return InputError(f"{where} has no column {column!r}, only {there}: see --text-column")
+    if not isinstance(row, dict) or column not in row:
+        there = reprlib.repr(list(row) if isinstance(row, dict) else row)
+        raise InputError(f"{where} has no column {column!r}, only {there}: see --text-column")
+    text = row[column]
+    if not isinstance(text, (str, type(None))):
+        raise InputError(f"{where}: {column!r} is {type(text).__name__}, not text: see --text-column")
+    return text or ""
 
 
 # ------------------------------------------------------------------------------------ the Hub
@@ -526,14 +438,14 @@ ENOUGH = 10_000  # documents of a validation split to measure with
 
 
 def open_hub(data, repo, revision, config, text_column):
-    """A data set of the Hub as a Source, streamed: no more of it is downloaded than is taken."""
+    """A data set of the Hub as a Source, streamed: no more of it is downloaded than is taken.
+
+    Nothing is asked for before it is pinned, so a finished corpus needs no network.
+    """
     identity = {"data": data, "text_column": text_column}
 
-    def size():
-        return None  # unknown
-
     def pinned(commit=None):
-        """The same Source at one commit, which its identity names: a build can go on with that one later."""
+        """The Source at one commit, which its identity names: a build can go on with that one later."""
         with asking_the_hub(f"{repo}@{revision}" if revision else repo):
             from datasets import load_dataset_builder
             try:
@@ -542,12 +454,9 @@ def open_hub(data, repo, revision, config, text_column):
                 builder = load_dataset_builder(repo, config, revision="refs/convert/parquet")
             splits = builder.as_streaming_dataset()
         known = {**identity, "revision": builder.hash}
-        return Source(known, hub_documents(repo, splits, text_column), plain_name(data), size)
+        return Source(known, hub_documents(repo, splits, text_column), plain_name(data))
 
-    def documents():
-        yield from pinned().documents
-
-    return Source(identity, documents(), plain_name(data), size, pinned)
+    return Source(identity, None, plain_name(data), pinned)
 
 
 @contextlib.contextmanager
