@@ -375,7 +375,7 @@ SUBJECTS = {
     "weights of GPT-2": Subject(lambda folder: tiny(GPT2).save(folder), "*.safetensors", use_model),
     "weights of GPT-NeoX": Subject(lambda folder: tiny(GPTNeoX).save(folder), "*.safetensors", use_model),
     "pytorch_model.bin": Subject(save_as_bin, "*.bin", use_model),
-    "shards": Subject(save_as_shards, "*.safetensors*", use_model),
+    "shards": Subject(save_as_shards, "*.index.json", use_model),
     "tokenizer of GPT-2": Subject(tokenizer_file("gpt2"), "*", use_tokenizer),
     "tokenizer of GPT-NeoX": Subject(tokenizer_file("neox"), "*", use_tokenizer),
     "vocab and merges": Subject(old_tokenizer_files, "*", use_tokenizer),
