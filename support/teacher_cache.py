@@ -27,7 +27,6 @@ import contextlib
 import hashlib
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +34,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from support.cli import InputError, note, open_bar, reading, say
+from support.cli import InputError, open_bar, reading, say
 from support.files import locked, replaced, sync
 from support.ranks import autocast, to_device
 
@@ -142,21 +141,20 @@ def read_header(path):
                          "different --teacher-cache")
     with reading(path, "the header of a teacher's cache"):
         header = json.loads(path.read_bytes())
-        return {
-            **{name: header[name] for name in (*COMPARED, "teacher", "data")},
-            "tokens": int(header["tokens"]),
-            "bytes": int(header["tokens"]) * row_type(header).itemsize,  # of answers.bin
-        }
+        header["tokens"] = int(header["tokens"])
+        header["bytes"] = header["tokens"] * row_type(header).itemsize  # of answers.bin
+        return header
 
 
 def check_fit(path, wanted):
     """The header of the cache at `path`. InputError if it is not the one that a run needs."""
     header = read_header(path)
-    different = [f"{name} {header[name]!s:.99} there, {wanted[name]!s:.99} here"
-                 for name in COMPARED if header[name] != wanted[name]]
+    different = [f"{name} {header.get(name)!s:.99} there, {wanted[name]!s:.99} here"
+                 for name in COMPARED if header.get(name) != wanted[name]]
     if different:
-        raise InputError(f"{path} is another cache, of {header['teacher']!s:.99} on {header['data']!s:.99}: "
-                         f"{'; '.join(different)}. Choose a different --teacher-cache")
+        raise InputError(f"{path} is another cache, of {header.get('teacher')!s:.99} on "
+                         f"{header.get('data')!s:.99}: {'; '.join(different)}. Choose a different "
+                         "--teacher-cache")
     if header["tokens"] < wanted["tokens"]:
         raise InputError(f"{path} has answers for {header['tokens']:,} tokens of this text, and this run "
                          f"reads {wanted['tokens']:,}: choose a different --teacher-cache, or fewer --steps")
@@ -174,11 +172,8 @@ def make(path, wanted, answers_of, offsets, ranks, reads):
     is_missing = ranks.any(not is_there(path))
     if ranks.is_first:
         size = wanted["tokens"] * row_type(wanted).itemsize
-        say(f"cache      {path}/: {wanted['draws']} draws for each of {wanted['tokens']:,} tokens, "
-            f"{size / 1e6:,.0f} MB" + ("; the teacher answers first" if is_missing else ""))
-        if is_missing and reads < wanted["tokens"] / 2:
-            note(f"this run reads only {reads:,} of these tokens; without --teacher-cache the teacher would "
-                 "not answer for more than that")
+        say(f"cache      {path}/: {wanted['draws']} draws for each of {wanted['tokens']:,} tokens (this run "
+            f"reads {reads:,}), {size / 1e6:,.0f} MB" + ("; the teacher answers first" if is_missing else ""))
 
     if is_missing:
         lock = locked(path.parent, f"the cache {path}", name=path.name, wait=True)
@@ -223,24 +218,14 @@ def make_missing(path, wanted, answers_of, offsets, ranks):
 
 def begin(part, wanted):
     """Prepare the folder in which the cache grows: a new one, or one that a killed build has left."""
-    size = wanted["tokens"] * row_type(wanted).itemsize
-    n_chunks = math.ceil(wanted["examples"] / examples_of_chunk(wanted))
-    n_done = 0
-    if is_there(part):
-        if check_fit(part, wanted)["tokens"] != wanted["tokens"]:
-            raise InputError(f"{part} is an unfinished cache of more text: delete it, or choose a different "
-                             "--teacher-cache")
-        if (part / "done.bin").exists():
-            n_done = (part / "done.bin").read_bytes().count(1)
-
-    missing = round(size * (1 - n_done / n_chunks))
-    free = shutil.disk_usage(part.parent).free
-    if missing > free:
-        raise InputError(f"{part} needs {missing / 1e6:,.0f} MB, and the disk has {free / 1e6:,.0f} MB: make "
-                         "room, choose a --teacher-cache on another disk, or fewer --cache-draws")
-
+    if is_there(part) and check_fit(part, wanted)["tokens"] != wanted["tokens"]:
+        raise InputError(f"{part} is an unfinished cache of more text: delete it, or choose a different "
+                         "--teacher-cache")
     with replaced(part / "header.json") as file:  # first, as it tells that the folder is ours
         file.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+
+    size = wanted["tokens"] * row_type(wanted).itemsize
+    n_chunks = math.ceil(wanted["examples"] / examples_of_chunk(wanted))
     for name, length in (("answers.bin", size), ("done.bin", n_chunks)):
         with open(part / name, "ab") as file:
             file.truncate(length)  # takes space on the disk only where it is written

@@ -54,13 +54,6 @@ def random_draws(inputs, T, K, seed):
     return Draws(draw_tokens(p, offsets, K), torch.full((len(p), K), 1 / K), entropy, clm)
 
 
-def likeliest(inputs, T, K):
-    """What others keep: the K likeliest tokens, which then share all of the probability."""
-    p, entropy, clm = teachers_answers(inputs, T)
-    top, ids = p.topk(K)
-    return Draws(ids, top / top.sum(-1, keepdim=True), entropy, clm)
-
-
 def loss_and_gradients(inputs, answers, **settings):
     """Losses, and the gradients of the student's hidden states and head. answers: Draws; None: the teacher's
     whole distribution."""
@@ -81,7 +74,7 @@ def deviation(samples, expected):
 
 
 def test_the_mean_gradient_is_that_of_the_whole_distribution():
-    """Over 400 seeds, within its standard error; and the measure sees what is wrong."""
+    """Over 400 seeds, within its standard error."""
     inputs = loss_inputs()
     settings = {"temperature": 2.0, "kd_weight": 1.0, "clm_weight": 0.5, "chunk_size": 16}
     losses, (expected, expected_head) = loss_and_gradients(inputs, None, **settings)
@@ -92,32 +85,13 @@ def test_the_mean_gradient_is_that_of_the_whole_distribution():
     assert deviation(hidden, expected) < 1.3
     assert deviation([gradient for _, (_, gradient) in found], expected_head) < 1.3
     assert deviation([losses.kl for losses, _ in found], losses.kl) < 9  # one number: three standard errors
-    for losses_found, _ in found[:3]:
-        assert losses_found.clm.item() == pytest.approx(losses.clm.item(), rel=1e-6)
-        assert losses_found.teacher_clm.item() == pytest.approx(losses.teacher_clm.item(), rel=1e-5)
-        assert losses_found.tokens == losses.tokens == 42
+    assert found[0][0].clm.item() == pytest.approx(losses.clm.item(), rel=1e-6)
+    assert found[0][0].teacher_clm.item() == pytest.approx(losses.teacher_clm.item(), rel=1e-5)
+    assert found[0][0].tokens == losses.tokens == 42
 
-    # Without the factor T, with it twice, and with one draw that is taken for another.
+    # The measure sees a missing factor T.
     _, (clm_alone, _) = loss_and_gradients(inputs, None, **settings | {"kd_weight": 0.0})
-    for wrong in (0.5, 2.0):
-        assert deviation([clm_alone + wrong * (g - clm_alone) for g in hidden], expected) > 20
-    shifted = []
-    for seed in range(100):
-        draws = random_draws(inputs, 2.0, 4, seed)
-        draws.ids[:, 0] = (draws.ids[:, 0] + 1) % 97
-        shifted.append(loss_and_gradients(inputs, draws, **settings)[1][0])
-    assert deviation(shifted, expected) > 5
-
-
-def test_the_likeliest_tokens_are_not_right_however_many_steps_are_made():
-    """Why there are draws: their noise averages out; the error of the top K does not."""
-    inputs = loss_inputs()
-    settings = {"kd_weight": 1.0, "clm_weight": 0.0}
-    _, (expected, _) = loss_and_gradients(inputs, None, **settings)
-    found = [loss_and_gradients(inputs, random_draws(inputs, 2.0, 12, seed), **settings)[1][0]
-             for seed in range(100)]
-    _, (of_top, _) = loss_and_gradients(inputs, likeliest(inputs, 2.0, 12), **settings)
-    assert (torch.stack(found).mean(0) - expected).norm() < 0.3 * (of_top - expected).norm()
+    assert deviation([clm_alone + 0.5 * (g - clm_alone) for g in hidden], expected) > 20
 
 
 def test_the_loss_is_its_formula():
@@ -131,7 +105,7 @@ def test_the_loss_is_its_formula():
     for T in (0.1, 1.0, 2.0, 4.0):
         draws = random_draws(inputs, T, 5, 0)
         any_weights = torch.rand(draws.ids.shape, generator=torch.manual_seed(1))
-        for answers in (draws, likeliest(inputs, T, 5), draws._replace(weights=any_weights)):
+        for answers in (draws, draws._replace(weights=any_weights)):
             log_q = (s / T).log_softmax(-1).gather(1, answers.ids)
             kl = -answers.entropy.double().sum() - (answers.weights.double() * log_q).sum()
             loss = 5 * T**2 * kl + 2 * clm
@@ -259,37 +233,25 @@ def test_the_format_of_older_caches(teacher, tmp_path):
     assert draws.entropy.tolist() == [1.5] * 16 and draws.clm.tolist() == [2.5] * 16
 
 
-def killed_at(last, path, teacher):
-    """Make a cache in a process that dies before chunk `last` is answered. Returns the chunks it got to."""
-    reader, writer = os.pipe()
-
-    def before(numbers):
-        os.write(writer, bytes([numbers.start // 32]))
-        if numbers.start // 32 == last:
-            os._exit(9)
-
-    if os.fork() == 0:
-        try:
-            make(path, teacher, before=before)
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.wait()[1]) == 9
-    return [*os.read(reader, 99)]
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_killed_build_goes_on_and_has_the_same_bytes(teacher, tmp_path, monkeypatch):
-    """Killed three times, as SIGKILL does it: each chunk that is answered is kept."""
+    """Killed as SIGKILL does it: each chunk that is answered is kept."""
     monkeypatch.setattr(teacher_cache, "CHUNK_TOKENS", 512)  # 10 chunks
     make(tmp_path / "whole", teacher)
-    answered = []
-    for last in (2, 2, 8):
-        answered.append(killed_at(last, tmp_path / "killed", teacher))
+    for last in (2, 8):
+        if os.fork() == 0:
+            try:
+                make(tmp_path / "killed", teacher,
+                     before=lambda numbers, last=last: numbers.start // 32 == last and os._exit(9))
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.wait()[1]) == 9
         assert not (tmp_path / "killed").exists()
-    assert answered == [[0, 1, 2], [2], [2, 3, 4, 5, 6, 7, 8]]
+        assert (tmp_path / "killed.part" / "done.bin").read_bytes().count(1) == last
 
+    answered = []
     make(tmp_path / "killed", teacher, before=lambda numbers: answered.append(numbers.start // 32))
-    assert answered[3:] == [8, 9]
+    assert answered == [8, 9]
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
     assert content(tmp_path / "killed").keys() == {"header.json", "answers.bin"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
@@ -311,27 +273,21 @@ def test_two_at_once_wait_for_each_other(teacher, tmp_path):
 
 
 def test_names_of_the_user_are_left_alone(teacher, tmp_path):
-    """Files beside the cache, and a link, whatever they are called."""
-    mine = tmp_path / "mine.txt"
-    mine.write_text("a week's notes")
-    (tmp_path / "cache.lock").symlink_to(mine)
+    (tmp_path / "mine.txt").write_text("a week's notes")
+    (tmp_path / "cache.lock").symlink_to("mine.txt")
     (tmp_path / "cache.tmp").write_text("mine, too")
-    before = content(tmp_path)
-    (tmp_path / "cache").mkdir()  # an empty folder becomes a cache
-    make(tmp_path / "cache", teacher)
-    assert {name: content(tmp_path)[name] for name in before} == before
-
-    for name in ("cache2.part", "cache3", "cache4"):
-        if name == "cache4":
-            (tmp_path / name).write_text("a file")
-        else:
-            (tmp_path / name).mkdir()
-            (tmp_path / name / "answers.bin").write_text("mine")
+    (tmp_path / "cache4").write_text("a file")
+    for name in ("cache2.part", "cache3"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "answers.bin").write_text("mine")
     before = content(tmp_path)
     for name in ("cache2", "cache3", "cache4"):
         with pytest.raises(InputError, match=f"{name}.* is not a teacher's cache"):
             make(tmp_path / name, teacher)
     assert content(tmp_path) == before
+    (tmp_path / "cache").mkdir()  # an empty folder becomes a cache
+    make(tmp_path / "cache", teacher)
+    assert {name: content(tmp_path)[name] for name in before} == before
 
 
 def test_a_cache_that_does_not_fit_is_refused_and_kept(teacher, tmp_path):
@@ -370,10 +326,9 @@ def test_damage_is_one_line_and_nothing_is_lost(teacher, tmp_path):
         ("answers.bin", lambda old: old[:-1], "instead of 79,872. Delete the folder"),
         ("answers.bin", lambda old: b"\x64\x00" + old[2:], "values that no teacher gives. Delete the folder"),
         ("answers.bin", lambda old: old[:8] + b"\xff" * 8 + old[16:], "values that no teacher gives."),
-        ("header.json", lambda old: b"", "is not the header of a teacher's cache"),
         ("header.json", lambda old: b"[]", "is not the header of a teacher's cache"),
         ("header.json", lambda old: old.replace(b"4992", b'"many"'), "is not the header"),
-        ("header.json", lambda old: old.replace(b"draws", b"drawn"), "is not the header"),
+        ("header.json", lambda old: old.replace(b"packing", b"unpacking"), "packing None there, constant"),
     ):
         path = tmp_path / "cache" / file
         before = path.read_bytes()
@@ -386,13 +341,6 @@ def test_damage_is_one_line_and_nothing_is_lost(teacher, tmp_path):
 
 
 def test_a_full_disk(teacher, tmp_path, monkeypatch):
-    """What is needed is compared with what there is; if that was wrong, the answers so far are kept."""
-    with monkeypatch.context() as patch:
-        patch.setattr(teacher_cache.shutil, "disk_usage", lambda folder: Namespace(free=70_000))
-        with pytest.raises(InputError, match="and the disk has 0 MB: make room"):
-            make(tmp_path / "new" / "cache", teacher)
-        assert not [*tmp_path.iterdir()]
-
     monkeypatch.setattr(teacher_cache, "CHUNK_TOKENS", 512)
 
     def full(numbers):
