@@ -343,10 +343,10 @@ def finished_run(folder):
 def use_run(folder):
     """The run goes on for a step or shows its results again; its log has what a log can have."""
     go_on(settings(folder, "--resume"), 1)
-    for path, columns in ((folder / "out" / name, columns) for name, columns in run.LOGS.items()):
-        rows = run.read_rows(path, columns)
+    for name in run.LOGS:
+        rows = run.read_log(folder / "out" / name)
         steps = [row["step"] for row in rows]
-        assert steps == sorted(set(steps)) and all(step > 0 for step in steps)
+        assert steps == sorted(set(steps)) and all(step >= 0 for step in steps)
         assert all(math.isfinite(value) for row in rows for value in row.values())
 
 
