@@ -18,7 +18,7 @@ import math
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from safetensors.torch import save_file
@@ -37,7 +37,7 @@ GELU = {"gelu": "none", "gelu_new": "tanh", "gelu_fast": "tanh", "gelu_pytorch_t
 
 @dataclass
 class Config:
-    """The shape of a GPT. FIELDS, below, has the names that config.json files use for the same things."""
+    """The shape of a GPT. FIELDS, below, has config.json's names of the same things."""
     vocab_size: int  # V, often padded: more rows than the tokenizer has tokens
     context: int  # how many tokens the model can look at
     width: int  # C, of the stream that runs through all layers
@@ -57,6 +57,8 @@ class Config:
     def __post_init__(self):
         if self.mlp_width is None:
             self.mlp_width = 4 * self.width
+        if self.n_layer > 500:  # building millions would take hours
+            raise ValueError(f"{self.n_layer} layers are more than any model has")
         if self.width % self.n_head:
             raise ValueError(f"a width of {self.width} cannot be divided among {self.n_head} attention heads")
 
@@ -212,27 +214,18 @@ def likeliest(logits):
 
 
 class GPT(nn.Module):
-    """Blocks between an embedding and a head.
+    """Blocks between an embedding and a head. Subclasses define the position encoding and what is on disk:
 
-    Subclasses define the position encoding and the layout of checkpoints.
+      embed_at(ids, past)      ids (B, L) that follow `past` tokens -> stream (B, L, C), and what `rotate`
+                               needs or None
+      from_disk(name, tensor)  a tensor as checkpoints store it -> as we do; `name` is ours
+      to_disk(name, tensor)    the inverse
     """
 
     # Each subclass sets these.
     MODEL_TYPE: str  # in config.json; the column of TENSORS and of FIELDS with its names
     HF_CLASS: str  # its class in transformers
     DEFAULTS: dict  # values of Config's fields that config.json may leave out
-
-    def embed_at(self, ids, past):
-        """ids (B, L) that follow `past` tokens -> stream (B, L, C), and what `rotate` needs or None."""
-        raise NotImplementedError
-
-    def from_disk(self, name, tensor):
-        """A tensor as checkpoints store it -> as we do; `name` is ours."""
-        raise NotImplementedError
-
-    def to_disk(self, name, tensor):
-        """The inverse of from_disk."""
-        raise NotImplementedError
 
     @classmethod
     def config(cls, **fields):
@@ -429,7 +422,7 @@ class GPTNeoX(GPT):
 
 # ----------------------------------------------------------------------------------------- names on disk
 class Names(NamedTuple):
-    """What checkpoints call a tensor; "" if they have no such tensor."""
+    """What the files of the two architectures call a thing; "" if one has no such thing."""
     gpt2: str
     gpt_neox: str
 
@@ -451,60 +444,48 @@ PREFIX = r"^(transformer|gpt_neox)\."  # which some files lack, such as those of
 IGNORED = r"(^|\.)(attn|attention)\.(bias|masked_bias|rotary_emb\.inv_freq)$"  # causal masks, frequencies
 
 
-class Field(NamedTuple):
-    """What config.json calls a field of Config ("" if it has no such field), and which values it may have."""
-    gpt2: str
-    gpt_neox: str
-    kind: type
-    low: float | None = None
-    high: float | None = None
-
-
-FIELDS = {
-    "vocab_size": Field("vocab_size", "vocab_size", int, 1, 10**7),
-    "context": Field("n_positions", "max_position_embeddings", int, 1, 10**7),
-    "width": Field("n_embd", "hidden_size", int, 1, 10**5),
-    "n_layer": Field("n_layer", "num_hidden_layers", int, 1, 500),
-    "n_head": Field("n_head", "num_attention_heads", int, 1, 10**4),
-    "mlp_width": Field("n_inner", "intermediate_size", int, 1, 10**6),
-    "activation": Field("activation_function", "hidden_act", str),
-    "norm_eps": Field("layer_norm_epsilon", "layer_norm_eps", float, 0, 1),
-    "tied_head": Field("tie_word_embeddings", "tie_word_embeddings", bool),
-    "eos": Field("eos_token_id", "eos_token_id", int, 0, 10**7),
-    "inverse_layer_scale": Field("scale_attn_by_inverse_layer_idx", "", bool),
-    "parallel": Field("", "use_parallel_residual", bool),
-    "attention_bias": Field("", "attention_bias", bool),
-    "rotary_share": Field("", "rotary_pct", float, 0, 1),
-    "rotary_base": Field("", "rotary_emb_base", float, 1, 1e12),
+FIELDS = {  # what config.json calls a field of Config; "" if it has no such field
+    "vocab_size": Names("vocab_size", "vocab_size"),
+    "context": Names("n_positions", "max_position_embeddings"),
+    "width": Names("n_embd", "hidden_size"),
+    "n_layer": Names("n_layer", "num_hidden_layers"),
+    "n_head": Names("n_head", "num_attention_heads"),
+    "mlp_width": Names("n_inner", "intermediate_size"),
+    "activation": Names("activation_function", "hidden_act"),
+    "norm_eps": Names("layer_norm_epsilon", "layer_norm_eps"),
+    "tied_head": Names("tie_word_embeddings", "tie_word_embeddings"),
+    "eos": Names("eos_token_id", "eos_token_id"),
+    "inverse_layer_scale": Names("scale_attn_by_inverse_layer_idx", ""),
+    "parallel": Names("", "use_parallel_residual"),
+    "attention_bias": Names("", "attention_bias"),
+    "rotary_share": Names("", "rotary_pct"),
+    "rotary_base": Names("", "rotary_emb_base"),
 }
-MAY_BE_NULL = ("mlp_width", "eos")
 ROTARY_NAMES = {  # what Llama and transformers 5 call a rotary setting: what the Hub's Pythias call it
     "partial_rotary_factor": "rotary_pct", "rope_theta": "rotary_emb_base", "type": "rope_type"}
-IMPLEMENTED = {  # options of config.json that change what is computed: the values that we have
-    "activation_function": [*GELU], "hidden_act": [*GELU], "rope_type": ["default"],
-    "scale_attn_weights": [True], "add_cross_attention": [False], "quantization_config": [None]}
 ARCHITECTURES = {"gpt2": GPT2, "gpt_neox": GPTNeoX}
+IMPLEMENTED = {  # options of config.json that change what is computed: the values that we have
+    "model_type": [*ARCHITECTURES], "activation_function": [*GELU], "hidden_act": [*GELU],
+    "rope_type": ["default"], "scale_attn_weights": [True], "add_cross_attention": [False],
+    "quantization_config": [None]}
 
 
 def read_config(path):
     """config.json -> (GPT2 or GPTNeoX, Config). InputError names what we cannot compute."""
     with reading(path, "a config.json of GPT-2 or GPT-NeoX"):
-        raw = with_rotary_names(read_json(path))
-        kind = raw.get("model_type")
-        if kind not in [*ARCHITECTURES]:  # a list, because an untrusted value may be of any type
-            raise InputError(f"{path}: model_type {kind!r:.50} is not implemented, only {[*ARCHITECTURES]}")
-        architecture = ARCHITECTURES[kind]
+        raw = {"model_type": None} | with_rotary_names(read_json(path))
         for option, values in IMPLEMENTED.items():
             if option in raw and raw[option] not in values:
-                raise InputError(f"{path}: {option} {raw[option]!r:.99} is not implemented, only {values}")
+                raise ValueError(f"{option} {raw[option]!r:.99} is not implemented, only {values}")
 
-        fields = dict(architecture.DEFAULTS)
-        for name, field in FIELDS.items():
-            theirs = getattr(field, kind)
+        kind = raw["model_type"]
+        given = {}
+        for name, both in FIELDS.items():
+            theirs = getattr(both, kind)
             if theirs in raw:
-                check_value(theirs, raw[theirs], field, name in MAY_BE_NULL)
-                fields[name] = raw[theirs]
-        return architecture, Config(**fields)
+                check_value(theirs, raw[theirs], Config.__annotations__[name])
+                given[name] = raw[theirs]
+        return ARCHITECTURES[kind], ARCHITECTURES[kind].config(**given)
 
 
 def with_rotary_names(raw):
@@ -518,20 +499,18 @@ def with_rotary_names(raw):
     return renamed | raw | renamed_group
 
 
-def check_value(name, value, field, may_be_null):
-    """ValueError if a value does not have its field's type and range; `eos` may be a list.
+def check_value(name, value, wanted):
+    """ValueError if a value is not of its field's type, or a number that no model has.
 
     JSON's types are not Python's: True is an int there, 2.0 is not a number of heads, and json reads NaN.
     """
-    types = (int, float) if field.kind is float else (field.kind,)
-    values = value if isinstance(value, list) and name == FIELDS["eos"].gpt2 else [value]
-    for value in values:
-        if value is None and may_be_null:
-            continue
-        if type(value) not in types:
-            raise ValueError(f"{name} {value!r:.50} must be of type {field.kind.__name__}")
-        if field.low is not None and not field.low <= value <= field.high:  # also refuses NaN
-            raise ValueError(f"{name} {value!r:.50} must be from {field.low:g} to {field.high:g}")
+    kinds = (float, int) if wanted is float else get_args(wanted) or (wanted,)
+    if type(value) not in kinds:
+        types = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"{name} {value!r:.50} must be of type {types}")
+    low = 1 if wanted is int else 0
+    if type(value) in (int, float) and not low <= value <= 10**7:  # also refuses NaN
+        raise ValueError(f"{name} {value!r:.50} must be from {low} to 10 million")
 
 
 # ----------------------------------------------------------------------------------------- checkpoints

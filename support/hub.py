@@ -10,20 +10,22 @@ Read in this order:
 These files come from strangers: no code in them is run (a .bin is a pickle), and no file outside the model's
 own folder is opened.
 """
+import contextlib
 import functools
 import json
 import os
 import re
-import stat
 import zipfile
 from pathlib import Path
 
-from support.cli import InputError, lookalike, note, reading
+from support.cli import InputError, lookalike, reading
+from support.files import note_once
 
 PATIENCE = 5  # seconds until the Hub counts as silent
 NO_NETWORK = ("plain `python distill.py` needs no Hub, nor do --teacher demo/teacher --student-layers 3 and "
               "text of your own")
 NETWORK_SETTINGS = ("HF_ENDPOINT", "HF_TOKEN", "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
+SHARD = r"[\w.-]{1,200}\.(safetensors|bin)"  # no "../" and no absolute path, which could name any file
 HUB_ERRORS = {  # class of an error of the Hub's clients -> what it means here; the first match counts
     "GatedRepoError": "is gated: accept its terms on the Hub, then set HF_TOKEN",
     "RevisionNotFoundError": "is on the Hub, but not with this revision (the branch, tag or commit after @)",
@@ -43,10 +45,12 @@ def fetch(name_or_dir, *filenames):
     """
     name = str(name_or_dir)
     folder = Path(os.path.expanduser(name))  # shells leave the ~ in --teacher=~/x alone
-    if not name or not os.path.isdir(folder) or is_empty(folder):
+    # `--teacher gpt2 --out gpt2` has already made an empty folder gpt2, with a hidden lock file in it.
+    if not name or not os.path.isdir(folder) or all(entry.startswith(".") for entry in os.listdir(folder)):
         check_hub_name(name)
         folder = download(name, filenames)
-    return [path if is_there(path) else None for path in (folder / filename for filename in filenames)]
+    with reading(folder, "a model's folder"):
+        return [path if path.is_file() else None for path in (folder / filename for filename in filenames)]
 
 
 def need(name_or_dir, filename):
@@ -64,45 +68,26 @@ def need(name_or_dir, filename):
     raise InputError(f"{filename} of {name_or_dir} is not {where}")
 
 
-def is_empty(folder):
-    """Whether nothing but hidden files is in a folder.
-
-    `--teacher gpt2 --out gpt2` makes a folder of that name, with a lock file in it, before the model is read.
-    """
-    try:
-        return all(name.startswith(".") for name in os.listdir(folder))
-    except OSError:  # it may not be listed, but files in it can be read
-        return False
-
-
-def is_there(path):
-    """Whether a file is there. If the system refuses to say (permissions), that is the message."""
-    with reading(path, "a file"):
-        try:
-            return stat.S_ISREG(os.stat(path).st_mode)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-
-
 def check_hub_name(name):
     """InputError for a name that can only mean a folder: offline, asking the Hub about it takes long.
 
     "demo/techer" next to a folder demo/teacher is a slip. "EleutherAI/pythia-160m" next to a folder
     EleutherAI/pythia-70m is not: names of models differ in their numbers.
     """
-    name, _, revision = name.partition("@")
+    name, _, _ = name.partition("@")
     folder = os.path.expanduser(name)
     if not name or os.path.isfile(folder):
         raise InputError(f"{name or 'an empty name'} is not a model: give its folder, or its name on the Hub")
-    near = lookalike(folder)
-    near = None if near == folder else near
-    hint = f"; did you mean {near}?" if near else ""
 
     is_path = re.match(r"[./~]|out(/|$)|.*/$|.*\\|.*/.*/", name)
+    if os.path.isdir(folder):
+        if is_path:
+            raise InputError(f"{name} is an empty folder, not a model")
+        return
+    near = lookalike(folder)
     is_slip = near and "/" in name and re.findall(r"\d+", near) == re.findall(r"\d+", name)
-    if is_path and os.path.isdir(folder):
-        raise InputError(f"{name} is an empty folder, not a model")
     if is_path or is_slip:
+        hint = f"; did you mean {near}?" if near else ""
         raise InputError(f"no folder {name}{hint}")
 
 
@@ -110,42 +95,30 @@ def check_hub_name(name):
 def download(name, filenames):
     """The folder in the Hub's cache that holds these files of a model, as far as the model has them."""
     repo, _, revision = name.partition("@")
-    if silence := why_the_hub_is_silent():
-        if cached := cached_folder(repo, revision):
-            note_that_the_cache_is_used(silence)
-            return cached
-        raise InputError(f"{name} is neither a folder here nor in the Hub's cache, and {silence}; "
-                         f"{NO_NETWORK}")
-
-    from huggingface_hub import snapshot_download
-    wanted = ["config.json", *filenames]  # config.json marks what is in the cache
+    silence = why_the_hub_is_silent()
     try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted,
-                                      tqdm_class=late_bar()))
+        from huggingface_hub import snapshot_download, try_to_load_from_cache
+        from huggingface_hub.utils import tqdm
+
+        class LateBar(tqdm):  # shown only if there is more than a second of work
+            __init__ = functools.partialmethod(tqdm.__init__, delay=1)
+
+        if not silence:
+            wanted = ["config.json", *filenames]  # config.json marks what is in the cache
+            return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted,
+                                          tqdm_class=LateBar))
+        cached = try_to_load_from_cache(repo, "config.json", revision=revision or None)
     except Exception as error:  # a dozen classes, from two HTTP libraries
         near = lookalike(name)
         hint = f" (did you mean {near}?)" if near and near != name else ""
         raise hub_error(name + hint, error) from error
 
-
-def late_bar():
-    """The Hub's progress bar, shown only if there is more than a second of work."""
-    from huggingface_hub.utils import tqdm
-
-    class LateBar(tqdm):
-        def __init__(self, *args, **settings):
-            super().__init__(*args, **settings | {"delay": 1})
-    return LateBar
-
-
-def cached_folder(repo, revision):
-    """The folder of a model in the Hub's cache, or None."""
-    try:
-        from huggingface_hub import try_to_load_from_cache
-        found = try_to_load_from_cache(repo, "config.json", revision=revision or None)
-        return Path(found).parent if isinstance(found, str) else None
-    except Exception:  # not a name that a model could have, or a setting that the client fails on
-        return None
+    if not isinstance(cached, str):
+        raise InputError(f"{name} is neither a folder here nor in the Hub's cache, and {silence}; "
+                         f"{NO_NETWORK}")
+    if "HF_HUB_OFFLINE" not in silence:
+        note_once(f"{silence}; models come from its cache, as they were")
+    return Path(cached).parent
 
 
 @functools.cache
@@ -156,14 +129,10 @@ def why_the_hub_is_silent():
     never used: the model may have changed.
     """
     try:
-        from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
         from huggingface_hub.errors import HfHubHTTPError
-        if constants.HF_HUB_OFFLINE:
-            return "the Hub cannot be reached: HF_HUB_OFFLINE is set"
-        try:
+        with contextlib.suppress(HfHubHTTPError):  # a mirror may lack gpt2, but it answers
             get_hf_file_metadata(hf_hub_url("gpt2", "config.json"), timeout=PATIENCE)
-        except HfHubHTTPError:  # a mirror may lack gpt2, but it answers
-            pass
         return None
     except Exception as error:  # TLS, a proxy, a malformed address or token: a dozen classes
         used = [name for name in NETWORK_SETTINGS if name in os.environ or name.lower() in os.environ]
@@ -174,13 +143,6 @@ def why_the_hub_is_silent():
 def reason_of(error):
     """The message of an error, on one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-@functools.cache
-def note_that_the_cache_is_used(silence):
-    """Print this once, and not at all if the user set HF_HUB_OFFLINE."""
-    if "HF_HUB_OFFLINE" not in silence:
-        note(f"{silence}; models come from its cache, as they were")
 
 
 def hub_error(name, error):
@@ -214,69 +176,43 @@ def weight_files(name_or_dir):
         if whole:
             return [whole]
         if index:
-            shards = shard_names(index)
+            with reading(index, "an index of weights"):
+                shards = sorted(set(read_json(index)["weight_map"].values()))
+                if odd := [name for name in shards if not re.fullmatch(SHARD, name)]:
+                    raise ValueError(f"it names {odd[0]!r:.60}, which is not a weight file beside it")
             fetch(name_or_dir, *shards)  # all in one download
             return [need(name_or_dir, shard) for shard in shards]
     return [need(name_or_dir, "model.safetensors")]  # says what is missing
 
 
-def shard_names(index):
-    """The files that an index names: {"weight_map": {"wte.weight": "b.bin", ...}} -> ["a.bin", "b.bin"].
-
-    Only files beside the index: "../" or an absolute path would have any file of this machine read.
-    """
-    with reading(index, "an index of weights"):
-        shards = sorted(set(read_json(index)["weight_map"].values()))
-        for shard in shards:
-            if not re.fullmatch(r"[\w.-]{1,200}\.(safetensors|bin)", shard):
-                raise InputError(f"{index} names {shard!r:.60}, which is not a weight file beside it")
-        return shards
-
-
 def read_tensors(path):
     """Yield (name, tensor) of one checkpoint file, large ones first.
 
-    The file is mapped into memory, not read: a page takes memory once it is used. The file is mapped again
-    for each tensor, so no more than one of them is in memory.
+    The file is mapped into memory, not read: a page takes memory once it is used. A large tensor's pages are
+    given back by mapping the file again, so no more than one of them is in memory.
     """
-    import torch
-    from safetensors.torch import load_file
+    from torch import strided
     with reading(path, "a file of weights"):
         open(path, "rb").close()  # if that is not allowed, safetensors would say that there is no such file
-        # An archive of packed parts cannot be mapped, and before 2020 a .bin was not an archive.
-        is_mapped = path.suffix != ".bin" or is_plain_archive(path)
-
-        def read():
-            if path.suffix == ".bin":
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
-            return load_file(path)
-
-        tensors = read()
-        check_tensors(path, tensors)
+        tensors, is_mapped = open_weights(path)
         for name in sorted(tensors, key=lambda name: -tensors[name].numel()):
-            yield name, tensors[name].detach()
-            if is_mapped and tensors[name].numel() > 2**20:
-                tensors = read()
+            tensor = tensors[name].detach()
+            # A .bin can hold anything that pickles, such as shapes without elements ("meta" tensors).
+            found = (type(name), tensor.layout, tensor.device.type, tensor.is_nested)
+            if found != (str, strided, "cpu", False):
+                raise ValueError(f"{name!r:.60} is not the name of an ordinary tensor")
+            yield name, tensor
+            if is_mapped and tensor.numel() > 2**20:
+                tensors, _ = open_weights(path)
 
 
-def is_plain_archive(path):
-    """Whether a .bin is a zip archive whose parts lie in it as they are."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())
-
-
-def check_tensors(path, tensors):
-    """InputError unless these are named tensors with a number for each element.
-
-    A .bin can hold anything that pickles: shapes without elements ("meta" tensors), sparse and quantised
-    tensors, strides of 0 that turn one number into a terabyte.
-    """
+def open_weights(path):
+    """({name: tensor}, whether they are mapped into memory) of a checkpoint file."""
     import torch
-    for name, tensor in tensors.items():
-        is_plain = (isinstance(name, str) and isinstance(tensor, torch.Tensor)
-                    and tensor.layout == torch.strided and tensor.device.type == "cpu"
-                    and not tensor.is_nested and not tensor.is_quantized)
-        if not is_plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise InputError(f"{path}: {name!r:.60} is not a tensor with a number for each element")
+    from safetensors.torch import load_file
+    if path.suffix == ".safetensors":
+        return load_file(path), True
+    # Before 2020 a .bin was not an archive, and packed parts cannot be mapped: they would be read as noise.
+    is_mapped = zipfile.is_zipfile(path) and all(
+        part.compress_type == zipfile.ZIP_STORED for part in zipfile.ZipFile(path).infolist())
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped), is_mapped

@@ -2,11 +2,10 @@
 
 Read in this order:
   Tokenizer           encode, decode, save
-  apply_merges        BPE itself; `mergeable` finds the tokens that it can make
+  apply_merges        BPE itself; `ordinary_tokens` finds the tokens that it can make
   check_form          refuses files that would give other ids in Hugging Face's own library
   load_tokenizer      the tokenizer of a model: tokenizer.json, or the older vocab.json and merges.txt
   shared_vocabulary   whether teacher and student mean the same by their ids, and up to which id
-  train_tokenizer     a new tokenizer of GPT-2's form
 
 A tokenizer.json holds a vocabulary in which each character stands for a byte ("Ġthe" is " the"), the list of
 merges, and added tokens. tiktoken gives the same ids as Hugging Face's library, several times as fast.
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.cli import InputError, reading
+from support.cli import reading
 from support.files import replaced
 from support.hub import fetch, need, read_json
 
@@ -35,13 +34,16 @@ EOT = "<|endoftext|>"
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|(?:{S}(?!\S))++|\s"
 MAX_RUN = 24 * 2**13  # of whitespace: tiktoken fails on a million; 24 spaces are GPT-NeoX's longest token
 
+# GPT-2's character for each byte, because vocabulary files hold text: {"!": 33, ..., "Ġ": 32, ...}.
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
+BYTES = {chr(byte): byte for byte in PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(OTHERS)}
 NEVER_IN_TEXT = {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that UTF-8 does not use; GPT-NeoX lacks them
-MOST_WORK = 2**25  # the sum of squared token lengths; GPT-NeoX's is 3.3 million
 
 # What a model's tokenizer_config.json says beyond ids; `save` passes it on.
-SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token",
-                 "additional_special_tokens", "extra_special_tokens")
-KEPT = (*SPECIAL_NAMES, "chat_template", "padding_side", "truncation_side")
+KEPT = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token",
+        "additional_special_tokens", "extra_special_tokens", "chat_template", "padding_side",
+        "truncation_side")
 
 
 def word_pattern(n_spaces):
@@ -55,18 +57,6 @@ def word_pattern(n_spaces):
     return f" {{2,{n_spaces + 1}}}|" + WORDS.replace("{S}", r"(?: (?! )|[^\S ])")
 
 
-def byte_characters():
-    """GPT-2's character for each byte, because vocabulary files hold text: {33: '!', ..., 32: 'Ġ', ...}."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    characters = {byte: chr(byte) for byte in printable}
-    characters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
-    return characters
-
-
-BYTES = {character: byte for byte, character in byte_characters().items()}
-
-
 def entry_bytes(text):
     """The bytes of an entry of a vocabulary: "Ġthe" -> b" the". An entry with other characters is text."""
     if set(text) <= BYTES.keys():
@@ -74,69 +64,61 @@ def entry_bytes(text):
     return text.encode()
 
 
-def digest(content):
-    """16 characters that change with the content (lists, numbers, texts)."""
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
-
 class Tokenizer:
-    """Byte-level BPE, from the bytes of a tokenizer.json.
+    """Byte-level BPE, from the bytes of a tokenizer.json. ValueError says why a file is not supported.
 
       eot                the id of <|endoftext|>
       vocab_size         the highest id + 1
       special            {"<|endoftext|>": id, ...}: tokens that ordinary text never makes
       fingerprint        equal for tokenizers with equal ids, however their files are laid out
-      text_fingerprint   equal for tokenizers that give every text the same ids; special tokens do not count
       settings           from the model's tokenizer_config.json, such as its pad token; `save` keeps them
     """
 
-    def __init__(self, source, name="tokenizer.json", settings=None):
+    def __init__(self, source, settings=None):
         import tiktoken
         self.source = source
         self.settings = settings or {}
         self.spec = json.loads(source.decode("utf-8"))
-        model, added, nfc = check_form(self.spec, name)
-        vocab = model["vocab"]
-        self.special = {token["content"]: token["id"] for token in added if token["special"]}
-        added = {token["content"]: token["id"] for token in added}
+        vocab = self.spec["model"]["vocab"]
+        self.nfc = check_form(self.spec)
+        added, self.special = added_tokens(vocab, self.spec["added_tokens"])
+        self.eot = self.special[EOT]
 
         # The tokens that text is made of. Other entries of the vocabulary have ids that no text gets.
-        made = mergeable(vocab, merge_ranks(model, name), name)
-        check_made(made, added, name)
+        made = ordinary_tokens(self.spec["model"])
+        if both := made & added.keys():
+            raise ValueError(f"added token {min(both)!r:.60} is also an ordinary token")
         words = {entry_bytes(text): vocab[text] for text in made}
         spaces = {text.encode(): i for text, i in added.items() if text not in self.special}
         unused = {vocab[text]: entry_bytes(text) for text in vocab.keys() - made - added.keys()}
 
         # tiktoken has no merges: it joins the neighbours whose bytes together have the lowest rank. Ids serve
-        # as ranks, because `mergeable` has checked that they are in the order of the merges.
+        # as ranks, because `ordinary_tokens` has checked that they are in the order of the merges.
+        self.ranks = words | spaces
+        self.n_spaces = len(spaces)
         self.bpe = tiktoken.Encoding(
-            name, pat_str=word_pattern(len(spaces)), mergeable_ranks=words | spaces,
-            special_tokens={EOT: added[EOT]})  # never used, but without one tiktoken is slow
+            "BPE", pat_str=word_pattern(self.n_spaces), mergeable_ranks=self.ranks,
+            special_tokens={EOT: self.eot})  # never used, but without one tiktoken is slow
+
         longest_first = sorted(self.special, key=len, reverse=True)
         self.special_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
-        self.nfc = nfc
-
         self.bytes = {i: text for text, i in [*words.items(), *spaces.items()]} | unused
         self.bytes |= {i: text.encode() for text, i in self.special.items()}
-        self.eot = added[EOT]
         self.vocab_size = max(self.bytes) + 1
-        self.last_text_id = max([*words.values(), *spaces.values()])
 
         # Corpora on disk are named by the fingerprint: it must never change for an existing tokenizer.
-        decisive = [sorted((i, text.hex()) for i, text in self.bytes.items()), sorted(self.special), nfc]
-        self.fingerprint = digest(decisive + [sorted(unused)] if unused else decisive)
-        ranks = sorted((i, text.hex()) for text, i in (words | spaces).items())
-        self.text_fingerprint = digest([ranks, len(spaces), nfc])
+        decisive = [sorted((i, text.hex()) for i, text in self.bytes.items()), sorted(self.special), self.nfc]
+        if unused:
+            decisive.append(sorted(unused))
+        self.fingerprint = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
 
     def encode(self, text, allow_special=False):
         """Ids of a text. "<|endoftext|>" in it is ordinary characters, or with `allow_special` the token."""
         pieces = self.special_pattern.split(text) if allow_special else [text]
         ids = []
         for i, piece in enumerate(pieces):
-            if i % 2:  # splitting by a pattern with a group gives text, special, text, ...
-                ids.append(self.special[piece])
-            else:
-                ids.extend(self.encode_array(piece).tolist())
+            # Splitting by a pattern with a group gives text, special, text, ...
+            ids.extend([self.special[piece]] if i % 2 else self.encode_array(piece).tolist())
         return ids
 
     def encode_array(self, text):
@@ -173,13 +155,13 @@ class Tokenizer:
         if max_length:
             config["model_max_length"] = max_length
 
-        files = {"tokenizer.json": self.source, "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
-        vocab = self.spec["model"]["vocab"]
-        if not self.nfc and self.special.keys() == {token["content"] for token in self.spec["added_tokens"]}:
-            files |= old_files(vocab, self.spec["model"]["merges"], self.special)  # of GPT-2's form
+        files = {"tokenizer.json": self.source.decode(),
+                 "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
+        if not self.nfc and not self.n_spaces:  # of GPT-2's form
+            files |= old_files(self.spec["model"], self.special)
         for filename, content in files.items():
             with replaced(Path(folder, filename)) as file:
-                file.write_bytes(content if isinstance(content, bytes) else content.encode())
+                file.write_bytes(content.encode())
 
 
 # ------------------------------------------------------------------------------------ BPE
@@ -192,61 +174,40 @@ def apply_merges(word, ranks):
     last = -1
     while len(parts) > 1:
         found = [ranks.get(pair, math.inf) for pair in itertools.pairwise(parts)]
-        first = min(found)
-        if first == math.inf:
+        if min(found) == math.inf:
             break
-        last = first
-        i = found.index(first)
+        last = min(found)
+        i = found.index(last)
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
     return parts, last
 
 
-def merge_ranks(model, name):
-    """The list of merges as {("Ġ", "t"): 0, ("Ġ", "a"): 1, ...}."""
-    if not isinstance(model["merges"], list):
-        raise InputError(f"{name}: its merges are not a list")
-    ranks = {}
-    for rank, merge in enumerate(model["merges"]):
-        first, second = merge.split(" ") if isinstance(merge, str) else merge  # older files: "Ġ t"
-        if not {first, second, first + second} <= model["vocab"].keys():
-            raise InputError(f"{name}: merge {merge!r:.60} is not a pair of tokens that make a third one")
-        ranks[first, second] = rank  # if a pair is there twice the later one counts, as in the library
-
-    # Making a token takes time as the square of its length, and a file can hold any number of long ones.
-    lengths = [len(first + second) for first, second in ranks]
-    if sum(length**2 for length in lengths) > MOST_WORK:
-        raise InputError(f"{name}: {len(lengths)} tokens of up to {max(lengths)} characters are not "
-                         "supported")
-    return ranks
-
-
-def mergeable(vocab, ranks, name):
+def ordinary_tokens(model):
     """The entries of a vocabulary that texts are made of: single bytes, and what merges make of the
     characters of an entry alone.
 
-    Characters that merges alone join to one token are joined in the same way wherever they are in a text, as
-    long as no merge reaches across the two ends. So an entry that stays in parts on its own is never made at
-    all, and an entry that is made always has the same last merge. tiktoken, which has no merges, therefore
-    finds the same tokens if it is given only these, in the order of their last merges.
+    An entry that stays in parts on its own is not made inside a longer word either. Given only these entries,
+    in the order of their last merges, tiktoken finds the same tokens without merges
+    (test_random_merges_give_the_ids_of_the_reference_or_are_refused).
     """
+    ranks = {}
+    for rank, merge in enumerate(model["merges"]):
+        first, second = merge.split(" ") if isinstance(merge, str) else merge  # older files: "Ġ t"
+        ranks[first, second] = rank  # if a pair is there twice the later one counts, as in the library
+
     last_merges = {}
     for text in {first + second for first, second in ranks}:
         parts, last = apply_merges(text, ranks)
         if parts == [text] and set(text) <= BYTES.keys():
             last_merges[text] = last
-
     words = sorted(last_merges, key=last_merges.get)
-    if any(vocab[first] > vocab[second] for first, second in itertools.pairwise(words)):
-        raise InputError(f"{name}: ids in another order than the merges are not supported")
-    return {character for character in BYTES if character in vocab} | set(words)
+    if words != sorted(words, key=model["vocab"].__getitem__):
+        raise ValueError("ids in another order than the merges are not supported")
 
-
-def check_made(made, added, name):
-    """InputError if some text has no tokens, or if an added token is also an ordinary one."""
-    if missing := {byte for character, byte in BYTES.items() if character not in made} - NEVER_IN_TEXT:
-        raise InputError(f"{name} has no token for the byte {min(missing)}, so it cannot encode every text")
-    if ordinary := made & added.keys():
-        raise InputError(f"{name}: added token {min(ordinary)!r:.60} is also an ordinary token")
+    characters = BYTES.keys() & model["vocab"].keys()
+    if missing := {BYTES[character] for character in BYTES.keys() - characters} - NEVER_IN_TEXT:
+        raise ValueError(f"no token for the byte {min(missing)}, so it cannot encode every text")
+    return characters | set(words)
 
 
 # ------------------------------------------------------------------------------------ tokenizer.json
@@ -272,64 +233,54 @@ def steps(section, parts):
     return [step for inner in section[parts] for step in steps(inner, parts)]
 
 
-def check_form(spec, name):
-    """(model, added tokens, whether text is NFC-normalised) of a tokenizer.json's content.
-
-    InputError if its own library would give other ids than we do.
-    """
-    added = spec.setdefault("added_tokens", [])
+def check_form(spec):
+    """Whether a tokenizer.json NFC-normalises text. ValueError if its own library would give other ids."""
     found = {section: steps(spec.get(section), parts) for section, parts in PARTS.items()}
-    found |= {"model": [spec["model"]], "added token": added}
-    for section, settings in SUPPORTED.items():
+    found["model"] = [spec["model"]]
+    found["added token"] = spec.setdefault("added_tokens", [])
+    found["ordinary added token"] = [token for token in found["added token"] if not token["special"]]
+
+    # GPT-NeoX has tokens for runs of 2, 3, ... spaces. The library would look first for those that are not
+    # normalized, even inside a longer run.
+    ordinary = {token["content"] for token in found["ordinary added token"]}
+    runs = [" " * n for n in range(2, len(ordinary) + 2)]
+    supported = SUPPORTED | {"ordinary added token": {"content": runs, "normalized": [True]}}
+    for section, settings in supported.items():
         for part, (key, values) in itertools.product(found[section], settings.items()):
-            if part.get(key) not in values:
-                raise InputError(f"{name}: {section} with {key} {part.get(key)!r:.60} is not supported, only "
-                                 f"{values}")
-
+            value = part.get(key)
+            if value not in values:
+                raise ValueError(f"{section} with {key} {value!r:.60} is not supported, only {values}")
     if len(found["pre_tokenizer"]) != 1:
-        raise InputError(f"{name}: a pre_tokenizer of {len(found['pre_tokenizer'])} steps is not supported")
-    # A template puts special tokens around a text, if the library is asked for them. The text itself has to
-    # come through once, unchanged.
+        raise ValueError(f"a pre_tokenizer of {len(found['pre_tokenizer'])} steps is not supported")
+
+    # A template puts special tokens around a text, which has to come through once and unchanged.
     for step in found["post_processor"]:
-        if step["type"] == "TemplateProcessing":
-            pieces = [piece["Sequence"]["id"] for piece in step["single"] if "SpecialToken" not in piece]
-            if pieces != ["A"]:
-                raise InputError(f"{name}: a TemplateProcessing that changes plain text is not supported")
-
-    check_added_tokens(spec["model"]["vocab"], added, name)
-    return spec["model"], added, bool(found["normalizer"])
+        texts = [piece for piece in step.get("single", []) if "SpecialToken" not in piece]
+        if step["type"] == "TemplateProcessing" and [text["Sequence"]["id"] for text in texts] != ["A"]:
+            raise ValueError("a TemplateProcessing that changes plain text is not supported")
+    return bool(found["normalizer"])
 
 
-def check_added_tokens(vocab, added, name):
-    """InputError unless each added token is special or one of GPT-NeoX's runs of spaces, and each token has
-    its own id, the one that the library gives it."""
-    ordinary = [token for token in added if not token["special"]]
-    spaces = {token["content"] for token in ordinary}
-    if odd := spaces - {" " * n for n in range(2, len(spaces) + 2)}:
-        raise InputError(f"{name}: added token {min(odd)!r:.60} is not supported, only special ones and runs "
-                         "of 2, 3, ... spaces")
-    # The library looks first for those that are not normalized, even inside of a longer run.
-    if len({token.get("normalized") for token in ordinary}) > 1:
-        raise InputError(f"{name}: runs of spaces of which only some are normalized are not supported")
-    special = [token["content"] for token in added if token["special"]]
-    if EOT not in special or "" in special:
-        raise InputError(f"{name} has no special token {EOT}, which has to stand between documents, or an "
-                         "empty one")
+def added_tokens(vocab, added):
+    """Ids of all added tokens, and of the special ones: {"<|endoftext|>": 0, "  ": 50276, ...}.
 
-    # The library ignores the ids of added tokens in the file. A text that is in the vocabulary has its id
-    # there; others are numbered from the vocabulary's size on, even if it has those ids itself.
+    The library ignores their ids in the file. A text that is in the vocabulary has its id there; others are
+    numbered from the vocabulary's size on, even if it has those ids itself.
+    """
     ids = dict(vocab)
     for token in added:
         expected = ids.setdefault(token["content"], len(ids))
         if token["id"] != expected:
-            raise InputError(f"{name}: added token {token['content']!r:.60} has id {token['id']!r:.40}, but "
-                             f"the tokenizers library reads {expected}")
-    owners = {}
-    for text, i in ids.items():
-        if type(i) is not int or i < 0:  # True is an int in Python
-            raise InputError(f"{name}: id {i!r:.40} of {text!r:.60} is not a whole number from 0 on")
-        if owners.setdefault(i, text) != text:
-            raise InputError(f"{name}: {owners[i]!r:.60} and {text!r:.60} have the same id {i}")
+            raise ValueError(f"added token {token['content']!r:.60} has id {token['id']!r:.40}, but the "
+                             f"tokenizers library reads {expected}")
+    values = list(ids.values())
+    if {*map(type, values)} != {int} or min(values) < 0 or len(set(values)) < len(values):
+        raise ValueError("ids of tokens are not whole numbers from 0 on, each of them once")
+
+    special = {token["content"]: ids[token["content"]] for token in added if token["special"]}
+    if EOT not in special or "" in special:
+        raise ValueError(f"no special token {EOT}, which separates documents, or an empty one")
+    return {token["content"]: ids[token["content"]] for token in added}, special
 
 
 # ------------------------------------------------------------------------------------ tokenizers of models
@@ -348,13 +299,13 @@ def load_tokenizer(name_or_dir):
 
     if path or not (vocab and merges):
         path = path or need(name_or_dir, "tokenizer.json")
-        with reading(path, "a tokenizer.json of a byte-level BPE"):
-            return Tokenizer(path.read_bytes(), str(path), settings)
+        with reading(path, "a tokenizer of the form of GPT-2 or GPT-NeoX"):
+            return Tokenizer(path.read_bytes(), settings)
     with reading(vocab, "a vocabulary with merges.txt beside it"):
         lines = merges.read_text(encoding="utf-8").split("\n")
         spec = spec_of_old_files(read_json(vocab), lines, read_json(added) if added else {}, settings,
                                  config.get("add_prefix_space", False))
-        return Tokenizer(json.dumps(spec).encode(), str(vocab), settings)
+        return Tokenizer(json.dumps(spec).encode(), settings)
 
 
 def kept_settings(config):
@@ -367,7 +318,7 @@ def kept_settings(config):
         value = config.get(name)
         tokens = value if isinstance(value, list) else [value]
         texts = [token.get("content") if isinstance(token, dict) else token for token in tokens]
-        if texts and all(isinstance(text, str) for text in texts):
+        if all(isinstance(text, str) for text in texts):
             settings[name] = texts if isinstance(value, list) else texts[0]
 
     if isinstance(settings.get("extra_special_tokens"), list):  # transformers 5's name, on which 4 fails
@@ -382,8 +333,7 @@ def spec_of_old_files(vocab, lines, added, settings, add_prefix_space):
     added, settings   {"[PAD]": 50257} of added_tokens.json; {"pad_token": "[PAD]"}
     """
     special = {EOT}
-    for name in SPECIAL_NAMES:
-        value = settings.get(name, [])
+    for value in settings.values():
         special.update(value if isinstance(value, list) else [value])
 
     ids = {EOT: vocab[EOT], **added} if EOT in vocab else added
@@ -400,12 +350,12 @@ def spec_of_old_files(vocab, lines, added, settings, add_prefix_space):
     }
 
 
-def old_files(vocab, merges, special):
+def old_files(model, special):
     """The inverse of spec_of_old_files, for the slow tokenizers of transformers 4: {name: content}."""
-    lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-    files = {"vocab.json": json.dumps(vocab | {EOT: special[EOT]}),
-             "merges.txt": "\n".join(["#version: 0.2", *lines, ""])}
-    if more := {text: i for text, i in special.items() if text not in vocab and text != EOT}:
+    vocab = model["vocab"] | {EOT: special[EOT]}
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    files = {"vocab.json": json.dumps(vocab), "merges.txt": "\n".join(["#version: 0.2", *merges, ""])}
+    if more := {text: i for text, i in special.items() if text not in vocab}:
         files["added_tokens.json"] = json.dumps(more)
     return files
 
@@ -416,24 +366,8 @@ def shared_vocabulary(a, b):
     They can be if both tokenizers give the same ids to every text and to <|endoftext|>. Other special tokens
     may differ if their ids are higher: GPT-2 and GPT-2 with [PAD] share 50257 ids.
     """
-    if a.text_fingerprint != b.text_fingerprint:
+    if (a.ranks, a.n_spaces, a.nfc) != (b.ranks, b.n_spaces, b.nfc):
         return 0
     differing = [i for i in a.bytes.keys() | b.bytes.keys() if a.bytes.get(i) != b.bytes.get(i)]
     shared = min([a.vocab_size, b.vocab_size, *differing])
-    return shared if shared > max(a.eot, a.last_text_id) else 0
-
-
-def train_tokenizer(texts, vocab_size, folder):
-    """Train a tokenizer of GPT-2's form into folder/tokenizer.json. Needs the `tokenizers` library."""
-    from tokenizers import Tokenizer as HFTokenizer
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-    bpe = HFTokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-
-    alphabet = pre_tokenizers.ByteLevel.alphabet()  # each byte is a token, so that any text can be encoded
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(texts, trainer)
-    bpe.add_special_tokens([EOT])  # after training, so that the ids before it are the merge order
-    with replaced(Path(folder, "tokenizer.json")) as file:
-        bpe.save(str(file))
+    return shared if shared > max(a.eot, *a.ranks.values()) else 0

@@ -69,7 +69,7 @@ def run(tmp_path):
 @pytest.fixture(scope="session")
 def tokenizers_dir(tmp_path_factory):
     """A folder with gpt2/tokenizer.json and neox/tokenizer.json: about 600 tokens in the form of each."""
-    from support.tokenizer import train_tokenizer
+    from texts import train_tokenizer
     folder = tmp_path_factory.mktemp("tokenizers")
     library = Path(sysconfig.get_path("stdlib"))
     files = [library / name for name in ("argparse.py", "heapq.py", "textwrap.py")]

@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from texts import train_tokenizer
 
 import eval_ppl
 from data import prepare
 from model import GPT2, GPTNeoX, load, student_from
 from support import scoring
 from support.cli import InputError, run_cli
-from support.tokenizer import load_tokenizer, train_tokenizer
+from support.tokenizer import load_tokenizer
 from support.wikitext import detokenize_wikitext
 
 ROOT = Path(__file__).parent.parent

@@ -58,18 +58,12 @@ def rewrite_config(folder, remove=(), **changes):
 
 
 def as_gpt2_on_the_hub(tensors):
-    """No prefix, causal masks as buffers."""
+    """No prefix, causal masks as buffers (bytes, numbers), and the tied head again."""
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-    mask = torch.ones(CONTEXT, CONTEXT).tril()[None, None]
-    return tensors | {f"h.{i}.attn.bias": mask for i in range(3)}
-
-
-def with_masks(tensors):
-    """The buffers of old GPT-2 files with the prefix: masks (bytes, numbers), and the tied head again."""
     mask = torch.ones(CONTEXT, CONTEXT, dtype=torch.uint8).tril()[None, None]
-    buffers = {f"transformer.h.{i}.attn.bias": mask for i in range(3)}
-    buffers |= {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(3)}
-    return tensors | buffers | {"lm_head.weight": tensors["transformer.wte.weight"]}
+    buffers = {f"h.{i}.attn.bias": mask for i in range(3)}
+    buffers |= {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(3)}
+    return tensors | buffers | {"lm_head.weight": tensors["wte.weight"]}
 
 
 def as_pythia_on_the_hub(tensors):
@@ -83,24 +77,23 @@ def as_pythia_on_the_hub(tensors):
     return tensors
 
 
-def into_shards(folder, whole="model.safetensors", n=3):
-    """Cut the one file with the weights into n, with an index."""
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    stem, suffix = whole.split(".")
-    shards = {}
-    for i in range(n):
-        name = f"{stem}-{i + 1:05}-of-{n:05}.{suffix}"
-        part = dict(list(tensors.items())[i::n])
-        save_file(part, folder / name) if suffix == "safetensors" else torch.save(part, folder / name)
-        shards |= dict.fromkeys(part, name)
-    (folder / f"{whole}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
-
-
 def into_bin(folder, zipped=True):
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+
+
+def into_shards(folder, stem="model", suffix="safetensors"):
+    """Cut the one file with the weights into two, with an index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {f"{stem}-{i + 1:05}-of-00002.{suffix}": names[i::2] for i in range(2)}
+    for file, inside in shards.items():
+        write = save_file if suffix == "safetensors" else torch.save
+        write({name: tensors[name] for name in inside}, folder / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, inside in shards.items() for name in inside}}
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
 
 
 def old_rotary_form(folder):
@@ -117,30 +110,24 @@ def rope(share, base=10000.0):
 CHECKPOINTS = {  # name: (architecture, options, what else is done to the files)
     "gpt2": ("gpt2", {}, None),
     "gpt2 as on the Hub": ("gpt2", {}, lambda folder: rewrite(folder, as_gpt2_on_the_hub)),
-    "gpt2 with prefix and buffers": ("gpt2", {}, lambda folder: rewrite(folder, with_masks)),
     "gpt2 untied": ("gpt2", {"tie_word_embeddings": False}, None),
     "gpt2 with a narrow MLP": ("gpt2", {"n_inner": 40}, None),
     "gpt2 with exact gelu, eps": ("gpt2", {"activation_function": "gelu", "layer_norm_epsilon": 1e-2}, None),
-    "gpt2 in shards": ("gpt2", {}, into_shards),
     "gpt2 as .bin": ("gpt2", {}, into_bin),
     "gpt2 as an old .bin": ("gpt2", {}, lambda folder: into_bin(folder, zipped=False)),
-    "gpt2 as .bin in shards": ("gpt2", {}, lambda folder: into_shards(folder, "pytorch_model.bin")),
+    "gpt2 as .bin in shards": ("gpt2", {}, lambda folder: into_shards(folder, "pytorch_model", "bin")),
     "neox": ("neox", {}, None),
     "neox sequential": ("neox", {"use_parallel_residual": False}, None),
     "neox rotary 1.0": ("neox", rope(1.0), None),
-    "neox rotary 0.5, base 500": ("neox", rope(0.5, 500.0), None),
     "neox head width 20, 5 rotated": ("neox", {"hidden_size": 80}, None),
     "neox head width 7, 1 rotated": ("neox", {"hidden_size": 28}, None),
     "neox tied": ("neox", {"tie_word_embeddings": True}, None),
-    "neox tied, head on disk": ("neox", {"tie_word_embeddings": True}, lambda folder: rewrite(
-        folder, lambda tensors: tensors | {"embed_out.weight": tensors["gpt_neox.embed_in.weight"]})),
     "neox without attention bias": ("neox", {"attention_bias": False}, None),
     "neox with tanh gelu, eps": ("neox", {"hidden_act": "gelu_fast", "layer_norm_eps": 1e-2}, None),
     "neox, old form of rotary": ("neox", rope(0.5, 500.0), old_rotary_form),
     "neox as on the Hub": ("neox", {}, lambda folder: (
         rewrite(folder, as_pythia_on_the_hub), old_rotary_form(folder))),
     "neox in shards": ("neox", {}, into_shards),
-    "neox as .bin": ("neox", {}, into_bin),
 }
 
 
@@ -177,65 +164,60 @@ def some_ids(B=2, T=CONTEXT):
 
 
 # ---------------------------------------------------------------------------------------- parity
-@pytest.mark.parametrize("name", CHECKPOINTS)
 @torch.no_grad()
-def test_logits_are_those_of_transformers(name, tmp_path):
-    architecture, options, change = CHECKPOINTS[name]
-    folder = reference(tmp_path, architecture, **options)
-    if "bin" in name:  # the same weights: transformers reads the file that it wrote
-        expected = transformers_model(folder)(some_ids()).logits
-        change(folder)
-    else:
-        change and change(folder)
-        expected = transformers_model(folder)(some_ids()).logits
-    model = load(folder)
-    assert not model.training and model.head_weight.dtype == torch.float32
-    torch.testing.assert_close(model(some_ids()), expected, atol=1e-5, rtol=0)
-    assert expected.std() > 0.3
-
-
-@torch.no_grad()
-def test_greedy_generation_is_that_of_transformers(checkpoint):
-    prompts = some_ids(B=6, T=5)
-    theirs = greedy(transformers_model(checkpoint), prompts, CONTEXT - 5)
-    ours = load(checkpoint).generate(prompts, CONTEXT - 5)
-    assert ours.tolist() == theirs.tolist()
-    assert len(set(ours[:, 5:].flatten().tolist())) > 10
+def test_logits_are_those_of_transformers(tmp_path):
+    for name, (architecture, options, change) in CHECKPOINTS.items():
+        folder = reference(tmp_path / name, architecture, **options)
+        expected = None
+        if "bin" in name:  # the same weights: transformers reads the file that it wrote
+            expected = transformers_model(folder)(some_ids()).logits
+        if change:
+            change(folder)
+        if expected is None:
+            expected = transformers_model(folder)(some_ids()).logits
+        model = load(folder)
+        assert not model.training and model.head_weight.dtype == torch.float32
+        assert expected.std() > 0.3
+        torch.testing.assert_close(model(some_ids()), expected, atol=1e-5, rtol=0, msg=name)
 
 
 @torch.no_grad()
-def test_hidden_states_and_head(checkpoint):
-    model, ids = load(checkpoint), some_ids()
-    hidden, theirs = model.hidden(ids), transformers_model(checkpoint)
+def test_hidden_states_and_greedy_generation(checkpoint):
+    """As in transformers; and here the same with a cache, piece by piece."""
+    model, theirs, ids = load(checkpoint), transformers_model(checkpoint), some_ids(B=6)
+    hidden = model.hidden(ids)
     expected = theirs(ids, output_hidden_states=True).hidden_states[-1]
     torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(F.linear(hidden, model.head_weight), model(ids), atol=0, rtol=0)
-    assert hidden.shape == (2, CONTEXT, 32) and model.head_weight.shape == (VOCAB, 32)
+    assert torch.equal(F.linear(hidden, model.head_weight), model(ids))
     assert model.context == CONTEXT and model.num_parameters() == theirs.num_parameters()
+
+    cache = model.new_cache(batch=6, room=CONTEXT).fill_(torch.nan)  # what is unset must not be read
+    pieces = [model.hidden(ids[:, :7], cache)]
+    pieces += [model.hidden(ids[:, i:i + 1], cache, past=i) for i in range(7, CONTEXT)]
+    torch.testing.assert_close(torch.cat(pieces, 1), hidden, atol=1e-5, rtol=0)
+
+    ours = model.generate(ids[:, :5], CONTEXT - 5)
+    assert ours.tolist() == greedy(theirs, ids[:, :5], CONTEXT - 5).tolist()
+    assert len(set(ours[:, 5:].flatten().tolist())) > 5
 
 
 # ---------------------------------------------------------------------------------------- generation
 @torch.no_grad()
-def test_cache_changes_nothing(checkpoint):
-    model, ids = load(checkpoint), some_ids(B=3)
-    cache = model.new_cache(batch=3, room=CONTEXT).fill_(torch.nan)  # what is unset must not be read
-    pieces = [model.hidden(ids[:, :7], cache)]
-    pieces += [model.hidden(ids[:, i:i + 1], cache, past=i) for i in range(7, CONTEXT)]
-    torch.testing.assert_close(torch.cat(pieces, 1), model.hidden(ids), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("length", [3, CONTEXT - 1, CONTEXT, CONTEXT + 10])
-@torch.no_grad()
-def test_generation_slides_past_the_context(checkpoint, length):
+def test_generation_slides_past_the_context(checkpoint):
     """Token by token without a cache: what is read starts with the text; when it is full, half of it goes."""
-    model, ids = load(checkpoint), some_ids(B=2, T=length)
-    expected, read = ids, ids[:, -CONTEXT:]
-    for _ in range(2 * CONTEXT):
-        token = model(read)[:, -1].argmax(-1, keepdim=True)
-        full = read.size(1) == CONTEXT
-        expected, read = torch.cat((expected, token), 1), torch.cat((read, token), 1)
-        read = read[:, -(CONTEXT // 2):] if full else read
-    assert model.generate(ids, 2 * CONTEXT).tolist() == expected.tolist()
+    model = load(checkpoint)
+    for length in (3, CONTEXT - 1, CONTEXT, CONTEXT + 10):
+        ids = expected = some_ids(B=2, T=length)
+        read = ids[:, -CONTEXT:]
+        for _ in range(2 * CONTEXT):
+            token = model(read)[:, -1].argmax(-1, keepdim=True)
+            full = read.size(1) == CONTEXT
+            expected, read = torch.cat((expected, token), 1), torch.cat((read, token), 1)
+            read = read[:, -(CONTEXT // 2):] if full else read
+        assert model.generate(ids, 2 * CONTEXT).tolist() == expected.tolist()
+
+    small = GPT2(Config(**SHAPE | {"context": 1})).eval()
+    assert small.generate(some_ids(T=3), 4).shape == (2, 7)
 
 
 def test_tokens_come_one_at_a_time(gpt2):
@@ -246,35 +228,12 @@ def test_tokens_come_one_at_a_time(gpt2):
         chosen.append(logits)
         return logits.argmax(-1, keepdim=True)
 
-    tokens = model.tokens(some_ids(T=3), 10, choose)
-    first = next(tokens)
+    first = next(model.tokens(some_ids(T=3), 10, choose))
     assert first.shape == (2, 1) and len(chosen) == 1 and not chosen[0].requires_grad
     assert torch.is_grad_enabled()
-    rest = torch.cat([first, *tokens], 1)
-    assert torch.equal(rest, model.generate(some_ids(T=3), 10)[:, 3:]) and len(chosen) == 10
-    assert torch.equal(model.generate(some_ids(T=3), 0), some_ids(T=3))
 
 
-@torch.no_grad()
-def test_context_of_one(tmp_path):
-    model = GPT2(Config(**SHAPE | {"context": 1})).eval()
-    assert model.generate(some_ids(T=3), 4).shape == (2, 7)
-
-
-def test_samples_are_reproducible(gpt2):
-    model, ids = load(gpt2), some_ids(B=4, T=3)
-
-    def text(seed, **options):
-        choose = partial(draw, generator=torch.Generator().manual_seed(seed), **options)
-        return model.generate(ids, 10, choose).tolist()
-
-    assert text(0) == text(0) != text(1)
-    assert text(0, top_k=1) == text(1, top_k=1) == model.generate(ids, 10).tolist()
-    assert text(0, top_p=1e-6) == text(0, top_k=1) == text(0, temperature=1e-4)
-    assert text(0, top_k=10**6) == text(0, top_p=1.0) == text(0)
-
-
-def test_what_is_sampled():
+def test_what_is_sampled(gpt2):
     logits = torch.tensor([0.2, 0.5, 0.05, 0.25]).log().expand(20_000, 4)
     kept = logits.clone()
     for options, expected in [
@@ -291,35 +250,33 @@ def test_what_is_sampled():
         torch.testing.assert_close(counts, expected, atol=0.015, rtol=0)
         assert (counts[expected == 0] == 0).all() and (logits == kept).all()
 
+    model, ids = load(gpt2), some_ids(B=4, T=3)
+    texts = [model.generate(ids, 10, partial(draw, generator=torch.Generator().manual_seed(seed))).tolist()
+             for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+
 
 # ---------------------------------------------------------------------------------------- out again
 @torch.no_grad()
-def test_load_inverts_save(checkpoint, tmp_path):
-    model = load(checkpoint)
-    model.save(tmp_path / "a" / "b")
-    again = load(tmp_path / "a" / "b")
-    assert again.config == model.config and torch.equal(again(some_ids()), model(some_ids()))
-    again.to(torch.bfloat16).save(tmp_path / "a" / "b")  # over the first one
-    half = load(tmp_path / "a" / "b", dtype=torch.bfloat16)
-    assert torch.equal(half(some_ids()), again(some_ids())) and half.head_weight.dtype == torch.bfloat16
-    files = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "a" / "b").iterdir()}
-    assert files == dict.fromkeys(["config.json", "generation_config.json", "model.safetensors"], 0o644)
+def test_what_we_save_opens_here_and_in_transformers(checkpoint, tmp_path):
+    out = tmp_path / "a" / "b"
+    for dtype in (torch.float32, torch.bfloat16):  # the second over the first
+        model, ids = load(checkpoint, dtype=dtype), some_ids()
+        model.save(out)
+        again = load(out, dtype=dtype)
+        assert again.config == model.config and torch.equal(again(ids), model(ids))
+        files = {file.name: file.stat().st_mode & 0o777 for file in out.iterdir()}
+        assert files == dict.fromkeys(["config.json", "generation_config.json", "model.safetensors"], 0o644)
+
+        theirs, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+        assert not any(info.values()), info
+        assert theirs.dtype == dtype and type(theirs) is type(transformers_model(checkpoint))
+        theirs = theirs.float().eval()
+        torch.testing.assert_close(theirs(ids).logits, model.float()(ids), atol=1e-5, rtol=0)
+        assert greedy(theirs, ids[:, :5], 15).tolist() == model.generate(ids[:, :5], 15).tolist()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@torch.no_grad()
-def test_transformers_opens_what_we_save(checkpoint, tmp_path, dtype):
-    model, ids = load(checkpoint, dtype=dtype), some_ids()
-    model.save(tmp_path / "out")
-    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(info.values()), info
-    assert theirs.dtype == dtype and type(theirs) is type(transformers_model(checkpoint))
-    theirs = theirs.float().eval()
-    torch.testing.assert_close(theirs(ids).logits, model.float()(ids), atol=1e-5, rtol=0)
-    assert greedy(theirs, ids[:, :5], 15).tolist() == model.generate(ids[:, :5], 15).tolist()
-
-
-def test_what_a_config_json_says(neox, tmp_path):
+def test_what_a_config_json_says(gpt2, neox, tmp_path):
     rewrite_config(neox, eos_token_id=7, **rope(0.5, 500.0))
     load(neox).save(tmp_path / "out")
     config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
@@ -327,20 +284,23 @@ def test_what_a_config_json_says(neox, tmp_path):
     assert config.eos_token_id == config.bos_token_id == 7 and config.dtype == torch.float32
     raw = json.loads((tmp_path / "out" / "config.json").read_text())
     assert raw["torch_dtype"] == "float32"  # the key that both transformers 4 and 5 read
-    assert "n_ctx" not in raw
-    assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 7
+
+    load(gpt2).save(tmp_path / "gpt2 out")
+    raw = json.loads((tmp_path / "gpt2 out" / "config.json").read_text())
+    assert raw["n_ctx"] == raw["n_positions"] == CONTEXT  # llama.cpp's converter reads n_ctx
 
 
-def test_the_context_under_both_of_its_names(gpt2, tmp_path):
-    """llama.cpp's converter reads n_ctx."""
-    load(gpt2).save(tmp_path / "out")
-    raw = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert raw["n_ctx"] == raw["n_positions"] == CONTEXT
+def test_several_ends_of_text(gpt2, tmp_path):
+    """A list of ends is not a beginning: transformers refuses a list there."""
+    for eos, bos in [([7, 2], 7), ([], None), (None, None), (3, 3)]:
+        rewrite_config(gpt2, eos_token_id=eos)
+        load(gpt2).save(tmp_path / "out")
+        theirs = transformers_model(tmp_path / "out").generation_config
+        assert theirs.eos_token_id == eos and theirs.bos_token_id == bos
 
 
 @torch.no_grad()
 def test_rotary_settings_under_the_names_of_llama(neox, tmp_path):
-    """Read as the same base, and after saving still the same, here and in transformers."""
     rewrite_config(neox, **rope(0.5, 500.0))
     expected = transformers_model(neox)(some_ids()).logits
     names = ["rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "rotary_emb_base",
@@ -351,34 +311,16 @@ def test_rotary_settings_under_the_names_of_llama(neox, tmp_path):
             {"rotary_emb_base": 9, "rotary_pct": 0.5, "rope_parameters": {"rope_theta": 500.0}},
             {"rope_scaling": {"type": "default", "rope_theta": 500.0}, "rotary_pct": 0.5}]:
         rewrite_config(neox, remove=names, **settings)
-        model = load(neox)
-        torch.testing.assert_close(model(some_ids()), expected, atol=1e-5, rtol=0)
-        model.save(tmp_path / "out")
-        assert load(tmp_path / "out").config == model.config
-        again = transformers_model(tmp_path / "out")(some_ids()).logits
-        torch.testing.assert_close(again, expected, atol=1e-5, rtol=0)
+        load(neox).save(tmp_path / "out")
+        for model in (load(neox), load(tmp_path / "out")):
+            torch.testing.assert_close(model(some_ids()), expected, atol=1e-5, rtol=0)
 
 
-def test_an_interrupted_save_leaves_the_old_model(gpt2, tmp_path, monkeypatch):
-    model = load(gpt2)
-    model.save(tmp_path / "out")
-    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
-
-    def full_disk(tensors, path, metadata):
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(models, "save_file", full_disk)
-    torch.nn.init.zeros_(model.embed.weight)
-    with pytest.raises(InputError, match="out/model.safetensors cannot be written.*No space left"):
-        model.save(tmp_path / "out")
-    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
-
-
-def test_a_reader_finds_whole_files_only(gpt2, tmp_path, monkeypatch):
-    """Whatever is in the folder under its final name at any step of saving can be loaded."""
+def test_a_save_that_fails_or_is_read_meanwhile(gpt2, tmp_path, monkeypatch):
+    """The folder holds a whole model at each step of saving, and the old one after a full disk."""
     model, seen = load(gpt2), []
     model.save(tmp_path / "out")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     replace = os.replace
 
     def watched(old, new):
@@ -386,9 +328,19 @@ def test_a_reader_finds_whole_files_only(gpt2, tmp_path, monkeypatch):
         seen.append(Path(new).name)
         load(tmp_path / "out")
 
+    def full_disk(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(os, "replace", watched)
     model.save(tmp_path / "out")
     assert seen[0] == "model.safetensors" and seen[-1] == "config.json"
+
+    monkeypatch.setattr(models, "save_file", full_disk)
+    torch.nn.init.zeros_(model.embed.weight)
+    with pytest.raises(InputError, match="out/model.safetensors cannot be written.*No space left"):
+        model.save(tmp_path / "out")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
 
 
 # ---------------------------------------------------------------------------------------- students
@@ -402,6 +354,9 @@ def test_spread_layers():
     for n_student in (0, -1, 7):
         with pytest.raises(InputError, match=f"^{n_student} student layers .* with 6: choose 1 to 6"):
             spread_layers(6, n_student)
+    for layers in ([], [3], [0, -1]):
+        with pytest.raises(InputError, match="of a teacher whose layers are 0 to 2"):
+            student_from(GPT2(Config(**SHAPE)), layers)
 
 
 @torch.no_grad()
@@ -419,18 +374,6 @@ def test_student_from(checkpoint):
     assert torch.equal(teacher(some_ids()), before)
 
 
-def test_student_can_be_saved(checkpoint, tmp_path):
-    student_from(load(checkpoint, dtype=torch.bfloat16), [0, 2]).save(tmp_path / "out")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert theirs.config.num_hidden_layers == 2 and theirs.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("layers", [[], [3], [0, -1]])
-def test_layers_that_do_not_exist(gpt2, layers):
-    with pytest.raises(InputError, match=re.escape(f"layers {layers} of a teacher whose layers are 0 to 2")):
-        student_from(load(gpt2), layers)
-
-
 def test_random_start_forgets_the_teacher(checkpoint):
     student = student_from(load(checkpoint), [0, 1, 2])
     student.initialise()
@@ -442,14 +385,14 @@ def test_random_start_forgets_the_teacher(checkpoint):
             assert abs(p.std().item() / std - 1) < 0.15, name
 
 
-@pytest.mark.parametrize("where", ["everywhere but attention", "attention"])
-def test_dropout_is_for_training_only(gpt2, where):
+def test_dropout_is_for_training_only(gpt2):
     model, ids = load(gpt2), some_ids()
     before = model(ids)
-    model.set_dropout(*((0.0, 0.5) if where == "attention" else (0.5, 0.0)))
-    assert torch.equal(model(ids), before)
-    model.train()
-    assert not torch.equal(model(ids), model(ids)) and not torch.equal(model(ids), before)
+    for where in ((0.0, 0.5), (0.5, 0.0)):
+        model.set_dropout(*where)
+        assert torch.equal(model.eval()(ids), before)
+        model.train()
+        assert not torch.equal(model(ids), model(ids)) and not torch.equal(model(ids), before)
     model.set_dropout(0.0, 0.0)
     assert torch.equal(model(ids), before)
 
@@ -469,34 +412,32 @@ NEOX = {"model_type": "gpt_neox", "hidden_size": 24, "num_hidden_layers": 1, "nu
 def test_config_that_describes_no_model(tmp_path):
     for content, message in [
             ("{", "is not a JSON object"),
-            ("[" * 100_000, "maximum recursion"),
-            ("[1, 2]", "it holds a list"),
-            ("\xff", "codec can't decode"),
             ({}, "model_type None is not implemented, only .'gpt2', 'gpt_neox'."),
-            ({"model_type": ["gpt2"]}, "model_type .'gpt2'. is not implemented"),
             ({"model_type": "gpt_neox", "vocab_size": 9}, "missing .* 'context'"),
             (NEOX | {"rope_scaling": "linear"}, "is not a config.json"),
             (SMALLEST | {"n_embd": 30}, "a width of 30 cannot be divided among 12 attention heads"),
-            (SMALLEST | {"n_head": 0}, "n_head 0 must be from 1 to"),
             (SMALLEST | {"n_head": 2.0}, "n_head 2.0 must be of type int"),
-            (SMALLEST | {"n_head": True}, "n_head True must be of type int"),
-            (SMALLEST | {"n_layer": 10**7}, "n_layer 10000000 must be from 1 to 500"),  # it would take hours
-            (SMALLEST | {"n_positions": None}, "n_positions None must be of type int"),
-            (SMALLEST | {"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon nan must be from 0 to 1"),
-            (SMALLEST | {"tie_word_embeddings": "yes"}, "tie_word_embeddings 'yes' must be of type bool"),
-            (SMALLEST | {"eos_token_id": [1, -1]}, "eos_token_id -1 must be from 0"),
-            (NEOX | {"rotary_emb_base": 0}, "rotary_emb_base 0 must be from 1 to"),
-            (NEOX | {"hidden_size": 10, "rotary_pct": 1.0}, "6 dimensions to rotate in heads of width 5")]:
+            (NEOX | {"max_position_embeddings": 0}, "max_position_embeddings 0 must be from 1 to"),
+            (SMALLEST | {"n_layer": 10**7}, "10000000 layers"),
+            (SMALLEST | {"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon nan must be from 0 to"),
+            (NEOX | {"hidden_size": 10, "rotary_pct": 1.0}, "6 dimensions to rotate in heads of width 5"),
+            (SMALLEST | {"scale_attn_weights": False}, "scale_attn_weights False is not implemented, only"),
+            (SMALLEST | {"add_cross_attention": True}, "add_cross_attention True is not"),
+            (SMALLEST | {"activation_function": "relu"}, "activation_function 'relu' is not"),
+            (SMALLEST | {"quantization_config": {"quant_method": "gptq"}}, "quantization_config .* is not"),
+            (NEOX | {"hidden_act": "silu"}, "hidden_act 'silu' is not"),
+            (NEOX | {"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn' is not"),
+            (NEOX | {"rope_scaling": {"type": "linear"}}, "rope_type 'linear' is not")]:
         text = content if isinstance(content, str) else json.dumps(content)
-        (tmp_path / "config.json").write_text(text, encoding="latin-1")
+        (tmp_path / "config.json").write_text(text)
         refused(tmp_path, "config.json.*" + message)
 
 
-@pytest.mark.parametrize("content", [SMALLEST, SMALLEST | {"layer_norm_epsilon": 0, "n_inner": None}, NEOX,
-                                     NEOX | {"rotary_pct": 0.0}, NEOX | {"rotary_pct": 1}])
-def test_config_that_describes_a_model(tmp_path, content):
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    assert models.build(tmp_path)(torch.tensor([[1, 2, 3]])).isfinite().all()
+def test_config_that_describes_a_model(tmp_path):
+    for content in (SMALLEST, SMALLEST | {"layer_norm_epsilon": 0, "n_inner": None}, NEOX,
+                    NEOX | {"rotary_pct": 0.0}, NEOX | {"rotary_pct": 1}):
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        assert models.build(tmp_path)(torch.tensor([[1, 2, 3]])).isfinite().all()
 
 
 @torch.no_grad()
@@ -515,99 +456,46 @@ def test_scores_divided_by_the_number_of_the_layer(tmp_path):
     torch.testing.assert_close(student.blocks[0](stream), model.blocks[2](stream), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("eos, bos", [([7, 2], 7), ([], None), (None, None), (3, 3)])
-def test_several_ends_of_text(gpt2, tmp_path, eos, bos):
-    """A list of ends is not a beginning: transformers refuses a list there."""
-    rewrite_config(gpt2, eos_token_id=eos)
-    load(gpt2).save(tmp_path / "out")
-    theirs = transformers_model(tmp_path / "out")
-    assert theirs.generation_config.eos_token_id == eos and theirs.generation_config.bos_token_id == bos
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_weights_that_are_not_finite(gpt2, bad):
-    def spoil(tensors):
-        tensors["transformer.h.1.mlp.c_fc.weight"][3, 5] = bad
-        return tensors
-    rewrite(gpt2, spoil)
-    refused(gpt2, "model.safetensors: transformer.h.1.mlp.c_fc.weight holds NaN or infinity")
-
-
-def test_options_that_we_do_not_have(gpt2, neox):
-    for folder, option, value in [
-            (gpt2, "scale_attn_weights", False), (gpt2, "add_cross_attention", True),
-            (gpt2, "activation_function", "relu"), (gpt2, "quantization_config", {"quant_method": "gptq"}),
-            (neox, "hidden_act", "silu")]:
-        before = (folder / "config.json").read_text()
-        rewrite_config(folder, **{option: value})
-        refused(folder, f"config.json: {option} {re.escape(repr(value))} is not implemented, only ")
-        (folder / "config.json").write_text(before)
-
-    for name, value in [
-            ("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}),
-            ("rope_scaling", {"type": "linear", "factor": 2.0})]:
-        rewrite_config(neox, remove=["rope_parameters"], **{name: value})
-        kind = value.get("rope_type") or value["type"]
-        refused(neox, f"config.json: rope_type '{kind}' is not implemented, only .'default'.")
-
-
-def test_folders_without_files(gpt2, tmp_path):
-    (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "empty is an empty folder, not a model")
-    refused(tmp_path / "nowhere", "no folder .*nowhere")
-    (gpt2 / "model.safetensors").unlink()
-    refused(gpt2, "gpt2 has no model.safetensors")
-
-
-@pytest.mark.parametrize("architecture, change, message", [
+UNFITTING = [
     ("gpt2", lambda t: {n: x for n, x in t.items() if "h.1.ln_2" not in n},
      "lacks 2 of its tensors, such as transformer.h.1.ln_2.weight"),
     ("neox", lambda t: {n: x for n, x in t.items() if n != "embed_out.weight"},
      "lacks 1 of its tensors, such as embed_out.weight"),
     ("gpt2", lambda t: t | {"transformer.h.0.attn.extra": torch.ones(3)},
      "model.safetensors: transformer.h.0.attn.extra has no place in the model"),
-    ("gpt2", lambda t: t | {"transformer.h.3.attn.c_attn.bias": torch.ones(96)},
-     "h.3.attn.c_attn.bias has no place"),
     ("neox", lambda t: t | {"gpt_neox.layers.3.mlp.dense_4h_to_h.bias": torch.ones(32)}, "has no place"),
     ("gpt2", lambda t: t | {"transformer.wte.weight": torch.ones(VOCAB, 16)},
      r"transformer.wte.weight is torch.float32 \[60, 16\], not floats \[60, 32\]"),
     ("gpt2", lambda t: t | {"transformer.h.0.attn.c_attn.weight": torch.ones(96, 32)},
      r"c_attn.weight is torch.float32 \[96, 32\], not floats \[32, 96\]"),
-    ("gpt2", lambda t: t | {"transformer.h.0.attn.c_attn.weight": torch.ones(2, 2, 2)}, r"\[2, 2, 2\], not"),
-    ("neox", lambda t: t | {"gpt_neox.layers.0.attention.query_key_value.bias": torch.ones(5)},
-     r"query_key_value.bias is torch.float32 \[5\], not floats \[96\]"),
     ("gpt2", lambda t: t | {"transformer.ln_f.weight": torch.ones(32, dtype=torch.int8)},
      r"ln_f.weight is torch.int8 \[32\], not floats \[32\]"),
+    ("gpt2", lambda t: t | {"transformer.ln_f.weight": torch.tensor([math.nan, *[1.0] * 31])},
+     "model.safetensors: transformer.ln_f.weight holds NaN or infinity"),
+    ("neox", lambda t: t | {"embed_out.weight": t["embed_out.weight"] / 0}, "holds NaN or infinity"),
     ("gpt2", lambda t: t | {"lm_head.weight": t["transformer.wte.weight"] + 1},
      "(lm_head|wte).weight differs from the tensor to which config.json ties it"),
-])
-def test_tensors_that_do_not_fit(tmp_path, architecture, change, message):
-    rewrite(reference(tmp_path, architecture), change)
-    refused(tmp_path, message)
+]
 
 
-def test_weights_that_are_damaged(gpt2):
-    """The readers of files have more such cases: tests/test_hub.py."""
-    path = gpt2 / "model.safetensors"
-    whole = path.read_bytes()
-    for content in (b"", b"not weights", whole[:100], whole[:-1]):
-        path.write_bytes(content)
-        refused(gpt2, "model.safetensors is not a file of weights, or is damaged: ")
-    path.write_bytes(whole)
-    into_shards(gpt2)
-    shard = sorted(gpt2.glob("*-00002-*"))[0]
-    shard.rename(gpt2 / "elsewhere")
-    refused(gpt2, f"gpt2 has no {shard.name}")
+def test_tensors_that_do_not_fit(tmp_path):
+    for architecture, change, message in UNFITTING:
+        rewrite(reference(tmp_path, architecture), change)
+        refused(tmp_path, message)
 
 
-def test_safetensors_come_before_bin(gpt2):
-    (gpt2 / "pytorch_model.bin").write_bytes(b"not weights")
-    load(gpt2)
-
-
-def test_more_tokens_than_positions(gpt2):
+def test_files_that_are_missing(gpt2, tmp_path):
+    refused(tmp_path / "nowhere", "no folder .*nowhere")
+    (gpt2 / "pytorch_model.bin").write_bytes(b"not weights")  # safetensors come first
     with pytest.raises(InputError, match="25 tokens, but this model has 24 positions"):
         load(gpt2)(some_ids(T=CONTEXT + 1))
+    into_shards(gpt2)
+    shard = sorted(gpt2.glob("*-00002-*"))[0]
+    shard.unlink()
+    (gpt2 / "pytorch_model.bin").unlink()
+    refused(gpt2, f"gpt2 has no {shard.name}")
+    (gpt2 / "model.safetensors.index.json").unlink()
+    refused(gpt2, "gpt2 has no model.safetensors")
 
 
 # ---------------------------------------------------------------------------------------- memory

@@ -46,10 +46,6 @@ def test_ids_equal_the_reference(tokenizers_dir, form):
     for name, text in TEXTS.items():
         assert ours.encode(text, allow_special=True) == reference(text), name
 
-
-@FORMS
-def test_ids_equal_the_reference_on_random_mixtures(tokenizers_dir, form):
-    ours, reference = pair(tokenizers_dir, form)
     draw = random.Random(0)
     parts = [" ", "\n", "\t", "\r\n", "\u00a0", "\u3000", "word", "'ll", "'", "7", "\u00e9", "e\u0301",
              "\u4e2d", "!", "x  y", "<|endoftext|>", "<|padding|>", "\x1c", "\x85"]
@@ -74,7 +70,7 @@ def test_ids_equal_the_reference_on_every_code_point(tokenizers_dir, form):
 def test_a_million_of_whitespace(tokenizers_dir, form):
     """tiktoken itself would panic."""
     ours, reference = pair(tokenizers_dir, form)
-    for run in (" ", "\n", "\r\n", "\t \n"):
+    for run in (" ", "\t \n"):
         text = "x" + run * (1_200_000 // len(run)) + "y"
         ids = ours.encode(text)
         assert ours.decode(ids) == text
@@ -83,7 +79,8 @@ def test_a_million_of_whitespace(tokenizers_dir, form):
 
 
 @FORMS
-def test_round_trip_of_arbitrary_bytes(tokenizers_dir, form):
+def test_ids_and_bytes(tokenizers_dir, form):
+    """Texts come back, each byte has a token, and no text makes a special token."""
     ours = load_tokenizer(tokenizers_dir / form)
     for seed in range(50):
         text = random.Random(seed).randbytes(300).decode("latin-1")
@@ -92,72 +89,51 @@ def test_round_trip_of_arbitrary_bytes(tokenizers_dir, form):
     single = {ours.decode_bytes([i]) for i in range(ours.vocab_size)}
     assert {bytes([byte]) for byte in range(256)} <= single
     assert ours.decode_bytes([ours.vocab_size + 7]) == b""  # models pad their vocabulary
+    assert ours.decode(ours.encode("a\ud83db")) == "a?b"  # half a surrogate pair
 
-
-@FORMS
-def test_text_never_makes_special_ids(tokenizers_dir, form):
-    ours = load_tokenizer(tokenizers_dir / form)
     assert ours.eot not in ours.encode(TEXTS["special"])
     assert ours.decode(ours.encode(TEXTS["special"])) == TEXTS["special"]
     assert ours.encode("<|endoftext|>", allow_special=True) == [ours.eot]
 
 
-def test_half_a_surrogate_pair_is_replaced(tok):
-    assert tok.decode(tok.encode("a\ud83db")) == "a?b"
-
-
 @FORMS
-def test_saved_tokenizer_opens_in_transformers(tokenizers_dir, form, tmp_path):
-    from transformers import AutoTokenizer
-    ours = load_tokenizer(tokenizers_dir / form)
-    ours.save(tmp_path, max_length=64)
-    architecture = {"gpt2": "gpt2", "neox": "gpt_neox"}[form]
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": architecture}))
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    for text in TEXTS.values():
-        assert theirs(text)["input_ids"] == ours.encode(text, allow_special=True)
-    assert theirs.eos_token_id == ours.eot and theirs.decode(ours.encode(TEXTS["code"])) == TEXTS["code"]
-    assert theirs.model_max_length == 64 and list(theirs("a")) == ["input_ids", "attention_mask"]
-    assert load_tokenizer(tmp_path).fingerprint == ours.fingerprint
-
-    # transformers 4 reads this setting only from the file; without it, it adds token_type_ids
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert config["model_input_names"] == ["input_ids", "attention_mask"]
-    theirs.save_pretrained(tmp_path / "again")
-    assert load_tokenizer(tmp_path / "again").fingerprint == ours.fingerprint
-
-
-@FORMS
-def test_the_export_keeps_what_the_tokenizer_knew(tokenizers_dir, form, tmp_path):
-    """Pad token, other special tokens, chat template; and for GPT-2's form vocab.json and merges.txt."""
+def test_the_export_opens_in_transformers_and_keeps_what_the_tokenizer_knew(tokenizers_dir, form, tmp_path):
+    """The same ids, pad token, other special tokens, chat template; of GPT-2's form also in older files."""
     from transformers import AutoTokenizer, GPT2Tokenizer
-    load_tokenizer(tokenizers_dir / form).save(tmp_path / "plain")
+    plain = load_tokenizer(tokenizers_dir / form)
+    plain.save(tmp_path / "plain")
     (tmp_path / "plain" / "config.json").write_text('{"model_type": "gpt2"}')
     theirs = AutoTokenizer.from_pretrained(tmp_path / "plain")
+    for text in TEXTS.values():
+        assert theirs(text)["input_ids"] == plain.encode(text, allow_special=True)
+    assert theirs.decode(plain.encode(TEXTS["code"])) == TEXTS["code"]
+    assert list(theirs("a")) == ["input_ids", "attention_mask"]
+
     names = ["<|user|>", "<|bot|>"]
     theirs.add_special_tokens({"pad_token": "[PAD]", "additional_special_tokens": names})
     theirs.chat_template = "{{ messages[0]['content'] }}"
     theirs.save_pretrained(tmp_path / "teacher")
-
-    load_tokenizer(tmp_path / "teacher").save(tmp_path / "out", max_length=64)
+    ours = load_tokenizer(tmp_path / "teacher")
+    ours.save(tmp_path / "out", max_length=64)
     (tmp_path / "out" / "config.json").write_text('{"model_type": "gpt2"}')
     again = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert (again.pad_token, again.pad_token_id) == ("[PAD]", theirs.pad_token_id)
     assert again.chat_template == theirs.chat_template and set(names) <= set(again.all_special_tokens)
-    assert again.model_max_length == 64 and again.eos_token == "<|endoftext|>"
+    assert again.model_max_length == 64 and again.eos_token_id == ours.eot
     config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert config["additional_special_tokens"] == names  # transformers 4 fails on transformers 5's name
+    # transformers 4 reads this setting only from the file; without it, it adds token_type_ids
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]
 
     text = "It's<|user|> a [PAD]<|endoftext|>  test"
-    assert again(text)["input_ids"] == theirs(text)["input_ids"]
+    assert again(text)["input_ids"] == theirs(text)["input_ids"] == ours.encode(text, allow_special=True)
     for file in ("vocab.json", "merges.txt", "added_tokens.json"):
         assert (tmp_path / "out" / file).exists() == (form == "gpt2")
     if form == "gpt2":
         (tmp_path / "out" / "tokenizer.json").unlink()
-        ours = load_tokenizer(tmp_path / "out")
-        assert ours.fingerprint == load_tokenizer(tmp_path / "teacher").fingerprint
+        assert load_tokenizer(tmp_path / "out").fingerprint == ours.fingerprint
         slow = GPT2Tokenizer.from_pretrained(tmp_path / "out")
-        assert slow(text)["input_ids"] == ours.encode(text, allow_special=True) == theirs(text)["input_ids"]
+        assert slow(text)["input_ids"] == theirs(text)["input_ids"]
 
 
 # --- Fingerprints -----------------------------------------------------------------------------------------
@@ -171,8 +147,8 @@ def spec(tokenizers_dir):
     return content
 
 
-def made(spec):
-    return Tokenizer(json.dumps(spec).encode())
+def made(spec, indent=None):
+    return Tokenizer(json.dumps(spec, indent=indent).encode())
 
 
 def test_fingerprints_of_tokenizers_that_exist_never_change():
@@ -185,7 +161,7 @@ def test_fingerprint_is_of_the_ids_not_of_the_file(tokenizers_dir, form):
     spec = json.loads((tokenizers_dir / form / "tokenizer.json").read_text(encoding="utf-8"))
 
     def fingerprint(indent=None, **changes):
-        return Tokenizer(json.dumps({**spec, **changes}, indent=indent).encode()).fingerprint
+        return made({**spec, **changes}, indent).fingerprint
 
     fewer = {**spec["model"], "merges": spec["model"]["merges"][:-1]}
     other = {"type": "NFC"} if spec["normalizer"] is None else None
@@ -209,12 +185,10 @@ def test_shared_vocabulary(spec, tokenizers_dir):
     assert shared_vocabulary(plain, plain) == shared_vocabulary(plain, chat) == 600
     assert shared_vocabulary(padded, plain) == shared_vocabulary(padded, chat) == 600
     assert shared_vocabulary(chat, made(with_special(spec, "<|im_start|>"))) == 601
-    assert padded.text_fingerprint == plain.text_fingerprint and padded.fingerprint != plain.fingerprint
-    assert padded.encode("a [PAD]") == plain.encode("a [PAD]")
+    assert padded.fingerprint != plain.fingerprint
 
-
-def test_tokenizers_that_share_nothing(spec, tokenizers_dir):
-    plain, neox = made(spec), load_tokenizer(tokenizers_dir / "neox")
+    # Tokenizers that share nothing.
+    neox = load_tokenizer(tokenizers_dir / "neox")
     renamed = copy.deepcopy(neox_spec := json.loads(neox.source))
     renamed["added_tokens"][1]["content"] = "<pad>"  # before the ids of texts
     renamed["model"]["vocab"]["<pad>"] = renamed["model"]["vocab"].pop("<|padding|>")
@@ -278,7 +252,7 @@ def test_random_merges_give_the_ids_of_the_reference_or_are_refused(spec):
         changed = random_merges(spec, draw)
         try:
             ours = made(changed)
-        except InputError as error:
+        except ValueError as error:
             assert "order" in str(error)
             continue
         accepted += 1
@@ -291,26 +265,24 @@ def test_random_merges_give_the_ids_of_the_reference_or_are_refused(spec):
 
 # --- What is read, and what is not ------------------------------------------------------------------------
 
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-TEXT_A, TEXT_B = ({"Sequence": {"id": letter, "type_id": 0}} for letter in "AB")
-BOS = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
-SPECIAL = {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [599], "tokens": ["<|endoftext|>"]}}
-
-
-def template(*single, special=()):
-    return {"type": "TemplateProcessing", "single": [*single], "pair": [TEXT_A, TEXT_B],
-            "special_tokens": dict(special)}
-
-
 def sequence(key, *steps):
     return {"type": "Sequence", key: [*steps]}
 
 
-def test_what_changes_no_id_of_a_text_is_read(spec, tok):
+def template(*pieces):
+    return {"type": "TemplateProcessing", "single": [*pieces], "pair": [TEXT, TEXT], "special_tokens": {
+        "<|endoftext|>": {"id": "<|endoftext|>", "ids": [599], "tokens": ["<|endoftext|>"]}}}
+
+
+TEXT = {"Sequence": {"id": "A", "type_id": 0}}
+BOS = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+def test_what_changes_no_id_of_a_text_is_read(spec, tok, tmp_path):
     from tokenizers import Tokenizer as Reference
     for section, value in [
-            ("post_processor", template(BOS, TEXT_A, BOS, special=SPECIAL)),
-            ("post_processor", sequence("processors", BYTE_LEVEL, template(TEXT_A))),
+            ("post_processor", sequence("processors", BYTE_LEVEL, template(BOS, TEXT, BOS))),
             ("pre_tokenizer", sequence("pretokenizers", sequence("pretokenizers", BYTE_LEVEL))),
             ("normalizer", sequence("normalizers"))]:
         ours = made({**spec, section: value})
@@ -320,8 +292,6 @@ def test_what_changes_no_id_of_a_text_is_read(spec, tok):
             expected = reference.encode(text, add_special_tokens=False).ids
             assert ours.encode(text, allow_special=True) == expected
 
-
-def test_a_sequence_of_nfc_is_nfc(spec, tmp_path):
     wrapped = made({**spec, "normalizer": sequence("normalizers", {"type": "NFC"})})
     assert wrapped.nfc and wrapped.fingerprint == made({**spec, "normalizer": {"type": "NFC"}}).fingerprint
     wrapped.save(tmp_path)
@@ -339,24 +309,20 @@ def test_longer_special_tokens_come_first(spec):
 def test_what_would_give_other_ids_is_refused(tokenizers_dir, tmp_path):
     source = (tokenizers_dir / "gpt2" / "tokenizer.json").read_bytes()
     special = {"special": True, "lstrip": False}
-    steps = sequence("normalizers", {"type": "NFC"}, {"type": "Lowercase"})
     for named, change in {
-            "NFKC": lambda spec: spec.update(normalizer={"type": "NFKC"}),
-            "Lowercase": lambda spec: spec.update(normalizer=steps),
-            "Metaspace": lambda spec: spec.update(pre_tokenizer={"type": "Metaspace"}),
-            "of 0 steps": lambda spec: spec.update(pre_tokenizer=None),
-            "add_prefix_space": lambda spec: spec["pre_tokenizer"].update(add_prefix_space=True),
-            "use_regex": lambda spec: spec["pre_tokenizer"].update(use_regex=False),
-            "dropout": lambda spec: spec["model"].update(dropout=0.1),
-            "##": lambda spec: spec["model"].update(continuing_subword_prefix="##"),
+            "'NFKC' is not supported": lambda spec: spec.update(normalizer={"type": "NFKC"}),
+            "'Lowercase'": lambda spec: spec.update(
+                normalizer=sequence("normalizers", {"type": "NFC"}, {"type": "Lowercase"})),
+            "pre_tokenizer of 0 steps": lambda spec: spec.update(pre_tokenizer=None),
+            "add_prefix_space True": lambda spec: spec["pre_tokenizer"].update(add_prefix_space=True),
+            "dropout 0.1": lambda spec: spec["model"].update(dropout=0.1),
             "in another order": lambda spec: spec["model"]["merges"].reverse(),
-            "not a pair of tokens": lambda spec: spec["model"]["merges"].insert(7, ["zz", "qq"]),
             "no token for the byte 33": lambda spec: spec["model"]["vocab"].update(
                 zz=spec["model"]["vocab"].pop("!")),
-            "have the same id 2": lambda spec: spec["model"]["vocab"].update({"!": 2}),
-            "TemplateProcessing": lambda spec: spec.update(post_processor=template(TEXT_A, TEXT_A)),
-            "BertProcessing": lambda spec: spec.update(post_processor={"type": "BertProcessing"}),
-            "lstrip": lambda spec: spec["added_tokens"][0].update(lstrip=True),
+            "each of them once": lambda spec: spec["model"]["vocab"].update({"!": 2}),
+            "not whole numbers": lambda spec: spec["model"]["vocab"].update({"!": True}),
+            "TemplateProcessing": lambda spec: spec.update(post_processor=template(TEXT, TEXT)),
+            "lstrip True": lambda spec: spec["added_tokens"][0].update(lstrip=True),
             "no special token <|endoftext|>": lambda spec: spec["added_tokens"][0].update(content="<eos>"),
             "has id 7, but the tokenizers library reads": lambda spec: spec["added_tokens"][0].update(id=7),
             "'\\\\' is also an ordinary token": lambda spec: spec["added_tokens"].append(
@@ -370,73 +336,37 @@ def test_what_would_give_other_ids_is_refused(tokenizers_dir, tmp_path):
 
 
 def test_damaged_files(tokenizers_dir, tmp_path):
-    source = (tokenizers_dir / "gpt2" / "tokenizer.json").read_text(encoding="utf-8")
-    eot = json.loads(source)["added_tokens"][0]
-    contents = [b"", b"{", b"[]", b"null", b"{}", b"[" * 100_000, b"\xff\xfe{\x00}\x00"]
-    for key, value in [("model", None), ("vocab", []), ("merges", {}), ("merges", [7]),
-                       ("merges", [["t", "h", "e"]]), ("vocab", {"zz": -1}), ("vocab", {"zz": 600.0}),
-                       ("vocab", {"zz": True}), ("vocab", {"zz": None}), ("added_tokens", [7]),
-                       ("added_tokens", [{**eot, "content": 7}, eot]),
-                       ("added_tokens", [{**eot, "content": ""}, eot])]:
-        spec = json.loads(source)
-        place = spec if key in spec else spec["model"]
-        place[key] = place[key] | {eot["content"]: eot["id"]} | value if key == "vocab" and value else value
-        contents.append(json.dumps(spec).encode())
-    for content in contents:
+    spec = json.loads((tokenizers_dir / "gpt2" / "tokenizer.json").read_text(encoding="utf-8"))
+    for content in (b"{", b"[]", b"[" * 100_000, b"\xff\xfe{\x00}\x00",
+                    json.dumps({**spec, "added_tokens": [7]}).encode(),
+                    json.dumps({**spec, "model": {**spec["model"], "merges": [["t", "h", "e"]]}}).encode()):
         (tmp_path / "tokenizer.json").write_bytes(content)
-        with pytest.raises(InputError) as error:
+        with pytest.raises(InputError, match="tokenizer.json is not a tokenizer"):
             load_tokenizer(tmp_path)
-        assert f"{tmp_path}/tokenizer.json" in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_pointer_of_git_lfs(tmp_path):
-    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    with pytest.raises(InputError, match="pointer of Git LFS"):
-        load_tokenizer(tmp_path)
-
-
-def test_tokens_that_take_minutes_to_be_made(spec):
-    """Each is a character longer than the one before."""
-    vocab = spec["model"]["vocab"]
-    token = "aa"
-    for length in range(2, 600):
-        vocab.setdefault(token, len(vocab))
-        if length > 2:
-            spec["model"]["merges"].append([token[:-1], "a"])
-        token += "a"
-    with pytest.raises(InputError, match="tokens of up to 599 characters are not supported"):
-        made(spec)
 
 
 def test_a_vocabulary_with_a_gap(spec):
     """Its ids go beyond its size, where those of added tokens start: two tokens could get the same id."""
     from tokenizers import Tokenizer as Reference
-    del spec["model"]["vocab"]["\u00fe"]  # the letter of a byte that UTF-8 never has
+    del spec["model"]["vocab"]["\u00fe"]  # the character of a byte that UTF-8 never has
     special = {**spec["added_tokens"][0], "special": True}
     spec["added_tokens"] = [special, {**special, "id": 600, "content": "[PAD]"}]
     assert Reference.from_str(json.dumps(spec)).token_to_id("[PAD]") == 599
-    with pytest.raises(InputError, match="PAD.* has id 600, but the tokenizers library reads 599"):
+    with pytest.raises(ValueError, match="PAD.* has id 600, but the tokenizers library reads 599"):
         made(spec)
     spec["added_tokens"][1]["id"] = 599
-    with pytest.raises(InputError, match="have the same id 599"):
+    with pytest.raises(ValueError, match="each of them once"):
         made(spec)
 
 
-def test_runs_of_spaces_that_are_not_normalized_come_first(tokenizers_dir):
-    from tokenizers import Tokenizer as Reference
+def test_added_tokens_that_are_not_special(tokenizers_dir):
+    """GPT-NeoX's runs of spaces; those that are not normalized would come first in the library."""
     content = json.loads((tokenizers_dir / "neox" / "tokenizer.json").read_text(encoding="utf-8"))
-    for normalized in ([True], [False], [True, False]):
-        for i, token in enumerate(content["added_tokens"][2:]):
-            token["normalized"] = normalized[i % len(normalized)]
-        if len(normalized) == 2:
-            with pytest.raises(InputError, match="only some are normalized"):
-                made(content)
-            continue
-        ours = made(content)
-        reference = Reference.from_str(json.dumps(content))
-        for n in range(60):
-            text = "a" + " " * n + "b"
-            assert ours.encode(text) == reference.encode(text).ids
+    for changes in ({"normalized": False}, {"content": "\t\t"}, {"content": " " * 30}):
+        spec = copy.deepcopy(content)
+        spec["added_tokens"][3].update(changes)
+        with pytest.raises(ValueError, match="ordinary added token with .* is not supported"):
+            made(spec)
 
 
 # --- vocab.json and merges.txt ----------------------------------------------------------------------------
@@ -450,16 +380,11 @@ def old_files(spec, tmp_path):
     return tmp_path
 
 
-def test_vocab_json_and_merges_txt(old_files, tok, tmp_path):
-    from transformers import AutoTokenizer
-    ours = load_tokenizer(old_files)
-    assert ours.fingerprint == tok.fingerprint
-    ours.save(tmp_path / "saved")
-    (tmp_path / "saved" / "config.json").write_text('{"model_type": "gpt2"}')
-    assert load_tokenizer(tmp_path / "saved").fingerprint == tok.fingerprint
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "saved")
-    for text in TEXTS.values():
-        assert theirs(text)["input_ids"] == tok.encode(text, allow_special=True)
+def test_vocab_json_and_merges_txt(old_files, tok, hub):
+    assert load_tokenizer(old_files).fingerprint == tok.fingerprint
+    (hub.root / "models" / "someone").mkdir(parents=True, exist_ok=True)
+    old_files.rename(hub.root / "models" / "someone" / "old")
+    assert load_tokenizer("someone/old").fingerprint == tok.fingerprint
 
 
 def test_vocab_json_and_merges_txt_with_more_tokens(old_files, tok):
@@ -470,7 +395,7 @@ def test_vocab_json_and_merges_txt_with_more_tokens(old_files, tok):
     assert ours.special == {"<|endoftext|>": 599, "[PAD]": 600, "<|user|>": 601}
     assert shared_vocabulary(ours, tok) == 600
     (old_files / "special_tokens_map.json").unlink()
-    with pytest.raises(InputError, match="added token '.*' is not supported"):
+    with pytest.raises(InputError, match="ordinary added token with content .* is not supported"):
         load_tokenizer(old_files)
 
 
@@ -478,34 +403,20 @@ def test_damaged_old_files(old_files):
     for file, content, named in [
             ("vocab.json", b"[1]", "vocab.json is not a JSON object"),
             ("merges.txt", b"#version: 0.2\n\xff\xff a\n", "utf-8"),
-            ("merges.txt", b"a b c\n", "vocab.json"),
+            ("merges.txt", b"a b c\n", "vocab.json is not a vocabulary"),
             ("added_tokens.json", b'{"[PAD]": "600"}', "TypeError"),
-            ("added_tokens.json", b"{", "added_tokens.json is not a JSON object"),
-            ("special_tokens_map.json", b'{"pad_token": ' + b"[" * 900 + b"]" * 900 + b"}", None),
             ("tokenizer_config.json", b'{"add_prefix_space": true}', "add_prefix_space True")]:
         before = (old_files / file).read_bytes() if (old_files / file).exists() else b"{}"
         (old_files / file).write_bytes(content)
-        if named:
-            with pytest.raises(InputError, match=named):
-                load_tokenizer(old_files)
-        else:
-            load_tokenizer(old_files).save(old_files / "saved")
+        with pytest.raises(InputError, match=named):
+            load_tokenizer(old_files)
         (old_files / file).write_bytes(before)
 
+    (old_files / "special_tokens_map.json").write_text('{"pad_token": ' + "[" * 900 + "]" * 900 + "}")
+    load_tokenizer(old_files).save(old_files / "saved")
     (old_files / "merges.txt").unlink()
     with pytest.raises(InputError, match="has no tokenizer.json"):
         load_tokenizer(old_files)
-
-
-def test_vocab_json_and_merges_txt_of_the_hub(hub, old_files, tok):
-    (hub.root / "models" / "someone").mkdir(parents=True, exist_ok=True)
-    old_files.rename(hub.root / "models" / "someone" / "old")
-    assert load_tokenizer("someone/old").fingerprint == tok.fingerprint
-
-
-def test_trained_tokenizer(tok):
-    assert tok.eot == tok.vocab_size - 1 == 599
-    assert len(tok.encode("def parse_args(self, args=None):")) < 20
 
 
 # --- The real Hub -----------------------------------------------------------------------------------------
