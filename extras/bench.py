@@ -8,15 +8,14 @@
     python -m extras.bench --peers ours,ours-cache,hf,script
 
 Read in this order:
-  PEERS           who is compared: each function loads two models and says how it computes the loss
-  step            in a process of its own: a few steps of one peer, their time, memory and loss
-  exactness       the loss and the gradient of a peer against the definition in float64
-  child           starts one of these functions in a fresh process
-  measure_steps   the peers in turns (A B C A B C ...), so that a busy minute does not hit one of them alone
+  PEERS      who is compared: each function loads two models and says how it computes the loss
+  step       a few steps of one peer, in a process of its own: their time, memory and loss
+  exactness  the loss and the gradient of a peer against the definition in float64
+  measure    the peers in turns (A B C A B C ...), so that a busy minute does not hit one of them alone
 
 The models have true shapes and random weights, the same for all peers, and losses and gradients are compared
-with float64: nobody wins by computing something else. Run it on a machine that does nothing else. The load
-before each process is printed beside its time, so that a reader of the figures can see whether that was so.
+with float64: nobody wins by computing something else. Run it on a machine that does nothing else; the load
+before each process is printed beside its time.
 
 Shapes: B sequences, L tokens of each, V vocabulary. T is the temperature.
 """
@@ -34,6 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -90,19 +90,19 @@ def ours(folder, args):
         keep_memory()
     teacher = load(folder / "teacher", args.device, DTYPES[args.precision]).requires_grad_(False)
     student = load(folder / "student", args.device).train()
-    if args.peer == "ours-compile":
+    is_compiled = args.peer == "ours-compile"
+    if is_compiled:
         for block in [*student.blocks, *teacher.blocks]:
             block.compile()
     settings = LossSettings(temperature=T, kd_weight=KD, clm_weight=CLM, chunk_size=args.chunk_size,
-                            compile=args.peer == "ours-compile")
+                            compile=is_compiled)
 
     def loss(ids, targets):
         with torch.no_grad():
             teacher_hidden = teacher.hidden(ids).flatten(0, 1)
         student_hidden = student.hidden(ids).flatten(0, 1)
-        losses = losses_of(student_hidden, student.head_weight, teacher_hidden, teacher.head_weight,
-                           targets.flatten(), settings)
-        return losses.loss
+        return losses_of(student_hidden, student.head_weight, teacher_hidden, teacher.head_weight,
+                         targets.flatten(), settings).loss
     return Peer(student, loss, is_sum=True)
 
 
@@ -118,14 +118,12 @@ def ours_cache(folder, args):
     settings = LossSettings(temperature=T, kd_weight=KD, clm_weight=CLM, chunk_size=args.chunk_size)
 
     def loss(ids, targets):
-        n = targets.numel()
-        zeros = torch.zeros(n, device=args.device)
-        drawn = torch.randint(student.config.vocab_size, (n, DRAWS), device=args.device)
-        draws = Draws(drawn, torch.full((n, DRAWS), 1 / DRAWS, device=args.device), zeros, zeros)
+        drawn = torch.randint(student.config.vocab_size, (targets.numel(), DRAWS), device=args.device)
+        zeros = torch.zeros(targets.numel(), device=args.device)
+        draws = Draws(drawn, torch.full(drawn.shape, 1 / DRAWS, device=args.device), zeros, zeros)
         student_hidden = student.hidden(ids).flatten(0, 1)
-        losses = chunked_loss(draws_loss, student_hidden, student.head_weight, draws, None,
-                              targets.flatten(), settings)
-        return losses.loss
+        return chunked_loss(draws_loss, student_hidden, student.head_weight, draws, None, targets.flatten(),
+                            settings).loss
     return Peer(student, loss, is_sum=True)
 
 
@@ -215,18 +213,16 @@ def step(folder, args):
         optimizer.zero_grad()
         return loss.item() / (targets.numel() if peer.is_sum else 1)
 
-    _, first_loss = timed(args.device, one_step)
-    seconds = [timed(args.device, one_step)[0] for _ in range(args.steps)]
+    def timed_step():
+        started = time.perf_counter()
+        loss = one_step()
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started, loss
+
+    _, first_loss = timed_step()
+    seconds = [timed_step()[0] for _ in range(args.steps)]
     return {"loss": first_loss, "seconds": seconds, "peak": peak_bytes(args.device)}
-
-
-def timed(device, function):
-    """(seconds, result) of a call, with the work that it left to a GPU."""
-    started = time.perf_counter()
-    result = function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started, result
 
 
 def peak_bytes(device):
@@ -247,21 +243,16 @@ def exactness(folder, args):
     ids, targets = batch(args, peer.student.config.vocab_size)
     with autocast(args, torch.device(args.device)):
         loss = peer.loss(ids.to(args.device), targets.to(args.device))
-    if peer.is_sum:
-        loss = loss / targets.numel()
+    loss = loss / targets.numel() if peer.is_sum else loss
     loss.backward()
 
     student = load(folder / "student", "cpu", torch.float64)
     exact = exact_loss(student, load(folder / "teacher", "cpu", torch.float64), ids, targets, peer)
     exact.backward()
 
-    theirs = checkpoint_gradients(student)
-    error = 0.0
-    length = 0.0
-    for name, found in checkpoint_gradients(peer.student).items():
-        error += (found.cpu().double() - theirs[name]).norm().item() ** 2
-        length += theirs[name].norm().item() ** 2
-    return {"loss": abs(loss.item() - exact.item()), "gradient": math.sqrt(error / length)}
+    g = torch.cat([p.flatten().cpu() for p in checkpoint_gradients(peer.student)])
+    g64 = torch.cat([p.flatten() for p in checkpoint_gradients(student)])
+    return {"loss": abs(loss.item() - exact.item()), "gradient": ((g - g64).norm() / g64.norm()).item()}
 
 
 def exact_loss(student, teacher, ids, targets, peer):
@@ -277,12 +268,11 @@ def exact_loss(student, teacher, ids, targets, peer):
 
 
 def checkpoint_gradients(student):
-    """{name in checkpoints: gradient}, the same names for our models and for transformers'."""
-    parameters = student.named_parameters()
-    if not isinstance(student, GPT):
-        return {name: p.grad for name, p in parameters}
-    names = student.checkpoint_names()
-    return {names[name]: student.to_disk(name, p.grad) for name, p in parameters}
+    """The gradients in the order of their names in checkpoints, which transformers' models have, too."""
+    names = student.checkpoint_names() if isinstance(student, GPT) else {}
+    found = {names.get(name, name): student.to_disk(name, p.grad) if names else p.grad
+             for name, p in student.named_parameters()}
+    return [found[name] for name in sorted(found)]
 
 
 # ------------------------------------------------------------------------------------ processes
@@ -294,8 +284,7 @@ class Contender(NamedTuple):
 
     @property
     def name(self):
-        before = "" if self.checkout == ROOT else " before"
-        return self.peer + before + (", tuned" if self.tuned else "")
+        return self.peer + " before" * (self.checkout != ROOT) + ", tuned" * self.tuned
 
 
 TASKS = {"step": step, "exactness": exactness}
@@ -304,9 +293,8 @@ TASKS = {"step": step, "exactness": exactness}
 def child(folder, args, task, contender):
     """What the function `task` returns in a fresh process, which has memory and threads of its own."""
     settings = {**vars(args), "task": task, "peer": contender.peer, "folder": str(folder)}
-    env = {**os.environ, "PYTHONPATH": str(contender.checkout), "TQDM_DISABLE": "1"}
-    if contender.tuned:
-        env |= TUNED
+    env = {**os.environ, "PYTHONPATH": str(contender.checkout), "TQDM_DISABLE": "1",
+           **(TUNED if contender.tuned else {})}
     command = [sys.executable, "-m", "extras.bench", "--child", json.dumps(settings, default=str)]
     done = subprocess.run(command, cwd=contender.checkout, env=env, capture_output=True, text=True)
     if done.returncode:
@@ -315,46 +303,37 @@ def child(folder, args, task, contender):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def machine_load():
-    """Processes that wanted a core, on average over the last minute; None where the system does not say."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-
-
-def measure_steps(folder, args, contenders):
-    """{contender: what `step` returned, with the load before, of each round}, in turns; prints each one."""
+def measure(folder, args, contenders):
+    """{contender: what `step` returned in each round, with the load before}, in turns; prints each one."""
     runs = {contender: [] for contender in contenders}
     for number in range(1, args.rounds + 1):
         for contender, rounds in runs.items():
-            load_before = machine_load()
+            # Processes that wanted a core, on average over the last minute. Windows does not count them.
+            load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
             found = child(folder, args, "step", contender)
-            rounds.append({**found, "load": load_before})
-            median = statistics.median(found["seconds"])
-            print(f"round {number}  {contender.name:22} {median:8.3g} s a step, load before "
-                  f"{spread([load_before])}", flush=True)
+            rounds.append({**found, "median": statistics.median(found["seconds"]), "load": load_before})
+            print(f"round {number}  {contender.name:22} {rounds[-1]['median']:8.3g} s a step, "
+                  f"load before {load_before:.2f}", flush=True)
     return runs
 
 
 # ------------------------------------------------------------------------------------ tables
 def spread(values, form=".2f"):
-    """The range of some values: "5.41 to 6.02"; one number if there is one, "-" if there is none."""
-    values = [value for value in values if value is not None]
-    shown = sorted({format(value, form) for value in values}, key=float)
-    return " to ".join([shown[0], shown[-1]] if len(shown) > 1 else shown) or "-"
+    """The range of some values, "5.41 to 6.02", or one number if both ends look alike."""
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low} to {high}"
 
 
 def cost_rows(runs, args):
     """Time, memory, and the loss of the first step, which the same code has computed."""
     first = next(iter(runs.values()))
-    first_medians = [statistics.median(run["seconds"]) for run in first]
-
     rows = []
     for contender, rounds in runs.items():
         seconds = [s for run in rounds for s in run["seconds"]]
         median = statistics.median(seconds)
 
         # Ratios within a round, in which both were measured within minutes: a slow hour hits both.
-        medians = [statistics.median(run["seconds"]) for run in rounds]
-        ratios = [mine / other for mine, other in zip(medians, first_medians, strict=True)]
+        ratios = [mine["median"] / other["median"] for mine, other in zip(rounds, first, strict=True)]
         rows.append({
             "": contender.name,
             "median, s": f"{median:.3g}",
@@ -369,20 +348,8 @@ def cost_rows(runs, args):
     return rows
 
 
-def exactness_rows(folder, args, contenders):
-    """Each way to compute the loss once: the environment changes no number, and random draws have no loss."""
-    rows = []
-    for contender in contenders:
-        if contender.tuned or contender.peer == "ours-cache" or contender.checkout != ROOT:
-            continue
-        found = child(folder, args, "exactness", contender)
-        rows.append({"": contender.name, "loss off by": f"{found['loss']:.1e}",
-                     "gradient off by": f"{found['gradient']:.1e}"})
-    return rows
-
-
 def print_tables(folder, args, contenders):
-    runs = measure_steps(folder, args, contenders)
+    runs = measure(folder, args, contenders)
     print(f"\nA step of {args.batch_size} x {args.seq_len} tokens, {args.shape}, {args.precision}: "
           f"{args.rounds} rounds of {args.steps} steps.\n")
     print(format_table(cost_rows(runs, args)), flush=True)
@@ -390,11 +357,15 @@ def print_tables(folder, args, contenders):
     cores = os.cpu_count() or 1
     print("\nTime: the median of the rounds' ratios to the first row. Load: processes that wanted a core in\n"
           f"the minute before, the last one of this bench included; there are {cores} cores.")
-    loads = [run["load"] for rounds in runs.values() for run in rounds if run["load"] is not None]
-    if loads and max(loads) > 1.25 * cores:
+    if max(run["load"] for rounds in runs.values() for run in rounds) > 1.25 * cores:
         print("The machine was busy with something else: measure again when it is quiet.")
 
-    rows = exactness_rows(folder, args, contenders) if args.exact else []
+    # The environment changes no number, and random draws have no loss to compare.
+    exact = [contender for contender in contenders
+             if args.exact and contender == Contender(contender.peer) and contender.peer != "ours-cache"]
+    found = {contender.name: child(folder, args, "exactness", contender) for contender in exact}
+    rows = [{"": name, "loss off by": f"{errors['loss']:.1e}", "gradient off by": f"{errors['gradient']:.1e}"}
+            for name, errors in found.items()]
     if rows:
         print("\nAgainst the definition in float64, on one text of 64 tokens:\n\n" + format_table(rows))
 
@@ -406,12 +377,12 @@ def parse_args(argv=None):
     add("--peers", default="ours,hf,script", metavar="NAMES",
         help=f"who makes the steps, of {', '.join(PEERS)}; the first is the measure of the others")
     add("--against", type=user_path, metavar="FOLDER",
-        help="also the steps of `ours` in another checkout of this project, such as the commit before "
-             "a change")
+        help="also the steps of `ours` in another checkout of this project: "
+             "`git worktree add FOLDER COMMIT` makes one")
     add("--exact", action=argparse.BooleanOptionalAction, default=True,
         help="also hold losses and gradients against float64, which takes minutes and memory for large "
              "models")
-    add("--tuned", action=argparse.BooleanOptionalAction, default=False,
+    add("--tuned", action="store_true",
         help="each peer once more, in an environment in which large tensors keep their memory: what the "
              "usual code could gain without a change")
 
@@ -423,7 +394,8 @@ def parse_args(argv=None):
     add("--seq-len", type=count, default=1024, metavar="N", help="tokens of a sequence")
     add("--precision", choices=["bf16", "fp32"], default="bf16",
         help="bf16 is autocast, with weights in float32")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if there is one")
+    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where all of them compute")
     add("--chunk-size", type=count, metavar="N",
         help="tokens whose logits exist at a time, in ours; lower needs less memory (default: as distill.py)")
 
@@ -439,16 +411,11 @@ def parse_args(argv=None):
 
 def find_contenders(args):
     """The rows of the table: the peers, `ours` of another checkout, and all of them tuned."""
-    peers = args.peers.split(",")
-    if unknown := [peer for peer in peers if peer not in PEERS]:
+    contenders = [Contender(peer) for peer in args.peers.split(",")]
+    if unknown := [contender.peer for contender in contenders if contender.peer not in PEERS]:
         raise InputError(f"--peers {unknown[0]}: choose from {', '.join(PEERS)}")
-    contenders = [Contender(peer) for peer in peers]
     if args.against:
-        checkout = Path(args.against).resolve()
-        if not (checkout / "extras" / "bench.py").exists():
-            raise InputError(f"--against {checkout}: this is not a checkout of this project; `git worktree "
-                             f"add {checkout} COMMIT` makes one")
-        contenders.insert(1, Contender("ours", checkout=checkout))
+        contenders.insert(1, Contender("ours", checkout=Path(args.against).resolve()))
     if args.tuned:
         contenders += [contender._replace(tuned=True) for contender in contenders]
     return contenders
@@ -457,13 +424,11 @@ def find_contenders(args):
 def describe_machine(device):
     """Hardware, system and libraries, in a line."""
     hardware = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
-    try:
-        libraries = [f"{name} {version(name)}" for name in ("torch", "transformers")]
-    except PackageNotFoundError as error:
-        raise InputError(f"extras.bench needs {error.name}: "
-                         "python -m pip install -r requirements-dev.txt") from error
-    return ", ".join([f"{device} ({hardware})", platform.platform(),
-                      f"Python {platform.python_version()}", *libraries])
+    parts = [f"{device} ({hardware})", platform.platform(), f"Python {platform.python_version()}"]
+    for name in ("torch", "transformers"):
+        with suppress(PackageNotFoundError):
+            parts.append(f"{name} {version(name)}")
+    return ", ".join(parts)
 
 
 def main():
@@ -474,8 +439,6 @@ def main():
         return
 
     contenders = find_contenders(args)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.device = pick_device(args.device)
     print(describe_machine(args.device) + "\n", flush=True)
 

@@ -37,7 +37,7 @@ from extras import plot
 from extras.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, new_figure
 from model import load, spread_layers, student_from
 from support import ROOT
-from support.cli import InputError, new_parser, run_cli, user_path
+from support.cli import new_parser, run_cli, user_path
 from support.files import replaced
 from support.flags import DEMO_TEACHER, RECIPES
 from support.run import Run
@@ -57,36 +57,34 @@ def draw_layers():
 
 
 def draw_copies(axes, names, n_teacher, kept):
-    """A teacher's layers above, the student's below, an arrow for each copy. Text flows to the right."""
-    layers = {"teacher": [*range(n_teacher)], "student": kept}
-    copied = {"embed", *layers["student"], "head"}
+    """A teacher's layers above, the student's below, an arrow for each copy. Text flows to the right.
 
-    places = {}  # {role: {box: its x}}: layers a unit apart, around 0, between embedding and head
-    for (role, numbers), name, y, colour in zip(layers.items(), names, (1, 0), (BLUE, GREEN), strict=True):
-        left = -(len(numbers) - 1) / 2
-        boxes = {"embed": left - 1.3, **{i: left + j for j, i in enumerate(numbers)}, "head": -left + 1.3}
-        places[role] = boxes
+    A layer that is copied has a filled box, one that is left out a dotted one.
+    """
+    copied = {"embed", *kept, "head"}
+    places = []  # of teacher and student, {box: its x}: layers a unit apart, around 0
+    for layers, name, y, colour in (([*range(n_teacher)], names[0], 1, BLUE), (kept, names[1], 0, GREEN)):
+        left = -(len(layers) - 1) / 2
+        boxes = {"embed": left - 1.3, **{i: left + j for j, i in enumerate(layers)}, "head": -left + 1.3}
+        places.append(boxes)
         axes.text(-9, y, name, va="center", color=colour)
         for box, x in boxes.items():
-            draw_box(axes, x, y, box, colour if box in copied else GREY, filled=box in copied)
+            frame = {"boxstyle": "round,pad=0.45", "facecolor": colour, "edgecolor": colour}
+            if box not in copied:
+                frame |= {"facecolor": "none", "edgecolor": GREY, "linestyle": ":"}
+            axes.text(x, y, box, ha="center", va="center", fontsize=8,
+                      color="white" if box in copied else GREY, bbox=frame)
         for (box, x), (following, end) in pairwise(boxes.items()):
             start = x + (0.7 if box == "embed" else 0.4)  # words are wider than numbers
             end -= 0.7 if following == "head" else 0.4
             axes.plot([start, end], [y, y], color=GREY, linewidth=1, zorder=0)
 
+    teacher, student = places
     for box in copied:
-        axes.annotate("", (places["student"][box], 0.17), (places["teacher"][box], 0.83), zorder=0,
+        axes.annotate("", (student[box], 0.17), (teacher[box], 0.83), zorder=0,
                       arrowprops={"arrowstyle": "-|>", "color": GREEN, "shrinkA": 0, "shrinkB": 0})
     axes.set(xlim=(-9, 7.8), ylim=(-0.3, 1.3))
     axes.axis("off")
-
-
-def draw_box(axes, x, y, text, colour, filled):
-    """A word in a frame: filled if it is copied, dotted if it is left out."""
-    face = colour if filled else "none"
-    box = {"boxstyle": "round,pad=0.45", "facecolor": face, "edgecolor": colour,
-           "linestyle": "-" if filled else ":"}
-    axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if filled else GREY, bbox=box)
 
 
 # ------------------------------------------------------------------------------------ one token, on paper
@@ -121,9 +119,8 @@ def draw_token():
 
     for axes in four[1:3]:
         axes.set_ylim(0, 1)
-    look = {"frameon": False, "labelcolor": "linecolor", "handlelength": 1}
-    four[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, **look)  # of the first three
-    four[3].legend(loc="lower right", **look)
+    four[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, handlelength=1)  # of all three
+    four[3].legend(loc="lower right", handlelength=1)
     return four
 
 
@@ -232,29 +229,26 @@ def make_texts(folder):
             students[step] = copy.deepcopy(run.student).eval()
 
     out = Path(folder, "out")
-    with mock.patch.object(Run, "save", save_and_keep), redirect_stdout(io.StringIO()) as printed, \
-            mock.patch.object(sys, "argv", ["distill.py", "--out", str(out)]):
-        distill.main()
-    table = re.search(r"\| model (.*\n\|)+.*", printed.getvalue())[0]
-    teacher = load(DEMO_TEACHER)
-    students[0] = plot.student_before(out, teacher)
+    with mock.patch.object(Run, "save", save_and_keep):
+        report = printed(distill.main, "--out", out)
+    teacher, students[0], _ = plot.models_of(out)
 
-    flags = ["--compare", "demo/teacher", "--tokens", "60"]
+    pair = ["--model", out, "--compare", DEMO_TEACHER]
+    samples = printed(sample.main, *pair, "--tokens", 60, "--device", "cpu")
     return {
-        "python distill.py": table,
-        " ".join(["python sample.py", *flags]): samples(out, sample.parse_args(flags)),
+        "python distill.py": re.search(r"\| model (.*\n\|)+.*", report)[0],
+        "python sample.py --compare demo/teacher --tokens 60":
+            samples.replace(str(out), "out").replace(DEMO_TEACHER, "demo/teacher"),
         "python -m extras.figures --texts": likeliest_texts(students, teacher),
     }
 
 
-def samples(out, args):
-    """What sample.py prints for the student in `out` and for the teacher, under their names in the README."""
-    args.device = "cpu"
-    parts = []
-    for name, place in (("out", str(out)), ("demo/teacher", DEMO_TEACHER)):
-        text, = sample.continuations(place, args)
-        parts.append(f"--- {name}\n{args.prompt}{text}\n")
-    return "\n".join(parts)
+def printed(main, *flags):
+    """What a command prints."""
+    argv = ["", *map(str, flags)]
+    with redirect_stdout(io.StringIO()) as output, mock.patch.object(sys, "argv", argv):
+        main()
+    return output.getvalue()
 
 
 @torch.no_grad()
@@ -279,18 +273,14 @@ def read_texts(path=TEXTS):
 
 
 def write_texts(texts, path=TEXTS, readme=ROOT / "README.md"):
-    """Write the file, and put each new text where the README has the old one."""
+    """Write the file anew, and put each text where the README has the one before."""
     page = readme.read_text(encoding="utf-8")
-    before = read_texts(path) if path.exists() else {}
+    before = read_texts(path)
     content = "Texts of the README, made by `python -m extras.figures --texts`.\n"
-    print(path)
     for command, text in texts.items():
         text = "\n".join(line.rstrip() for line in text.rstrip().splitlines())
         content += f"\n$ {command}\n{text}\n"
-        if command in before:
-            page = page.replace(before[command], text)
-        if text not in page:
-            print(f"{readme} does not have the text of `{command}`: paste it there")
+        page = page.replace(before[command], text)
 
     for place, new in ((path, content), (readme, page)):
         with replaced(place) as temporary:
@@ -300,18 +290,15 @@ def write_texts(texts, path=TEXTS, readme=ROOT / "README.md"):
 # ------------------------------------------------------------------------------------ the command
 def parse_args(argv=None):
     parser = new_parser(__doc__, "python -m extras.figures [options]")
-    add = parser.add_argument_group("what is made").add_argument
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--run", type=user_path, metavar="DIR",
         help="also loss.png and distribution.png, of this run of distill.py; the README's are the demo's")
     add("--texts", action="store_true",
         help="instead of pictures, train the demo and its control once more, which takes minutes, and write "
              "what models print into docs/texts.txt and README.md")
-    add = parser.add_argument_group("where to").add_argument
-    add("--folder", type=user_path, default=str(ROOT / "assets"), metavar="DIR", help="of the pictures")
-    args = parser.parse_args(argv)
-    if args.texts and args.run:
-        raise InputError("--texts trains a run of its own: leave --run out")
-    return args
+    parser.add_argument("--folder", type=user_path, default=str(ROOT / "assets"), metavar="DIR",
+                        help="where pictures go")
+    return parser.parse_args(argv)
 
 
 def main():
@@ -322,14 +309,13 @@ def main():
             write_texts(make_texts(folder))
         return
 
-    folder = Path(args.folder)
-    plot.save(draw_layers()[0].figure, folder / "layers.png")
-    plot.save(draw_token()[0].figure, folder / "token.png")
-    plot.save(draw_gradient(gradient_sizes()).figure, folder / "gradient.png")
+    pictures = {"layers": draw_layers()[0], "token": draw_token()[0]}
+    pictures["gradient"] = draw_gradient(gradient_sizes())
     if args.run:
-        plot.save(plot.draw_loss(args.run).figure, folder / "loss.png")
-        distribution = plot.draw_distribution(args.run, plot.DEFAULT_PROMPT)
-        plot.save(distribution[0].figure, folder / "distribution.png")
+        pictures["loss"] = plot.draw_loss(args.run)
+        pictures["distribution"] = plot.draw_distribution(args.run, plot.DEFAULT_PROMPT)[0]
+    for name, axes in pictures.items():
+        plot.save(axes.figure, Path(args.folder, f"{name}.png"))
 
 
 if __name__ == "__main__":

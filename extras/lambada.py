@@ -45,16 +45,16 @@ from data import load_tokenizer, prepare
 from distill import plain_loss
 from extras.plot import BLUE, GREY, PURPLE, new_figure
 from extras.study import ROOT, Study, trained
-from model import load, student_from
+from model import load
 from support.chunked_loss import chunked_loss
 from support.cli import checked, format_table, new_parser, run_cli, user_path
 from support.files import replaced
-from support.flags import DEMO_TEACHER
 from support.ranks import pick_device
 from support.scoring import SCORES, exp
 from support.text import stdlib_documents, stdlib_held_out
 
 OUT = Path("out-lambada")  # texts and models that all runs share are made here once
+DEMO_TEACHER = str(ROOT / "demo" / "teacher")
 ITEMS = ROOT / "docs" / "lambada-items.jsonl"
 LENGTH = 256  # tokens in a window
 ASKING = Namespace(context=LENGTH, batch_size=16, device="cpu", protocol="lambada")  # as eval_ppl.py's flags
@@ -63,13 +63,16 @@ ASKING = Namespace(context=LENGTH, batch_size=16, device="cpu", protocol="lambad
 # Before distillation: the demo's teacher learns to copy from text alone. The student, three of its layers,
 # learns to do without the others and then gets used to the rate at which it will be distilled. A step of
 # AdamW is as large as its rate: pythia-70m's rate fell from 1e-3 to 1e-4, and DistilPythia used 1e-4.
-TEXT_ALONE = "--teacher none --seq-len 256 --batch-size 8 --grad-accum 1 --precision bf16 --eval-tokens 20000"
-WARM_START = {  # folder in OUT: (what it starts from, flags)
-    "teacher": ("demo", "--lr 1.5e-3 --warmup 0.05 --schedule linear --steps 500"),
-    "student-1e-3": ("layers", "--lr 1e-3 --warmup 0.05 --schedule constant --steps 500 --seed 1"),
-    "student": ("student-1e-3", "--lr 1e-4 --warmup 0 --schedule constant --steps 150 --seed 2"),
+TEXT_ALONE = (f"--kd-weight 0 --clm-weight 1 --data {OUT}/text --seq-len 256 --batch-size 8 --grad-accum 1 "
+              "--precision bf16 --eval-tokens 20000 --overwrite")
+WARM_START = {  # folder in OUT: its flags
+    "teacher": f"--teacher none --student {shlex.quote(DEMO_TEACHER)} --lr 1.5e-3 --warmup 0.05 "
+               "--schedule linear --steps 500",
+    "student-1e-3": f"--teacher {OUT}/teacher --student-layers 0,2,5 --lr 1e-3 --warmup 0.05 "
+                    "--schedule constant --steps 500 --seed 1",
+    "student": f"--teacher none --student {OUT}/student-1e-3 --lr 1e-4 --warmup 0 --schedule constant "
+               "--steps 150 --seed 2",
 }
-LAYERS = (0, 2, 5)
 
 # The recipe is the model card's: T = 2, half and half, rate 1e-4, constant, no warm-up, 64 steps.
 BASE = ("--recipe distilpythia --seq-len 256 --batch-size 4 --grad-accum 1 --precision bf16 --device cpu "
@@ -107,11 +110,9 @@ def routed_loss(student_logits, teacher_logits, targets, settings):
     teacher is sure of. Proposed in arXiv 2509.01649."""
     log_p = teacher_logits.float().log_softmax(-1)  # (N, V)
     is_sure = -(log_p.exp() * log_p).sum(-1) < SURE  # (N,)
-    logits = student_logits, teacher_logits
-
-    from_both = plain_loss(*logits, targets.masked_fill(is_sure, -100), settings)
     alone = replace(settings, kd_weight=0.0, clm_weight=1.0)
-    from_text = plain_loss(*logits, targets.masked_fill(~is_sure, -100), alone)
+    from_both = plain_loss(student_logits, teacher_logits, targets.masked_fill(is_sure, -100), settings)
+    from_text = plain_loss(student_logits, teacher_logits, targets.masked_fill(~is_sure, -100), alone)
     return tuple(a + b for a, b in zip(from_both, from_text, strict=True))
 
 
@@ -198,26 +199,13 @@ def warm_start():
     names = find_names(tokenizer)
     write_text(OUT / "text", lambda held_out: renamed_modules(names, held_out))
     write_text(OUT / "prose", docstrings)
-    for folder, (source, flags) in WARM_START.items():
-        if (OUT / folder / "model.safetensors").exists():
-            continue
-        if source == "layers":
-            cut_student(OUT / "teacher", OUT / "layers")
-        first = DEMO_TEACHER if source == "demo" else OUT / source
-        where = f"--student {first} --data {OUT}/text --out {OUT / folder} --overwrite"
-        command = shlex.split(f"{TEXT_ALONE} {flags} {where}")
-        subprocess.run([sys.executable, ROOT / "distill.py", *command], check=True)
+    for folder, flags in WARM_START.items():
+        if not (OUT / folder / "model.safetensors").exists():
+            command = shlex.split(f"{TEXT_ALONE} {flags} --out {OUT / folder}")
+            subprocess.run([sys.executable, ROOT / "distill.py", *command], check=True)
 
     corpus = prepare(str(OUT / "text"), tokenizer)
     return lambda model: figures(copy.deepcopy(model).float().eval(), corpus, names, tokenizer)
-
-
-def cut_student(teacher, folder):
-    """LAYERS of a teacher, as a model of its own."""
-    folder.mkdir(exist_ok=True)
-    student = student_from(load(teacher), LAYERS)
-    student.save(folder)
-    load_tokenizer(teacher).save(folder, student.context)
 
 
 def one_run(name, flags):
@@ -266,12 +254,6 @@ def figures(model, corpus, names, tokenizer):
     }
 
 
-def scores_of(model, windows, tokenizer, args):
-    """{name of SCORES: a value for each window}."""
-    scores = eval_ppl.score_windows({"model": model}, [*windows], args, tokenizer.vocab_size)[0]
-    return dict(zip(SCORES, scores.numpy(), strict=True))
-
-
 def word_losses(model, texts, tokenizer, args=ASKING):
     """The nats that a model needs for the last word of each text, and whether it has all its tokens right."""
     windows = [window for text in texts for window in eval_ppl.lambada(text, tokenizer, args)]
@@ -281,8 +263,14 @@ def word_losses(model, texts, tokenizer, args=ASKING):
 
 def copy_accuracy(model, windows, tokenizer, args=ASKING):
     """The share of the scored tokens that the model finds likeliest."""
-    scores = scores_of(model, windows, tokenizer, args)
+    scores = scores_of(model, [*windows], tokenizer, args)
     return float(scores["right"].sum() / scores["tokens"].sum())
+
+
+def scores_of(model, windows, tokenizer, args):
+    """{name of SCORES: a value for each window}."""
+    scores = eval_ppl.score_windows({"model": model}, windows, args, tokenizer.vocab_size)[0]
+    return dict(zip(SCORES, scores.numpy(), strict=True))
 
 
 def random_twice(n, tokenizer, times=24):

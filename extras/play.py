@@ -9,7 +9,7 @@
 Read in this order:
   Classroom          the models, and the three questions of the page: score, position, write
   saved_page         the page with all answers in it, as one file
-  Page, Server       HTTP, from the standard library: who is answered, and how much is read
+  Page, Server       HTTP, from the standard library: who is answered, and with what
   find_models, main  the command
 
 The browser gets play.html and nothing else. That page asks only this server, which remembers nothing between
@@ -41,7 +41,7 @@ import sample
 from data import load_tokenizer
 from model import load
 from support.cli import InputError, checked, new_parser, note, reading, run_cli, user_path
-from support.files import replaced
+from support.files import read_object, replaced
 from support.ranks import pick_device
 from support.scoring import SCORES, exp, score
 
@@ -50,13 +50,12 @@ PAGE = Path(__file__).with_name("play.html")
 N_SHOWN = 15  # the teacher's likeliest tokens that a position shows
 TEMPERATURES = [0.5 + 0.25 * i for i in range(31)]  # of the slider: 0.5 to 8
 
-FIRST_PORT, N_PORTS = 8000, 20
+PORT = 8000
 MAX_BYTES = 256 * 1024  # of a request: a text far longer than any context
 POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
           "connect-src 'self'; base-uri 'none'; form-action 'none'")  # load nothing, ask only this server
-SAFETY = [("Content-Security-Policy", f"{POLICY}; frame-ancestors 'none'"),
-          ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
-          ("Cache-Control", "no-store")]
+SAFETY = {"Content-Security-Policy": f"{POLICY}; frame-ancestors 'none'", "Cache-Control": "no-store",
+          "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
 WRITING = ("temperature", "top_k", "top_p", "seed", "tokens")  # settings of sample.py that the page has
 
@@ -93,15 +92,6 @@ it was asleep in the captain's chair, and the lights of the harbour were far beh
 
 
 # ----------------------------------------------------------------------------------------- the models
-def one_at_a_time(method):
-    """Let requests wait for each other: PyTorch uses all cores, and there is memory for one text."""
-    @functools.wraps(method)
-    def alone(self, *args):
-        with self.lock:
-            return method(self, *args)
-    return alone
-
-
 class Classroom:
     """Teacher, student and perhaps a control, all with one tokenizer."""
 
@@ -109,7 +99,8 @@ class Classroom:
         """`names`: {role: name of a model}, the teacher first."""
         self.names = names
         self.device = device
-        self.lock = threading.Lock()  # held while a text is scored, or one token is written
+        # Requests wait for each other: PyTorch uses all cores, and there is memory for one text.
+        self.lock = threading.Lock()
 
         tokenizers = {role: load_tokenizer(name) for role, name in names.items()}
         self.tokenizer = tokenizers["teacher"]
@@ -150,7 +141,6 @@ class Classroom:
         except UnicodeDecodeError:
             return {"text": raw.decode("utf-8", "backslashreplace"), "half": True}
 
-    @one_at_a_time
     def score(self, text):
         """How surprised each model was by each token of a text, and the figures of the whole text."""
         ids, cut = self.window(text)
@@ -159,8 +149,7 @@ class Classroom:
         scores = score([*self.models.values()], inputs, targets, self.tokenizer.vocab_size)
 
         n_bytes = len(self.tokenizer.decode_bytes(ids[1:]))
-        columns = {}
-        totals = {}
+        columns, totals = {}, {}
         for (role, name), sums in zip(self.names.items(), scores, strict=True):
             found = dict(zip(SCORES, sums, strict=True))  # {name: (L)}
             if not (found["nll"].isfinite() & found["kl"].isfinite()).all():
@@ -168,15 +157,13 @@ class Classroom:
             columns[role] = {"surprise": found["nll"].tolist(), "kl": found["kl"].tolist(),
                              "same": found["agree"].tolist()}
             loss = found["nll"].mean().item()
-            perplexity = exp(loss)
             totals[role] = {
-                "loss": loss, "perplexity": perplexity if math.isfinite(perplexity) else "overflow",
+                "loss": loss, "perplexity": exp(loss) if math.isfinite(exp(loss)) else "overflow",
                 "bits_per_byte": found["nll"].sum().item() / math.log(2) / n_bytes,
                 "kl": found["kl"].mean().item(), "agreement": found["agree"].mean().item()}
         return {"tokens": [self.show(token) for token in ids[1:]], "scores": columns, "totals": totals,
                 "n_cut": len(cut), "cut": self.tokenizer.decode(cut)}
 
-    @one_at_a_time
     @torch.no_grad()
     def position(self, text, index):
         """The distributions with which the models predict token `index` of a text.
@@ -311,15 +298,10 @@ class Page(BaseHTTPRequestHandler):
 
     def do_GET(self):
         """Answer, or say in one line of JSON why not."""
-        answers = {"GET /": self.send_page, "GET /about": self.send_about, "POST /score": self.send_scores,
-                   "POST /position": self.send_position, "POST /write": self.send_text}
-        wanted = f"{self.command} {self.path.partition('?')[0]}"
         try:
             self.check_sender()
-            self.request_body = self.read_body()
-            if wanted not in answers:
-                raise Refused(404, f"there is no {wanted[:99]} here")
-            answers[wanted]()
+            body = self.read_body()
+            self.answer(f"{self.command} {self.path.partition('?')[0]}", body)
         except Refused as refused:
             status, reason = refused.args
             self.send_json({"error": reason}, status)
@@ -336,8 +318,6 @@ class Page(BaseHTTPRequestHandler):
         """
         port = self.server.server_port
         hosts = {f"{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]")}
-        if port == 80:
-            hosts |= {"127.0.0.1", "localhost", "[::1]"}
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
         if host.lower() not in hosts or origin and origin not in {f"http://{name}" for name in hosts}:
             raise Refused(403, f"only http://127.0.0.1:{port} is answered, not {(origin or host)[:99]!r}")
@@ -354,38 +334,33 @@ class Page(BaseHTTPRequestHandler):
                                f"{MAX_BYTES:,} are read; send the part that matters")
         return self.rfile.read(int(length))
 
-    def fields(self, **kinds):
-        """{name: value} of the request, a JSON object; `kinds`: the type that each field has to have."""
-        try:
-            request = json.loads(self.request_body)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"this is not JSON: {str(error)[:99]}") from error
-        if not isinstance(request, dict):
-            raise InputError("a request has to be a JSON object")
-        for name, kind in kinds.items():
-            if type(request.get(name)) is not kind:  # not isinstance: True is an int, too
-                raise InputError(f"{name} has to be {'text' if kind is str else 'an integer'}")
-        return request
+    def answer(self, wanted, body):
+        classroom = self.server.classroom
+        if wanted == "GET /":
+            self.send_head(200, "text/html; charset=utf-8")
+            self.wfile.write(PAGE.read_bytes())  # read again, in case you edit it
+        elif wanted == "GET /about":
+            self.send_json(classroom.about())
+        elif wanted == "POST /score":
+            request = fields(body, text=str)
+            with classroom.lock:
+                answer = classroom.score(request["text"])
+            self.send_json(answer)
+        elif wanted == "POST /position":
+            request = fields(body, text=str, index=int)
+            with classroom.lock:
+                answer = classroom.position(request["text"], request["index"])
+            self.send_json(answer)
+        elif wanted == "POST /write":
+            self.send_text(fields(body, prompt=str))
+        else:
+            raise Refused(404, f"there is no {wanted[:99]} here")
 
-    def send_page(self):
-        self.send_body(PAGE.read_bytes(), "text/html; charset=utf-8")  # read again, in case you edit it
-
-    def send_about(self):
-        self.send_json(self.server.classroom.about())
-
-    def send_scores(self):
-        self.send_json(self.server.classroom.score(self.fields(text=str)["text"]))
-
-    def send_position(self):
-        request = self.fields(text=str, index=int)
-        self.send_json(self.server.classroom.position(request["text"], request["index"]))
-
-    def send_text(self):
+    def send_text(self, request):
         """A line of JSON for each token. If the browser has gone, sending fails, which ends the text."""
-        request = self.fields(prompt=str)
-        settings = writing_settings(request)
+        pieces = self.server.classroom.write(request["prompt"], writing_settings(request))
         self.send_head(200, "application/x-ndjson")
-        with contextlib.closing(self.server.classroom.write(request["prompt"], settings)) as pieces:
+        with contextlib.closing(pieces):
             try:
                 for piece in pieces:
                     self.wfile.write(json.dumps(piece).encode() + b"\n")
@@ -393,20 +368,30 @@ class Page(BaseHTTPRequestHandler):
                 self.wfile.write(json.dumps({"error": str(error)}).encode() + b"\n")
 
     def send_json(self, answer, status=200):
-        self.send_body(json.dumps(answer, allow_nan=False).encode(), "application/json", status)
+        self.send_head(status, "application/json")
+        self.wfile.write(json.dumps(answer, allow_nan=False).encode())
 
-    def send_body(self, body, kind, status=200):
-        self.send_head(status, kind, [("Content-Length", str(len(body)))])
-        self.wfile.write(body)
-
-    def send_head(self, status, kind, more=()):
+    def send_head(self, status, kind):
         self.send_response(status)
-        for name, value in [("Content-Type", kind), *SAFETY, *more]:
+        for name, value in {"Content-Type": kind, **SAFETY}.items():
             self.send_header(name, value)
         self.end_headers()
 
     def log_message(self, *args):
         """Print nothing for a request."""
+
+
+def fields(body, **kinds):
+    """A request, which is a JSON object. `kinds`: fields that it needs, and the type of each."""
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"this is not JSON: {str(error)[:99]}") from error
+    for name, kind in kinds.items():
+        if not isinstance(request, dict) or type(request.get(name)) is not kind:  # True is no integer
+            raise InputError(f"a request has to be a JSON object whose {name} is "
+                             f"{'text' if kind is str else 'an integer'}")
+    return request
 
 
 def writing_settings(request):
@@ -433,15 +418,12 @@ class Server(ThreadingHTTPServer):
 
 
 def listen(port):
-    """A server on this port; if it is None, on the first free one from FIRST_PORT."""
-    ports = range(FIRST_PORT, FIRST_PORT + N_PORTS) if port is None else [port]
-    for number in ports:
+    """A server on this port; if it is None, on PORT, or on any other one if that is taken."""
+    for number in [PORT, 0] if port is None else [port]:
         try:
             return Server(("127.0.0.1", number), Page)
         except OSError as error:
             reason = error.strerror or error
-            if port is None:
-                note(f"port {number} is not free ({reason}); trying the next one")
     raise InputError(f"port {number} is not free ({reason}): name another one with --port")
 
 
@@ -454,22 +436,13 @@ def find_models(given):
         return dict(zip(ROLES, given, strict=False))
 
     student = given[0] if given else "out"
-    if not given and not Path(student, "config.json").is_file():
-        raise InputError("no student in out/ yet: run `python distill.py` first, or name a teacher and a "
-                         "student, as in `python -m extras.play gpt2 distilgpt2`")
-    if not Path(student).is_dir():
-        raise InputError(f"there is no folder {student}: name the folder of a run, or a teacher and a "
-                         "student, as in `python -m extras.play gpt2 distilgpt2`")
-    teacher = None
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        teacher = json.loads(Path(student, "args.json").read_text(encoding="utf-8")).get("teacher")
-    if teacher in (None, "none"):
-        raise InputError(f"{student} does not say who its teacher was (no args.json, or no teacher in it): "
-                         f"name it first, as in `python -m extras.play demo/teacher {student}`")
-
+    teacher = read_object(Path(student, "args.json")).get("teacher", "none")
+    if teacher == "none":
+        raise InputError(f"{student} is not the folder of a run that has a teacher: run `python distill.py` "
+                         "first, or name two models, as in `python -m extras.play gpt2 distilgpt2`")
     names = {"teacher": teacher, "student": student}
     control = Path(student, "control")
-    if (control / "model.safetensors").is_file() and (control / "config.json").is_file():
+    if (control / "model.safetensors").is_file():
         names["control"] = str(control)
     return names
 
@@ -484,7 +457,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("page").add_argument
     add("--port", type=checked(int, "0 to 65535", lambda n: 0 <= n < 2**16), metavar="N",
-        help=f"where the page is served; 0: any free port; without it, the first free one from {FIRST_PORT}")
+        help=f"where the page is served; 0: any free port; without it {PORT}, or any if that is taken")
     add("--save", type=user_path, metavar="FILE",
         help="instead of serving the page, write it into one .html file that works without a server")
     add("--texts", nargs="+", type=user_path, metavar="FILE",

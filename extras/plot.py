@@ -11,7 +11,6 @@ Read in this order:
   draw_runs, compare                several runs: by step and by second, and a table of what sets them apart
   distributions, draw_distribution  the teacher at three temperatures; the student before and after
   read_columns, read_results        where the numbers come from
-  new_figure                        matplotlib, whatever the user's settings of it are
 
 Runs are only read. The README's other pictures come from extras/figures.py. Nothing but pictures needs
 matplotlib, so it is listed in requirements-dev.txt.
@@ -22,11 +21,8 @@ if not __package__:  # started as a file, from which Python does not find the re
 import argparse
 import itertools
 import json
-import logging
 import math
-import os
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -34,11 +30,10 @@ import torch
 from data import load_tokenizer
 from distill import first_student
 from model import load
-from support.cli import InputError, format_table, new_parser, note, reading, run_cli, user_path
+from support.cli import InputError, checked, format_table, new_parser, reading, run_cli, user_path
 from support.files import replaced
 from support.run import CHANGES_NOTHING, COLUMNS, read_held_out, read_log, read_settings
 
-FORMATS = (".png", ".svg", ".pdf")
 DEFAULT_PROMPT = "    if not isinstance(value,"  # a type follows, and there are many
 RANKS = [*range(1, 11), 100, 1000]  # tokens shown: the teacher's ten likeliest, and two unlikely ones
 
@@ -47,7 +42,8 @@ GREY, BLUE, ORANGE, GREEN, PURPLE = "#7a818b", "#1f83c9", "#d55e00", "#009e73", 
 STYLE = {
     "figure.facecolor": "none", "axes.facecolor": "none", "text.color": GREY, "axes.labelcolor": GREY,
     "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "grid.color": GREY, "grid.alpha": 0.25,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
+    "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "legend.frameon": False,
+    "legend.labelcolor": "linecolor"}
 
 LINES = {  # column of log.csv, or "control": the name of its line in the picture, its colour
     "loss": ("student's loss", GREY),
@@ -56,15 +52,14 @@ LINES = {  # column of log.csv, or "control": the name of its line in the pictur
     "control": ("control's CLM,\nwithout the teacher", PURPLE),
     "kl": ("student's KL\nto the teacher", GREEN),
 }
-ROLES = {"student": BLUE, "teacher": ORANGE, "control": PURPLE}
+ROLES = {"student": BLUE, "control": PURPLE, "teacher": ORANGE}
 
 
 # ------------------------------------------------------------------------------------ one run
 def draw_loss(folder):
     """Axes with the losses of a run: lines on the training text, dots on held-out text."""
     axes = new_figure().subplots()
-    settings = read_settings(folder) or {}
-    axes.set_title(settings.get("objective", ""), loc="left", parse_math=False)
+    axes.set_title((read_settings(folder) or {}).get("objective", ""), loc="left", parse_math=False)
 
     curves = curves_of(folder)
     means = {name: running_mean(values) for name, (_, values) in curves.items()}
@@ -80,9 +75,8 @@ def draw_loss(folder):
                   markeredgecolor="white", clip_on=False, label=f"{role}, held-out text")
 
     last_step = max(steps[-1] for steps, _ in curves.values())  # a control can have more than the student
-    highest = [mean.max() for mean in means.values()]
-    highest += [loss for points in held_out.values() for _, loss in points]
-    top = 1.15 * max(highest)
+    shown = [*means.values(), *([loss for _, loss in points] for points in held_out.values())]
+    top = 1.15 * max(map(max, shown))
     axes.set(xlabel="steps", xlim=(0, last_step), ylim=(0, top),
              ylabel="nats per token on the training text")
     axes.grid(axis="y")
@@ -91,19 +85,16 @@ def draw_loss(folder):
         training, = axes.plot([], [], color=GREY, linewidth=1.8)
         dot, = axes.plot([], [], "o:", color=GREY, linewidth=1, markersize=5, markeredgecolor="white")
         axes.legend([training, dot], ["training text, running mean", "the CLM on held-out text"],
-                    frameon=False, loc="upper right", labelcolor=GREY)
-    name_lines(axes, means, top)
-    return axes
+                    loc="upper right")
 
-
-def name_lines(axes, means, top):
-    """Write the names of lines at their ends, pushed apart where those meet."""
+    # The names of the lines, at their ends, pushed apart where those meet.
     y = -math.inf
     for name in sorted(means, key=lambda name: means[name][-1]):
         label, colour = LINES[name]
         y = max(y + 0.1 * top, means[name][-1])
         axes.annotate(label, (1, y), (6, 0), ("axes fraction", "data"), "offset points", color=colour,
                       va="center")
+    return axes
 
 
 def curves_of(folder):
@@ -134,23 +125,24 @@ def held_out_points(folder, curves):
 
     The teacher does not learn, so it has one point, at the end.
     """
+    results = read_results(folder)
     points = {}
-    ends = {}  # {role: where its line ends}
-    for role, name, where in (("student", "clm", "."), ("control", "control", "control")):
-        if name not in curves:
-            continue
-        own = Path(folder, where)
-        ends[role] = curves[name][0][-1]
-        last_step = read_log(own / "log.csv")[-1]["step"]
-        rows = [row for row in read_held_out(own) if row["step"] <= last_step]  # a kill can leave later ones
-        points[role] = [(row["step"] / last_step * ends[role], row["loss"]) for row in rows]
+    for role in ROLES:
+        steps, _ = curves.get(role, curves["clm"])  # only a control has steps of its own
+        end = steps[-1]
+        found = []
+        own = Path(folder, "control" if role == "control" else "")
+        rows = [] if role == "teacher" else read_log(own / "log.csv")
+        if rows:
+            last_step = rows[-1]["step"]
+            found = [(row["step"] / last_step * end, row["loss"]) for row in read_held_out(own)
+                     if row["step"] <= last_step]  # a kill can leave later ones
 
-    for role, row in read_results(folder).items():
-        end = ends.get(role, ends.get("student"))
-        if end is not None and is_number(row.get("loss")):
-            before = [point for point in points.get(role, []) if point[0] < end]
-            points[role] = [*before, (end, row["loss"])]
-    return {role: found for role, found in points.items() if found}
+        if "loss" in results.get(role, {}):
+            found = [point for point in found if point[0] < end] + [(end, results[role]["loss"])]
+        if found:
+            points[role] = found
+    return points
 
 
 def running_mean(values):
@@ -177,13 +169,13 @@ def draw_runs(folders):
     for folder, (dashes, colour) in zip(folders, looks, strict=False):
         log = read_columns(folder)
         held_out = [row for row in read_held_out(folder) if row["step"] <= log["step"][-1]]
-        final = own_result(folder).get("loss")
-        for axes, x in zip(both, (log["step"], seconds(log)), strict=True):
+        result = read_results(folder).get("student", {})
+        for axes, x in zip(both, (log["step"], log["seconds"]), strict=True):
             line, = axes.plot(x, running_mean(log["clm"]), dashes, color=colour, linewidth=1.2)
-            at = np.interp([row["step"] for row in held_out], log["step"], x)
+            at = np.interp([row["step"] for row in held_out], [0, *log["step"]], [0, *x])
             axes.plot(at, [row["loss"] for row in held_out], "o", color=colour, markersize=4, zorder=3)
-            if is_number(final):
-                axes.plot(x[-1], final, "D", color=colour, markersize=6, clip_on=False, zorder=3)
+            if "loss" in result:
+                axes.plot(x[-1], result["loss"], "D", color=colour, markersize=6, clip_on=False, zorder=3)
         lines.append(line)
 
     both[0].set(xlabel="steps", ylabel="student's CLM, nats per token")
@@ -196,40 +188,36 @@ def draw_runs(folders):
 
     # Names are set afterwards: matplotlib would leave out those with an underscore at their start, and would
     # take what is between two dollar signs for a formula.
-    legend = figure.legend(lines, ["run"] * len(lines), loc="outside lower center", frameon=False,
-                           ncols=min(4, len(folders)), labelcolor="linecolor")
+    legend = figure.legend(lines, ["run"] * len(lines), loc="outside lower center",
+                           ncols=min(4, len(folders)))
     for text, folder in zip(legend.get_texts(), folders, strict=True):
         text.set(text=str(folder), parse_math=False)
     return both
-
-
-def seconds(log):
-    """Seconds of training until the end of each step."""
-    return np.cumsum(log["tokens"] / log["tokens_per_second"])
 
 
 def compare(folders):
     """A table of runs: the flags in which they differ, how long they took, where they ended."""
     settings = [read_settings(folder) or {} for folder in folders]
     values = {}  # of each flag, among the runs that have it: a run of another commit can have other flags
-    ignored = (CHANGES_NOTHING | {"steps", "objective", "content"}) - {"eval_tokens"}
+    ignored = (CHANGES_NOTHING | {"steps", "objective"}) - {"eval_tokens"}
     for found in settings:
         for name in found.keys() - ignored:
-            values.setdefault(name, set()).add(repr(found[name]))
+            if " " not in name:  # hashes of text and models
+                values.setdefault(name, set()).add(repr(found[name]))
     differ = [name for name in sorted(values) if len(values[name]) > 1]
 
     rows = []
     for folder, found in zip(folders, settings, strict=True):
         log = read_columns(folder)
-        result = own_result(folder)
+        result = read_results(folder).get("student", {})
         rows.append({
             "run": str(folder),
             **{name: str(found.get(name, "-")) for name in differ},
             "steps": f"{log['step'][-1]:,.0f}",
-            "seconds": f"{seconds(log)[-1]:,.0f}",
+            "seconds": f"{log['seconds'][-1]:,.0f}",
             "last CLM": f"{running_mean(log['clm'])[-1]:.4f}",
             "last KL": f"{running_mean(log['kl'])[-1]:.4f}" if log["kl"].any() else "-",
-            **{f"held-out {name}": f"{result[name]:.4f}" if is_number(result.get(name)) else "-"
+            **{f"held-out {name}": f"{result[name]:.4f}" if name in result else "-"
                for name in ("loss", "KL to teacher", "same top-1")},
         })
     return format_table(rows)
@@ -242,13 +230,8 @@ def distributions(folder, prompt):
 
     A probability is softmax(logits / T), over the tokenizer's vocabulary as in the loss.
     """
-    settings = settings_of(folder)
+    networks = models_of(folder)
     tokenizer = load_tokenizer(folder)
-    if settings["teacher"] == "none":
-        raise InputError(f"{folder} is a run without a teacher: --distribution has nothing to draw")
-    teacher = load(settings["teacher"])
-    networks = (teacher, student_before(folder, teacher), load(folder))
-
     ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eot]])  # (1, L)
     t, before, after = (network(ids[:, -network.context:])[0, -1, :tokenizer.vocab_size].double()
                         for network in networks)  # each (V,)
@@ -286,8 +269,8 @@ def draw_distribution(folder, prompt):
     for axes, (title, series), three in zip(both, panels.items(), colours, strict=True):
         for (name, p), (marker, size, fill), colour in zip(series.items(), markers, three, strict=True):
             axes.plot(p, range(len(p)), marker, color=colour, markersize=size, fillstyle=fill, label=name)
-        axes.legend(title=title, ncols=3, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1),
-                    labelcolor="linecolor", handletextpad=0.1, columnspacing=0.8)
+        axes.legend(title=title, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), handletextpad=0.1,
+                    columnspacing=0.8)
         axes.set(xscale="log", xlabel="probability, log scale")
         axes.xaxis.set_major_formatter(lambda p, _: f"{100 * p:g}%")
         axes.axhline(len(tokens) - 1.5, color=GREY, linewidth=0.8)
@@ -298,80 +281,59 @@ def draw_distribution(folder, prompt):
     return both
 
 
-def student_before(folder, teacher):
-    """The student of a run as it was before the first step."""
-    args = argparse.Namespace(**settings_of(folder))
-    with reading(Path(folder, "args.json"), "the settings of a run"):
-        if args.student_layers:
-            args.student_layers += ","  # a list, as args.json has it: "3" is layer 3, not three layers
-        return first_student(args, teacher).eval()
-
-
 # ------------------------------------------------------------------------------------ what a run has left
 def read_columns(folder):
-    """log.csv -> {column: its values}, without the lines that are damaged; says how many those are."""
+    """log.csv -> {column: its values}, without lines that are damaged, and the seconds of training so far."""
     path = Path(folder, "log.csv")
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; name the folder of a run, such as out") from error
-
     rows = read_log(path)
     if len(rows) < 2:
-        raise InputError(f"{path}: steps so far: {len(rows)}; a line needs two")
-    if damaged := max(0, len(lines) - 1 - len(rows)):  # one is the header
-        note(f"{path}: {damaged} of {len(lines)} lines left out, as they are damaged")
-    return {name: np.array([row[name] for row in rows]) for name in COLUMNS}
-
-
-def settings_of(folder):
-    """args.json of a run; InputError if there is none."""
-    path = Path(folder, "args.json")
-    settings = read_settings(folder)
-    if settings is None:
-        raise InputError(f"{path}: {os.strerror(2)}; name the folder of a run, such as out")
-    if not settings:
-        raise InputError(f"{path} is damaged or was not written by distill.py")
-    return settings
+        raise InputError(f"{path}: steps so far: {len(rows)}; a line needs two. Name the folder of a run, "
+                         "such as out")
+    log = {name: np.array([row[name] for row in rows]) for name in COLUMNS}
+    log["seconds"] = np.cumsum(log["tokens"] / log["tokens_per_second"])
+    return log
 
 
 def read_results(folder):
-    """{role: its row} of results.json, which a finished run leaves; {} for any other run."""
-    path = Path(folder, "results.json")
+    """{role: its figures that are finite} of results.json; {} for a run that has not finished. The figures
+    of a control are among those of its student; for the folder of a control it is the student."""
+    folder = Path(folder).resolve()
+    if folder.name == "control":
+        return {"student": read_results(folder.parent).get("control", {})}
+    path = folder / "results.json"
     if not path.exists():
         return {}
     with reading(path, "the results of a run"):
         rows = json.loads(path.read_bytes())["rows"]
-        return {role: dict(rows[role]) for role in ROLES if role in rows}
+        return {role: {name: value for name, value in row.items()
+                       if isinstance(value, (int, float)) and math.isfinite(value)}
+                for role, row in rows.items()}
 
 
-def own_result(folder):
-    """The row of the run in this folder. That of a control is among the results of its student."""
-    folder = Path(folder).resolve()
-    if folder.name == "control":
-        return read_results(folder.parent).get("control", {})
-    return read_results(folder).get("student", {})
-
-
-def is_number(value):
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def models_of(folder):
+    """The teacher of a run, its student before the first step, and the student that it has saved."""
+    path = Path(folder, "args.json")
+    settings = read_settings(folder)
+    if not settings or settings["teacher"] == "none":
+        raise InputError(f"{path}: there are no settings of a run with a teacher; name the folder of such a "
+                         "run, such as out")
+    teacher = load(settings["teacher"])
+    with reading(path, "the settings of a run"):
+        args = argparse.Namespace(**settings)
+        if args.student_layers:
+            args.student_layers += ","  # a list, as args.json has it: "3" is layer 3, not three layers
+        before = first_student(args, teacher).eval()
+    return teacher, before, load(folder)
 
 
 # ------------------------------------------------------------------------------------ from flags to a file
 def new_figure(height=4.5):
     """An empty figure in STYLE, whatever the user's own settings of matplotlib are."""
     try:
-        # A notebook names a backend that may be missing here; files need none but the one that is built in.
-        # What matplotlib says of the user's own settings does not matter, as none of them is used.
-        logging.getLogger("matplotlib").setLevel(logging.ERROR)
-        with mock.patch.dict(os.environ, MPLBACKEND="agg"):
-            import matplotlib
-            from matplotlib.figure import Figure  # without pyplot: it needs no screen
+        import matplotlib
+        from matplotlib.figure import Figure  # without pyplot: it needs no screen
     except ImportError as error:
         raise InputError("pictures need matplotlib: python -m pip install -r requirements-dev.txt") from error
-    except Exception as error:
-        raise InputError(f"matplotlib cannot be started, perhaps because of your file matplotlibrc: {error}"
-                         ) from error
     matplotlib.rcdefaults()
     matplotlib.rcParams.update(STYLE)
     return Figure(figsize=(8, height), dpi=150, layout="constrained")
@@ -394,30 +356,33 @@ def parse_args(argv=None):
              "line break; end it without a space, as most tokens begin with one. If the run's teacher is "
              "a folder, call this where you called distill.py")
     add = parser.add_argument_group("where to").add_argument
-    add("--save", type=user_path, metavar="PATH",
-        help="a .png, .svg or .pdf (default: loss.png, runs.png or distribution.png in the first run's "
-             "folder)")
-    return parser.parse_args(argv)
+    add("--save", type=checked(user_path, "a name that ends in .png, .svg or .pdf", is_picture),
+        metavar="PATH", help="the file (default: loss.png, runs.png or distribution.png in the first run's "
+                             "folder)")
+    args = parser.parse_args(argv)
+    if args.distribution is not None and len(args.runs) > 1:
+        raise InputError("--distribution draws one run: name only one")
+    return args
+
+
+def is_picture(path):
+    return Path(path).suffix in (".png", ".svg", ".pdf")
 
 
 def main():
     args = parse_args()
-    if args.distribution is not None and len(args.runs) > 1:
-        raise InputError("--distribution draws one run: name only one")
-    name = "loss" if len(args.runs) == 1 else "runs"
-    name = name if args.distribution is None else "distribution"
-    path = Path(args.save or Path(args.runs[0], f"{name}.png"))
-    if path.suffix not in FORMATS:
-        raise InputError(f"--save {path}: its name must end in {', '.join(FORMATS)}")
-
-    if name == "loss":
-        figure = draw_loss(args.runs[0]).figure
-    elif name == "runs":
+    first = args.runs[0]
+    if args.distribution is not None:
+        name = "distribution"
+        axes = draw_distribution(first, args.distribution.replace("\\n", "\n"))[0]
+    elif len(args.runs) > 1:
+        name = "runs"
         print(compare(args.runs) + "\n")
-        figure = draw_runs(args.runs)[0].figure
+        axes = draw_runs(args.runs)[0]
     else:
-        figure = draw_distribution(args.runs[0], args.distribution.replace("\\n", "\n"))[0].figure
-    save(figure, path)
+        name = "loss"
+        axes = draw_loss(first)
+    save(axes.figure, args.save or Path(first, f"{name}.png"))
 
 
 if __name__ == "__main__":

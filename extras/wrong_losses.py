@@ -5,15 +5,15 @@
     python -m extras.wrong_losses --page           writes the table of docs/wrong-losses.md anew
 
 Read in this order:
-  Mistake       what is known about each mistake; MISTAKES holds all of them by name
-  the mistakes  one function each; the right loss is distill.plain_loss
+  the mistakes  one function each; the right loss is distill.plain_loss; MISTAKES holds all of them by name
   PLAN          the settings that each mistake is trained with, and the right loss with the same settings
   usual_loop    how such code divides: by the tokens of one micro-batch, then by the number of micro-batches
   one_run       trains a student for 300 steps with one of them
 
 The functions take the arguments of distill.plain_loss, in the shapes that such code uses: logits are
 (B, L, V) and targets (B, L). They return (loss, kl, clm) as means, or as what the author took for a mean.
-Each function makes one mistake. If that mistake is not about padding, it ignores -100, as its runs have none.
+With @wrong_kl they only say what happens to the KL of log q and log p. Each function makes one mistake. If
+that mistake is not about padding, it ignores -100, as its runs have none.
 
 Shapes: B sequences, L tokens in each, N = B * L, V vocabulary. T is the temperature.
 """
@@ -57,6 +57,19 @@ def mistake(name, anchor, *sources):
     return add
 
 
+def wrong_kl(*about):
+    """Adds the loss that is right but for its KL, which the function below makes of log q and log p."""
+    def add(divergence):
+        def loss(student_logits, teacher_logits, targets, settings):
+            log_q, log_p = softened(student_logits, teacher_logits, settings)
+            kl = divergence(log_q, log_p, targets, settings)
+            return weighted(kl, mean_clm(student_logits, targets), settings)
+
+        loss.__doc__ = divergence.__doc__
+        return mistake(*about)(loss)
+    return add
+
+
 # ------------------------------------------------------------------------------------ what they share
 def softened(student_logits, teacher_logits, settings):
     """log q and log p at temperature T."""
@@ -78,20 +91,16 @@ def weighted(kl, clm, settings):
 
 
 # ------------------------------------------------------------------------------------ divisors
-@mistake("batchmean", "divisors", "huggingface/transformers #1181", "neuralmagic/sparseml #592")
-def batchmean(student_logits, teacher_logits, targets, settings):
+@wrong_kl("batchmean", "divisors", "huggingface/transformers #1181", "neuralmagic/sparseml #592")
+def batchmean(log_q, log_p, targets, settings):
     """`batchmean` only divides by B: the KL of a whole sequence beside the CLM of one token."""
-    log_q, log_p = softened(student_logits, teacher_logits, settings)
-    kl = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-    return weighted(kl, mean_clm(student_logits, targets), settings)
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
-@mistake("mean over vocabulary", "divisors", "huggingface/trl #4105")
-def mean_over_vocabulary(student_logits, teacher_logits, targets, settings):
+@wrong_kl("mean over vocabulary", "divisors", "huggingface/trl #4105")
+def mean_over_vocabulary(log_q, log_p, targets, settings):
     """`mean`, the default of F.kl_div, divides by the vocabulary, too."""
-    log_q, log_p = softened(student_logits, teacher_logits, settings)
-    kl = F.kl_div(log_q, log_p, reduction="mean", log_target=True)
-    return weighted(kl, mean_clm(student_logits, targets), settings)
+    return F.kl_div(log_q, log_p, reduction="mean", log_target=True)
 
 
 @mistake("divided twice", "divisors", "modelscope/easydistill #16")
@@ -103,30 +112,24 @@ def divided_twice(student_logits, teacher_logits, targets, settings):
     return weighted(kl / n_tokens, mean_clm(student_logits, targets) / n_tokens, settings)
 
 
-@mistake("mean of means", "divisors", "huggingface/trl #4719", "modelscope/ms-swift #10076")
-def mean_of_means(student_logits, teacher_logits, targets, settings):
+@wrong_kl("mean of means", "divisors", "huggingface/trl #4719", "modelscope/ms-swift #10076")
+def mean_of_means(log_q, log_p, targets, settings):
     """Right for one micro-batch. If several differ in length, the tokens of short ones weigh more."""
-    log_q, log_p = softened(student_logits, teacher_logits, settings)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1)[targets != -100].mean()
-    return weighted(kl, mean_clm(student_logits, targets), settings)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)[targets != -100].mean()
 
 
-@mistake("divisor of other tokens", "divisors", "huggingface/trl #6452", "huggingface/trl #6478")
-def divisor_of_other_tokens(student_logits, teacher_logits, targets, settings):
+@wrong_kl("divisor of other tokens", "divisors", "huggingface/trl #6452", "huggingface/trl #6478")
+def divisor_of_other_tokens(log_q, log_p, targets, settings):
     """The sum skips padding, but its divisor counts other tokens than were summed."""
-    log_q, log_p = softened(student_logits, teacher_logits, settings)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1)[targets != -100].sum() / targets.numel()
-    return weighted(kl, mean_clm(student_logits, targets), settings)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)[targets != -100].sum() / targets.numel()
 
 
 # ------------------------------------------------------------------------------------ padding
-@mistake("padding counted", "padding", "peremartra/optipfair #34", "linkedin/Liger-Kernel #974",
-         "jxiw/MambaInLlama #11")
-def padding_counted(student_logits, teacher_logits, targets, settings):
+@wrong_kl("padding counted", "padding", "peremartra/optipfair #34", "linkedin/Liger-Kernel #974",
+          "jxiw/MambaInLlama #11")
+def padding_counted(log_q, log_p, targets, settings):
     """The CLM skips -100, and the KL does not."""
-    log_q, log_p = softened(student_logits, teacher_logits, settings)
-    kl = mean_kl(log_q, log_p)
-    return weighted(kl, mean_clm(student_logits, targets), settings)
+    return mean_kl(log_q, log_p)
 
 
 # ------------------------------------------------------------------------------------ weights
@@ -161,51 +164,40 @@ def half_the_clm_unasked(student_logits, teacher_logits, targets, settings):
 def temperature_ignored(student_logits, teacher_logits, targets, settings):
     """A fused loss softens with a temperature of its own, here 1, whatever temperature the run asked for."""
     log_q, log_p = softened(student_logits, teacher_logits, replace(settings, temperature=1.0))
-    kl = mean_kl(log_q, log_p)
-    return weighted(kl, mean_clm(student_logits, targets), settings)
+    return weighted(mean_kl(log_q, log_p), mean_clm(student_logits, targets), settings)
 
 
 # ------------------------------------------------------------------------------------ another divergence
-@mistake("no entropy", "another-divergence", "meta-pytorch/torchtune #1698")
-def no_entropy(student_logits, teacher_logits, targets, settings):
+@wrong_kl("no entropy", "another-divergence", "meta-pytorch/torchtune #1698")
+def no_entropy(log_q, log_p, targets, settings):
     """A "forward KL" that is a cross-entropy: a perfect student scores its teacher's entropy, not 0."""
-    log_q, log_p = softened(student_logits, teacher_logits, settings)
-    kl = -(log_p.exp() * log_q).sum(-1).mean()
-    return weighted(kl, mean_clm(student_logits, targets), settings)
+    return -(log_p.exp() * log_q).sum(-1).mean()
 
 
-@mistake("arguments swapped", "another-divergence", "paiml/aprender #2153")
-def arguments_swapped(student_logits, teacher_logits, targets, settings):
+@wrong_kl("arguments swapped", "another-divergence", "paiml/aprender #2153")
+def arguments_swapped(log_q, log_p, targets, settings):
     """F.kl_div(a, b) is KL(b || a): with the teacher first it is the reverse KL."""
-    log_q, log_p = softened(student_logits, teacher_logits, settings)
-    kl = F.kl_div(log_p, log_q, reduction="sum", log_target=True) / targets.numel()
-    return weighted(kl, mean_clm(student_logits, targets), settings)
+    return F.kl_div(log_p, log_q, reduction="sum", log_target=True) / targets.numel()
 
 
-@mistake("mixture exchanged", "another-divergence", "huggingface/trl #3043")
-def mixture_exchanged(student_logits, teacher_logits, targets, settings):
+@wrong_kl("mixture exchanged", "another-divergence", "huggingface/trl #3043")
+def mixture_exchanged(log_q, log_p, targets, settings):
     """The mixture of the JSD gives the student the teacher's weight, and the other way round."""
-    log_q, log_p = softened(student_logits, teacher_logits, settings)
     w = settings.jsd_weight
     log_m = torch.logaddexp(log_q + math.log(w), log_p + math.log(1 - w))
-    kl = (w * log_p.exp() * (log_p - log_m) + (1 - w) * log_q.exp() * (log_q - log_m)).sum(-1).mean()
-    return weighted(kl, mean_clm(student_logits, targets), settings)
+    return (w * log_p.exp() * (log_p - log_m) + (1 - w) * log_q.exp() * (log_q - log_m)).sum(-1).mean()
 
 
-@mistake("probability for logarithm", "another-divergence", "microsoft/ProDA #20", "microsoft/ProDA #43")
-def probability_for_logarithm(student_logits, teacher_logits, targets, settings):
+@wrong_kl("probability for logarithm", "another-divergence", "microsoft/ProDA #20", "microsoft/ProDA #43")
+def probability_for_logarithm(log_q, log_p, targets, settings):
     """F.kl_div expects the student's log-probabilities. Given probabilities, it sums p * (log p - q)."""
-    log_q, log_p = softened(student_logits, teacher_logits, settings)
-    kl = F.kl_div(log_q.exp(), log_p.exp(), reduction="sum") / targets.numel()
-    return weighted(kl, mean_clm(student_logits, targets), settings)
+    return F.kl_div(log_q.exp(), log_p.exp(), reduction="sum") / targets.numel()
 
 
-@mistake("log_target forgotten", "another-divergence", "nlp-with-transformers/notebooks #94")
-def log_target_forgotten(student_logits, teacher_logits, targets, settings):
+@wrong_kl("log_target forgotten", "another-divergence", "nlp-with-transformers/notebooks #94")
+def log_target_forgotten(log_q, log_p, targets, settings):
     """The teacher's log-probabilities are taken for probabilities."""
-    log_q, log_p = softened(student_logits, teacher_logits, settings)
-    kl = F.kl_div(log_q, log_p, reduction="sum") / targets.numel()
-    return weighted(kl, mean_clm(student_logits, targets), settings)
+    return F.kl_div(log_q, log_p, reduction="sum") / targets.numel()
 
 
 @mistake("top-K on one side", "another-divergence", "AI-Hypercomputer/maxtext #4056")
@@ -218,34 +210,28 @@ def top_k_on_one_side(student_logits, teacher_logits, targets, settings):
     return weighted(kl, mean_clm(student_logits, targets), settings)
 
 
-@mistake("top-K clamped", "another-divergence", "verl-project/verl #7856")
-def top_k_clamped(student_logits, teacher_logits, targets, settings):
+@wrong_kl("top-K clamped", "another-divergence", "verl-project/verl #7856")
+def top_k_clamped(log_q, log_p, targets, settings):
     """The KL over the teacher's likeliest tokens can be below 0. Clamped there, it has no gradient."""
-    log_q, log_p = softened(student_logits, teacher_logits, settings)
     log_p, ids = log_p.topk(TOP)
-    kl = (log_p.exp() * (log_p - log_q.gather(-1, ids))).sum(-1).clamp(min=0).mean()
-    return weighted(kl, mean_clm(student_logits, targets), settings)
+    return (log_p.exp() * (log_p - log_q.gather(-1, ids))).sum(-1).clamp(min=0).mean()
 
 
 # ------------------------------------------------------------------------------------ numbers
-@mistake("logarithm of zero", "numbers", "linkedin/Liger-Kernel #769", "linkedin/Liger-Kernel #1397",
-         "linkedin/Liger-Kernel #1453")
-def logarithm_of_zero(student_logits, teacher_logits, targets, settings):
+@wrong_kl("logarithm of zero", "numbers", "linkedin/Liger-Kernel #769", "linkedin/Liger-Kernel #1397",
+          "linkedin/Liger-Kernel #1453")
+def logarithm_of_zero(log_q, log_p, targets, settings):
     """The JSD mixes probabilities: 0 * log 0 is NaN where both are below 1e-45."""
-    log_q, log_p = softened(student_logits, teacher_logits, settings)
     w = settings.jsd_weight
     log_m = (w * log_p.exp() + (1 - w) * log_q.exp()).log()
-    kl = (w * log_p.exp() * (log_p - log_m) + (1 - w) * log_q.exp() * (log_q - log_m)).sum(-1).mean()
-    return weighted(kl, mean_clm(student_logits, targets), settings)
+    return (w * log_p.exp() * (log_p - log_m) + (1 - w) * log_q.exp() * (log_q - log_m)).sum(-1).mean()
 
 
-@mistake("NaN behind a finite loss", "numbers", "huggingface/trl #5594")
-def nan_behind_a_finite_loss(student_logits, teacher_logits, targets, settings):
+@wrong_kl("NaN behind a finite loss", "numbers", "huggingface/trl #5594")
+def nan_behind_a_finite_loss(log_q, log_p, targets, settings):
     """-inf marks padding in the teacher's answers. The sum leaves it out, but its gradient is 0 * inf."""
-    log_q, log_p = softened(student_logits, teacher_logits, settings)
     log_p = log_p.masked_fill((targets == -100)[..., None], -math.inf)
-    kl = (log_q.exp() * (log_q - log_p)).nan_to_num().sum(-1)[targets != -100].mean()
-    return weighted(kl, mean_clm(student_logits, targets), settings)
+    return (log_q.exp() * (log_q - log_p)).nan_to_num().sum(-1)[targets != -100].mean()
 
 
 @mistake("softmax in bf16", "numbers", "linkedin/Liger-Kernel #1432")
@@ -267,8 +253,7 @@ def zeros_for_missing_rows(student_logits, teacher_logits, targets, settings):
 
     missing = teacher_logits.size(-1) - student_logits.size(-1)
     log_q, log_p = softened(F.pad(student_logits, (0, missing)), teacher_logits, settings)
-    kl = mean_kl(log_q, log_p)
-    return weighted(kl, mean_clm(student_logits, targets), settings)
+    return weighted(mean_kl(log_q, log_p), mean_clm(student_logits, targets), settings)
 
 
 @mistake("softmax over the sequence", "columns-and-positions", "salesforce/ALBEF #58", "uta-smile/TCL #12")
@@ -276,16 +261,14 @@ def softmax_over_the_sequence(student_logits, teacher_logits, targets, settings)
     """The student's probabilities sum to 1 over the tokens of a sequence instead of the vocabulary."""
     _, log_p = softened(student_logits, teacher_logits, settings)
     log_q = (student_logits / settings.temperature).log_softmax(1)
-    kl = mean_kl(log_q, log_p)
-    return weighted(kl, mean_clm(student_logits, targets), settings)
+    return weighted(mean_kl(log_q, log_p), mean_clm(student_logits, targets), settings)
 
 
 @mistake("teacher shifted alone", "columns-and-positions", "linkedin/fmchisel #23")
 def teacher_shifted_alone(student_logits, teacher_logits, targets, settings):
     """The teacher's logits are shifted by a token and the student's are not."""
     log_q, log_p = softened(student_logits[:, :-1], teacher_logits[:, 1:], settings)
-    kl = mean_kl(log_q, log_p)
-    return weighted(kl, mean_clm(student_logits, targets), settings)
+    return weighted(mean_kl(log_q, log_p), mean_clm(student_logits, targets), settings)
 
 
 @mistake("labels shifted twice", "columns-and-positions", "huggingface/transformers #562",
@@ -305,16 +288,14 @@ def labels_shifted_twice(student_logits, teacher_logits, targets, settings):
 def answers_to_another_example(student_logits, teacher_logits, targets, settings):
     """The teacher's answers were kept in one order, and the examples have been shuffled since."""
     log_q, log_p = softened(student_logits, teacher_logits.roll(1, dims=0), settings)
-    kl = mean_kl(log_q, log_p)
-    return weighted(kl, mean_clm(student_logits, targets), settings)
+    return weighted(mean_kl(log_q, log_p), mean_clm(student_logits, targets), settings)
 
 
 @mistake("teacher against itself", "the-teacher", "labmlai/annotated_deep_learning_paper_implementations #66")
 def teacher_against_itself(student_logits, teacher_logits, targets, settings):
     """Both sides of the KL are the teacher's: it is 0, and the student learns from the text alone."""
     log_q, log_p = softened(teacher_logits, teacher_logits, settings)
-    kl = mean_kl(log_q, log_p)
-    return weighted(kl, mean_clm(student_logits, targets), settings)
+    return weighted(mean_kl(log_q, log_p), mean_clm(student_logits, targets), settings)
 
 
 # ------------------------------------------------------------------------------------ the runs
@@ -325,42 +306,23 @@ ALONE = "--kd-weight 1 --clm-weight 0 --batch-size 4"
 HALF = "--kd-weight 0.5 --clm-weight 0.5 --batch-size 4"
 SHORT = "--kd-weight 1 --clm-weight 0 --packing padded"  # on short documents: see short_documents
 FOUR = "--batch-size 4"
-ONE_BY_ONE = "--batch-size 1 --grad-accum 4"
 
-SETTINGS = {  # a name of MISTAKES, or "right, ...": the flags that are added to COMMON
-    "right, KL alone": ALONE,
-    "right, seed 1": f"{ALONE} --seed 1",
-    "no entropy": ALONE,
-    "divided twice": ALONE,
-    "half the CLM unasked": ALONE,
-    "arguments swapped": ALONE,
-    "probability for logarithm": ALONE,
-    "log_target forgotten": ALONE,
-    "zeros for missing rows": ALONE,
-    "softmax in bf16": ALONE,
-    "temperature ignored": ALONE,
-    "top-K on one side": ALONE,
-    "top-K clamped": ALONE,
-    "softmax over the sequence": ALONE,
-    "teacher shifted alone": ALONE,
-    "answers to another example": ALONE,
-    "right, half and half": HALF,
-    "batchmean": HALF,
-    "mean over vocabulary": HALF,
-    "T² missing": HALF,
-    "only the report is right": HALF,
-    "labels shifted twice": HALF,
-    "teacher against itself": HALF,
-    "right, short documents": f"{SHORT} {FOUR}",
-    "padding counted": f"{SHORT} {FOUR}",
-    "divisor of other tokens": f"{SHORT} {FOUR}",
-    "mean of means": f"{SHORT} {ONE_BY_ONE}",
-    "right, jsd 0.1": f"{ALONE} --divergence jsd --jsd-weight 0.1",
-    "mixture exchanged": f"{ALONE} --divergence jsd --jsd-weight 0.1",
-    "logarithm of zero": f"{ALONE} --divergence jsd --temperature 0.25",
-    "NaN behind a finite loss": f"{SHORT} {FOUR} --divergence reverse",
-}
-PLAN = {name: f"{COMMON} {flags}" for name, flags in SETTINGS.items()}
+RUNS = [  # flags that are added to COMMON, and what is trained with them: names of MISTAKES, or "right, ..."
+    (ALONE, ["right, KL alone"]),
+    (f"{ALONE} --seed 1", ["right, seed 1"]),
+    (ALONE, ["no entropy", "divided twice", "half the CLM unasked", "arguments swapped",
+             "probability for logarithm", "log_target forgotten", "zeros for missing rows", "softmax in bf16",
+             "temperature ignored", "top-K on one side", "top-K clamped", "softmax over the sequence",
+             "teacher shifted alone", "answers to another example"]),
+    (HALF, ["right, half and half", "batchmean", "mean over vocabulary", "T² missing",
+            "only the report is right", "labels shifted twice", "teacher against itself"]),
+    (f"{SHORT} {FOUR}", ["right, short documents", "padding counted", "divisor of other tokens"]),
+    (f"{SHORT} --batch-size 1 --grad-accum 4", ["mean of means"]),
+    (f"{ALONE} --divergence jsd --jsd-weight 0.1", ["right, jsd 0.1", "mixture exchanged"]),
+    (f"{ALONE} --divergence jsd --temperature 0.25", ["logarithm of zero"]),
+    (f"{SHORT} {FOUR} --divergence reverse", ["NaN behind a finite loss"]),
+]
+PLAN = {name: f"{COMMON} {flags}" for flags, names in RUNS for name in names}
 
 
 def usual_loop(loss, length=LENGTH):
@@ -442,25 +404,23 @@ def show(value):
     return f"{value:.4f}" if abs(value) < 100 else f"{value:.1f}"
 
 
+def held_out(row):
+    return row.get("ends as") or show(row["loss"])
+
+
 def losses_table(rows):
     """The runs that are done, in the order of the plan."""
-    lines = []
-    for name in PLAN:
-        if name in rows:
-            row = rows[name]
-            ends_as = row.get("ends as")  # in place of figures
-            lines.append({
-                "loss": name,
-                "perfect student": show(row["perfect on screen"]),
-                "first step": show(row["initial on screen"]),
-                "held-out loss": ends_as or show(row["loss"]),
-                "KL to teacher": "" if ends_as else show(row["kl"]),
-            })
-    return lines
+    return [{
+        "loss": name,
+        "perfect student": show(rows[name]["perfect on screen"]),
+        "first step": show(rows[name]["initial on screen"]),
+        "held-out loss": held_out(rows[name]),
+        "KL to teacher": "" if "ends as" in rows[name] else show(rows[name]["kl"]),
+    } for name in PLAN if name in rows]
 
 
 STUDY = Study("wrong_losses", __doc__, PLAN, one_run, tables={"losses": losses_table}, page="wrong-losses",
-              show=lambda row: row.get("ends as") or show(row["loss"]))
+              show=held_out)
 
 if __name__ == "__main__":
     run_cli(STUDY.main)

@@ -111,14 +111,13 @@ def test_texts_are_those_of_the_run(workshop, tmp_path, monkeypatch):
     assert said.count("def read_config(path):") == 4 and "--- after 1 steps" in said
 
 
-def test_new_texts_take_the_places_of_old_ones(tmp_path, capsys):
+def test_new_texts_take_the_places_of_old_ones(tmp_path):
     path, readme = tmp_path / "texts.txt", tmp_path / "README.md"
-    readme.write_text("# Title\none\n  two\nthe end\n")
-    figures.write_texts({"a": "one\n  two  \n\n", "b": "new"}, path, readme)
-    assert figures.read_texts(path) == {"a": "one\n  two", "b": "new"}
-    assert "text of `b`" in capsys.readouterr().out
-    figures.write_texts({"a": "ONE", "b": "new"}, path, readme)
-    assert readme.read_text() == "# Title\nONE\nthe end\n" and figures.read_texts(path)["a"] == "ONE"
+    path.write_text("Made by\n\n$ a\none\n  two\n\n$ b\nsame\n")
+    readme.write_text("# Title\none\n  two\nsame\nthe end\n")
+    figures.write_texts({"a": "1\n  2  \n\n", "b": "same"}, path, readme)
+    assert figures.read_texts(path) == {"a": "1\n  2", "b": "same"}
+    assert readme.read_text() == "# Title\n1\n  2\nsame\nthe end\n"
 
 
 def test_the_readme_prints_what_the_commands_print():

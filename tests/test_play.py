@@ -258,11 +258,11 @@ def test_what_is_refused(server, capfd):
             ("/about", {}, 404, "no POST /about"), ("/../play.py", None, 404, "no GET"),
             ("/score", b"{", 400, "not JSON"), ("/score", b"\xff\xfe\xfd", 400, "not JSON"),
             ("/score", b"[" * 200_000, 400, "not JSON"), ("/score", ["text"], 400, "JSON object"),
-            ("/score", {"text": 1}, 400, "text has to be text"), ("/score", {"text": ""}, 400, "no text"),
+            ("/score", {"text": 1}, 400, "whose text is text"), ("/score", {"text": ""}, 400, "no text"),
             ("/score", {"text": "a" * 300_000}, 413, "at most 262,144 are read"),
             ("/position", {"text": "a", "index": 1}, 400, "there is no token 1: the text has 1"),
-            ("/position", {"text": "a", "index": True}, 400, "index has to be an integer"),
-            ("/write", SETTINGS, 400, "prompt has to be text"),
+            ("/position", {"text": "a", "index": True}, 400, "whose index is an integer"),
+            ("/write", SETTINGS, 400, "whose prompt is text"),
             ("/write", {**good, "temperature": math.nan}, 400, "temperature nan: must be 0 or more"),
             ("/write", {**good, "top_k": -1}, 400, "top-k -1: must be 0 or more"),
             ("/write", {**good, "top_p": 0}, 400, "top-p 0: must be above 0"),
@@ -301,17 +301,16 @@ def test_two_at_once_do_not_mix(server, classroom):
 
 
 # ------------------------------------------------------------------------------------ the command
-def test_a_busy_port(monkeypatch, capsys):
+def test_a_busy_port(monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=f"port {port} is not free .*--port"):
             play.listen(port)
-        monkeypatch.setattr(play, "FIRST_PORT", port)
+        monkeypatch.setattr(play, "PORT", port)
         with play.listen(None) as server:
-            assert port < server.server_port < port + play.N_PORTS
-    assert f"port {port} is not free" in capsys.readouterr().err
+            assert server.server_port != port
 
 
 def test_which_models(run_folder, tmp_path, tokenizers_dir, monkeypatch):
@@ -319,8 +318,8 @@ def test_which_models(run_folder, tmp_path, tokenizers_dir, monkeypatch):
     teacher = str(run_folder.parent / "teacher")
     assert play.find_models([]) == {"teacher": teacher, "student": "out", "control": "out/control"}
     assert play.find_models(["a", "b"]) == {"teacher": "a", "student": "b"}
-    for given, reason in (("abcd", "4 models"), (["out/control"], "does not say who its teacher was"),
-                          (["nowhere"], "there is no folder nowhere")):
+    for given, reason in (("abcd", "4 models"), (["out/control"], "out/control is not the folder of a run"),
+                          (["nowhere"], "nowhere is not the folder of a run")):
         with pytest.raises(InputError, match=reason):
             play.find_models(given)
     monkeypatch.chdir(tmp_path)
