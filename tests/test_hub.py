@@ -40,7 +40,7 @@ def serve(hub, name, **files):
 
 # --- Folders ----------------------------------------------------------------------------------------------
 
-def test_files_of_a_folder(tmp_path, monkeypatch):
+def test_files_of_a_folder(hub, tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "model" / "vocab.json").mkdir()
@@ -50,6 +50,11 @@ def test_files_of_a_folder(tmp_path, monkeypatch):
     for missing in ("model.safetensors", "vocab.json"):
         message = message_of(need, tmp_path / "model", missing)
         assert f"has no {missing}: not a complete model folder" in message
+
+    serve(hub, "someone/lora", adapter_config="{}")
+    (tmp_path / "model" / "adapter_config.json").write_text("{}")
+    for name in (tmp_path / "model", "someone/lora"):
+        assert "is a LoRA adapter" in message_of(need, name, "model.safetensors")
 
 
 def test_what_can_only_be_a_path_is_missing_at_once(tmp_path, monkeypatch):
@@ -76,7 +81,6 @@ def test_an_empty_folder_is_not_taken_for_the_model(hub, tmp_path, monkeypatch):
     serve(hub, "someone/model", config='{"a": 1}')
     monkeypatch.chdir(tmp_path)
     (tmp_path / "someone" / "model").mkdir(parents=True)
-    assert read_json(need("someone/model", "config.json")) == {"a": 1}
     (tmp_path / "someone" / "model" / ".distil-lock").write_text("")
     assert read_json(need("someone/model", "config.json")) == {"a": 1}
     assert "is an empty folder" in message_of(fetch, "./someone/model", "config.json")
@@ -84,36 +88,21 @@ def test_an_empty_folder_is_not_taken_for_the_model(hub, tmp_path, monkeypatch):
     assert read_json(need("someone/model", "config.json")) == {"a": 2}
 
 
-def test_a_lora_adapter_is_called_by_its_name(tmp_path, hub):
-    serve(hub, "someone/lora", adapter_config="{}")
-    (tmp_path / "adapter_config.json").write_text("{}")
-    for name in (tmp_path, "someone/lora"):
-        assert "is a LoRA adapter" in message_of(need, name, "config.json")
-        assert fetch(name, "config.json") == [None]
-
-
 def test_what_may_not_be_read_is_not_called_damaged_or_missing():
-    names = ("model.safetensors", "pytorch_model.bin", "config.json")
     user = os.geteuid()
     with tempfile.TemporaryDirectory() as folder:  # not below tmp_path, where only its owner may look
-        folder = Path(folder)
-        for name in names:
-            torch.save({"x": torch.ones(2)}, folder / name)
-            (folder / name).chmod(0)
-        try:
-            folder.chmod(0o755)
+        path = Path(folder, "model.safetensors")
+        save_file({"x": torch.ones(2)}, path)
+        path.chmod(0)
+        for mode, read, name in ((0o755, read_all, path), (0o644, need, folder)):  # without x no file opens
+            Path(folder).chmod(mode)
             if user == 0:
                 os.seteuid(65534)  # root may read everything
-            for name, read in zip(names, (read_all, read_all, read_json), strict=True):
-                assert f"{name} could not be read: Permission denied" in message_of(read, folder / name)
-            os.seteuid(user)
-            folder.chmod(0o644)  # no x: names can be seen, files cannot be opened
-            if user == 0:
-                os.seteuid(65534)
-            assert "could not be read: Permission denied" in message_of(need, folder, "config.json")
-        finally:
-            os.seteuid(user)
-            folder.chmod(0o700)
+            try:
+                message = message_of(read, name, *["config.json"] * (read is need))
+            finally:
+                os.seteuid(user)
+            assert message == f"{name} could not be read: Permission denied"
 
 
 # --- The Hub ----------------------------------------------------------------------------------------------
@@ -132,6 +121,8 @@ def test_files_of_the_hub(hub):
     hub.gated.add("someone/model")
     assert "HF_TOKEN" in message_of(fetch, "someone/model", "weights.bin")
     hub.gated.clear()
+    full = hub_error("someone/model", OSError(28, "No space left on device"))  # not the Hub's fault
+    assert str(full) == "someone/model could not be downloaded: [Errno 28] No space left on device"
 
     hub.cut.add("weights.bin")
     try:  # the client goes on where the download broke off, or gives up; half a file is never handed out
@@ -209,11 +200,6 @@ def test_why_the_hub_is_silent(hub, tmp_path):
         assert "abc" not in said[-1]  # a token is a secret
 
 
-def test_not_every_failure_is_a_hub_that_cannot_be_reached(hub):
-    said = str(hub_error("someone/model", OSError(28, "No space left on device")))
-    assert said == "someone/model could not be downloaded: [Errno 28] No space left on device"
-
-
 # --- Weights ----------------------------------------------------------------------------------------------
 
 def test_shards_are_files_beside_their_index(tmp_path):
@@ -231,9 +217,8 @@ def test_shards_are_files_beside_their_index(tmp_path):
     for name in ("../outside.bin", str(tmp_path / "outside.bin"), r"..\outside.bin", "a.json", ""):
         assert f"{index} is not an index of weights" in message_of(files, "a.bin", name)
     assert "has no c.bin" in message_of(files, "a.bin", "c.bin")
-    for content in (b"{", b"[1]", b"{}", b'{"weight_map": "a.bin"}', b'{"weight_map": {"x": 7}}'):
-        index.write_bytes(content)
-        assert str(index) in message_of(weight_files, folder)
+    index.write_text('{"weight_map": {"x": 7}}')
+    assert f"{index} is not an index of weights, or is damaged" in message_of(weight_files, folder)
 
 
 class Code:
@@ -282,11 +267,3 @@ def test_tensors_are_read_as_they_are(tmp_path):
 
     torch.save({"x": torch.nn.Parameter(torch.ones(3))}, tmp_path / "new.bin")
     assert not dict(read_tensors(tmp_path / "new.bin"))["x"].requires_grad
-
-
-def test_files_that_break_off(tmp_path):
-    for path in saved(tmp_path, {"x": torch.rand(1000)}):
-        whole = path.read_bytes()
-        for size in (0, 100, len(whole) // 2, len(whole) - 1):
-            path.write_bytes(whole[:size])
-            assert str(path) in message_of(read_all, path)

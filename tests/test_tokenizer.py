@@ -336,10 +336,8 @@ def test_what_would_give_other_ids_is_refused(tokenizers_dir, tmp_path):
 
 
 def test_damaged_files(tokenizers_dir, tmp_path):
-    spec = json.loads((tokenizers_dir / "gpt2" / "tokenizer.json").read_text(encoding="utf-8"))
-    for content in (b"{", b"[]", b"[" * 100_000, b"\xff\xfe{\x00}\x00",
-                    json.dumps({**spec, "added_tokens": [7]}).encode(),
-                    json.dumps({**spec, "model": {**spec["model"], "merges": [["t", "h", "e"]]}}).encode()):
+    """More such files are in test_mutations.py."""
+    for content in (b"{", b"[]", b"[" * 100_000, b"\xff\xfe{\x00}\x00"):
         (tmp_path / "tokenizer.json").write_bytes(content)
         with pytest.raises(InputError, match="tokenizer.json is not a tokenizer"):
             load_tokenizer(tmp_path)
@@ -400,17 +398,10 @@ def test_vocab_json_and_merges_txt_with_more_tokens(old_files, tok):
 
 
 def test_damaged_old_files(old_files):
-    for file, content, named in [
-            ("vocab.json", b"[1]", "vocab.json is not a JSON object"),
-            ("merges.txt", b"#version: 0.2\n\xff\xff a\n", "utf-8"),
-            ("merges.txt", b"a b c\n", "vocab.json is not a vocabulary"),
-            ("added_tokens.json", b'{"[PAD]": "600"}', "TypeError"),
-            ("tokenizer_config.json", b'{"add_prefix_space": true}', "add_prefix_space True")]:
-        before = (old_files / file).read_bytes() if (old_files / file).exists() else b"{}"
-        (old_files / file).write_bytes(content)
-        with pytest.raises(InputError, match=named):
-            load_tokenizer(old_files)
-        (old_files / file).write_bytes(before)
+    (old_files / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
+    with pytest.raises(InputError, match="add_prefix_space True"):
+        load_tokenizer(old_files)
+    (old_files / "tokenizer_config.json").unlink()
 
     (old_files / "special_tokens_map.json").write_text('{"pad_token": ' + "[" * 900 + "]" * 900 + "}")
     load_tokenizer(old_files).save(old_files / "saved")
@@ -422,18 +413,16 @@ def test_damaged_old_files(old_files):
 # --- The real Hub -----------------------------------------------------------------------------------------
 
 @pytest.mark.hub
-@pytest.mark.parametrize("name", ["gpt2", "EleutherAI/pythia-70m"])
-def test_real_tokenizers(name, real_hub, run, tmp_path):
-    script = f"""
+def test_real_tokenizers(real_hub, run, tmp_path):
+    (tmp_path / "script.py").write_text("""
 from tokenizers import Tokenizer
 from support.hub import need
 from support.text import stdlib_documents
 from support.tokenizer import load_tokenizer
-path = need({name!r}, "tokenizer.json")
-ours, reference = load_tokenizer({name!r}), Tokenizer.from_file(str(path))
 texts = [text for _, text in stdlib_documents()][:100]
-assert all(ours.encode(text, allow_special=True) == reference.encode(text).ids for text in texts)
-"""
-    (tmp_path / "script.py").write_text(script)
+for name in ("gpt2", "EleutherAI/pythia-70m"):
+    ours, reference = load_tokenizer(name), Tokenizer.from_file(str(need(name, "tokenizer.json")))
+    assert all(ours.encode(text, allow_special=True) == reference.encode(text).ids for text in texts)
+""")
     result = run(tmp_path / "script.py", **real_hub)
     assert result.returncode == 0, result.stderr
