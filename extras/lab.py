@@ -22,6 +22,7 @@ from extras.study import trained
 from extras.wrong_losses import score
 from model import GPT2, GPTNeoX
 from support.cli import InputError, checked, new_parser, run_cli, user_path
+from support.ranks import keep_memory
 
 
 # ------------------------------------------------------------------------------------ yours
@@ -215,6 +216,7 @@ def main():
             print(f"{number} {name}: {line}", flush=True)
 
     if args.steps and results["distillation_loss"] is not None:
+        keep_memory()
         print(f"Training the demo for {args.steps} steps, with your loss and with ours ...", flush=True)
         losses = {"yours": as_plain_loss(functions["distillation_loss"]), "ours": distill.plain_loss}
         for name, loss_function in losses.items():

@@ -145,6 +145,10 @@ def test_own_versions_and_two_mistakes_at_once():
         return (MISTAKES["batchmean"].loss(s, t, y, kl)[0]
                 + MISTAKES["labels shifted twice"].loss(s, t, y, clm)[0])
 
+    def zeros(s, t, y, settings):
+        return definition(F.pad(s, (0, t.size(-1) - s.size(-1))), t, y, settings)
+
+    assert names(zeros) == ["zeros for missing rows"]
     assert names(with_mask(reverse_without_t)) == ["arguments swapped", "T² missing"]
     assert names(with_mask(late_rounding)) == ["softmax in bf16"]
     assert names(own_weights) == ["half the CLM unasked"]
@@ -245,7 +249,8 @@ def test_forms(examine):
         code, printed = examine(*argv)
         assert code == 0 and printed.startswith("right: "), printed
     code, printed = examine("mine.py:forgets_to", "--form", "shifts")
-    assert code == 1 and UNSHIFTED in printed and "#columns-and-positions" in printed
+    assert code == 1 and printed.startswith(f"wrong: {UNSHIFTED}") and printed.count("wrong: ") == 1, printed
+    assert "#columns-and-positions" in printed
     code, printed = examine(f"{ROOT}/extras/wrong_losses.py:batchmean", "--form", "sequences")
     assert code == 1 and "wrong: batchmean: " in printed and "docs/wrong-losses.md#divisors" in printed
     code, printed = examine("mine.py:shifts", "--form", "shifts", "--accumulate")

@@ -166,7 +166,7 @@ def test_the_command(workshop, tmp_path, monkeypatch, capsys):
                       lambda found: found[1] + body, text, flags=re.S)
     assert n == 1
     (tmp_path / "mine.py").write_text(text, encoding="utf-8")
-    short = flags(workshop, None, steps=None)
+    short = flags(workshop, None, steps=None, kd_weight=0.9, clm_weight=0.1)
     monkeypatch.setattr(lab, "DEMO", " ".join(short))
     monkeypatch.setattr(sys, "argv", ["lab", str(tmp_path / "mine.py"), "--steps", "2"])
     with pytest.raises(SystemExit) as ended:
