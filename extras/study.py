@@ -161,7 +161,9 @@ def trained(command, score, losses_of=None, change=None, around=None):
     used instead. around: has the arguments of `score`, and returns a context in which the student is trained.
     """
     with tempfile.TemporaryDirectory() as folder:
-        args = distill.parse_args(shlex.split(f"{command} --out {folder}/out"))
+        # No validations on the way: the seconds are those of training alone.
+        flags = shlex.split(f"{command} --eval-interval 0 --out {folder}/out")
+        args = distill.parse_args(flags)
         args.device = pick_device(args.device)
         ranks = Ranks(args.device)
 

@@ -254,7 +254,11 @@ def open_bar(items=None, title="", **settings):
     from tqdm import tqdm
     if sys.stderr is not None and sys.stderr.isatty():
         return tqdm(items, title, dynamic_ncols=True, **settings)
-    return tqdm(items, title, file=Lines(), mininterval=PLAIN_SECONDS, delay=PLAIN_SECONDS,
+
+    # By default a thread of tqdm also draws every 10 seconds, and the time is only looked at after as many
+    # items as the last interval had, which takes long where later items are slower.
+    tqdm.monitor_interval = 0
+    return tqdm(items, title, file=Lines(), mininterval=PLAIN_SECONDS, delay=PLAIN_SECONDS, miniters=1,
                 bar_format="{l_bar}{r_bar}", **settings)
 
 
@@ -264,7 +268,7 @@ class Lines:
     def write(self, text):
         if text.strip() and sys.stderr is not None:
             with contextlib.suppress(OSError, ValueError):  # training does not end because stderr is full
-                sys.stderr.write(text.strip() + "\n")
+                sys.stderr.write(text.strip().replace("||", "|") + "\n")  # where the bar would be
 
     def flush(self):
         pass

@@ -15,7 +15,7 @@ from support.cli import InputError, checked, new_parser, user_path
 from support.hub import check_hub_name
 from support.text import open_data
 
-DEMO_TEACHER = os.path.relpath(ROOT / "demo" / "teacher")
+DEMO_TEACHER = str(Path("demo/teacher") if Path.cwd() == ROOT else ROOT / "demo" / "teacher")
 
 RECIPES = {
     # `--teacher gpt2 --student-layers 6` and nothing else: the defaults of the flags, 131M tokens.
@@ -27,7 +27,7 @@ RECIPES = {
         "teacher": DEMO_TEACHER, "student_layers": "0,4,5", "data": "stdlib", "seq_len": 256,
         "batch_size": 2, "grad_accum": 1, "steps": 1200, "lr": 1e-3, "kd_weight": 0.9, "clm_weight": 0.1,
         "schedule": "linear", "betas": [0.9, 0.999],
-        "control": True, "control_lr": 5e-4, "eval_tokens": 200_000},
+        "control": True, "control_lr": 5e-4, "eval_interval": 600, "eval_tokens": 200_000},
 
     # How the demo's teacher was made: the shape of demo/teacher/config.json, fresh weights, no teacher.
     "demo-teacher": {
@@ -191,7 +191,8 @@ def make_parser(doc, loss_settings):
         help="the control's own --batch-size, for the same number of tokens in all (default: --batch-size)")
     add("--seed", type=seed, default=0, metavar="N", help="of data order, dropout and random weights")
     add("--eval-interval", type=count_or_0, default=0, metavar="N",
-        help="steps between validations, whose losses go to held-out.csv; 0: only at the end")
+        help="steps between validations, the first before training; their losses go to held-out.csv; "
+             "0: only at the end")
     add("--save-interval", type=count, default=100, metavar="N", help="steps between saves of the state")
 
     parser.set_defaults(**vars(loss_settings))

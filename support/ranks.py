@@ -4,6 +4,7 @@
   pick_device     what --device stands for
   pick_precision  what --precision auto means on this device; autocast does what it says
   keep_memory     tells a CPU's memory allocator not to clear the same pages again and again
+  peak_memory     how much memory was needed so far
   to_device       a batch on its way to a GPU, without waiting for it
   stop_signals    Ctrl-C, SIGTERM and SIGHUP, noted so that the loop can stop where nothing is lost
   stop_at_once    the same signals outside of the loop, where there is nothing to lose
@@ -149,6 +150,20 @@ def keep_memory():
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation of its own for any tensor
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink
+
+
+def peak_memory(device):
+    """Bytes of memory that were needed so far, at most; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def to_device(array, device):

@@ -86,8 +86,8 @@ PIECE = 64  # tokens
 def score_held_out(networks, corpus, vocab_size, args, autocast, bar=None):
     """Sums of SCORES over each piece of the first --eval-tokens of the held-out text: (M, 6, W)."""
     device = networks[0].head_weight.device
-    modes = [network.training for network in networks]
-    for network in networks:
+    in_training = [network for network in networks if network.training]
+    for network in in_training:
         network.eval()
 
     pieces = []
@@ -98,8 +98,8 @@ def score_held_out(networks, corpus, vocab_size, args, autocast, bar=None):
             if bar is not None:
                 bar.update()
 
-    for network, mode in zip(networks, modes, strict=True):
-        network.train(mode)
+    for network in in_training:
+        network.train()
     return torch.stack(pieces, -1)
 
 

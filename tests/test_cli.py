@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from support import cli
 from support.cli import InputError, checked, lookalike, new_parser, open_bar, reading, run_cli, user_path
@@ -149,6 +150,7 @@ def test_only_the_first_of_several_processes_speaks(capsys, monkeypatch):
     """All of them find the same mistake; but once they have met, each has mistakes of its own."""
     for rank, have_met, speaks in (("0", False, True), ("1", False, False), ("1", True, True)):
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setattr(cli, "processes_have_met", lambda met=have_met: met)
         assert ended(capsys, InputError("no folder x")) == (2, "error: no folder x" if speaks else "")
 
@@ -265,7 +267,14 @@ def test_progress_is_lines_where_there_is_no_terminal(monkeypatch):
         time.sleep(0.06)
     lines = sys.stderr.getvalue().splitlines()
     assert 2 <= len(lines) <= 5 and all(line.startswith("training: ") and "step" in line for line in lines)
-    assert "\r" not in sys.stderr.getvalue()
+    assert "\r" not in sys.stderr.getvalue() and "||" not in sys.stderr.getvalue()
+
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    for i in open_bar(range(300), "training"):
+        time.sleep(0.06 if i >= 296 else 0.0005)
+    lines = sys.stderr.getvalue().splitlines()
+    assert any(line.count("298/300") for line in lines), "those that are slower come no later"
+    assert tqdm.monitor_interval == 0, "and its thread prints none in between"
 
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert list(open_bar(range(3), "short")) == [0, 1, 2] and sys.stderr.getvalue() == ""
