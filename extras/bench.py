@@ -202,6 +202,8 @@ def step(folder, args):
     tokens = torch.tensor(targets.numel(), device=args.device)
 
     def one_step():
+        """(seconds, loss)"""
+        started = time.perf_counter()
         with autocast(args, ranks.device):
             loss = peer.loss(ids, targets)
         loss.backward()
@@ -211,17 +213,12 @@ def step(folder, args):
             torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item() / (targets.numel() if peer.is_sum else 1)
-
-    def timed_step():
-        started = time.perf_counter()
-        loss = one_step()
         if args.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started, loss
+            torch.cuda.synchronize()  # the work that was left to the GPU
+        return time.perf_counter() - started, loss.item() / (targets.numel() if peer.is_sum else 1)
 
-    _, first_loss = timed_step()
-    seconds = [timed_step()[0] for _ in range(args.steps)]
+    _, first_loss = one_step()
+    seconds = [one_step()[0] for _ in range(args.steps)]
     return {"loss": first_loss, "seconds": seconds, "peak": peak_bytes(args.device)}
 
 

@@ -202,7 +202,7 @@ def compare(folders):
     ignored = (CHANGES_NOTHING | {"steps", "objective"}) - {"eval_tokens"}
     for found in settings:
         for name in found.keys() - ignored:
-            if " " not in name:  # hashes of text and models
+            if name.isidentifier():  # the others say what is behind the names of text and teacher
                 values.setdefault(name, set()).add(repr(found[name]))
     differ = [name for name in sorted(values) if len(values[name]) > 1]
 

@@ -36,7 +36,6 @@ def test_each_name_becomes_one_other_name():
     text = "def push(heap, item):\n    heap.append(item)  # heap, item_count"
     new = lambada.rename(text, NAMES, np.random.default_rng(0))
     heap, item = re.match(r"def push\((\w+), (\w+)\)", new).groups()
-    assert heap != item and {heap, item} <= set(NAMES)
     assert new == f"def push({heap}, {item}):\n    {heap}.append({item})  # {heap}, item_count"
     assert new != lambada.rename(text, NAMES, np.random.default_rng(1))
     all_names = " ".join(NAMES)
@@ -64,15 +63,6 @@ def test_other_text_is_docstrings(tmp_path, monkeypatch):
     for split in ("train", "val"):
         line, = (tmp_path / "prose" / f"{split}.jsonl").read_text().splitlines()
         assert json.loads(line) == {"text": "Of the module.\n\nOf f."}
-
-
-def test_the_last_word_of_each_passage_can_be_copied(tokenizer):
-    items = [json.loads(line) for line in lambada.ITEMS.read_text(encoding="utf-8").splitlines()]
-    assert len(items) == len({item["text"] for item in items}) == 300
-    for item in items:
-        before, _, word = item["text"].rpartition(" ")
-        assert lambada.is_in(word, before) and not lambada.is_in(word, before.rpartition("\n")[2])
-        assert len(tokenizer.encode(" " + word)) <= 2
 
 
 # ------------------------------------------------------------------------------------ what a model is asked
@@ -257,16 +247,6 @@ def test_changes_by_hand():
     assert alone[3:] == ["-", "-", "-"]
 
 
-def test_intervals_redraw_seeds_and_items():
-    rng = np.random.default_rng(1)
-    seeds = np.repeat([[0.0], [1.0], [2.0]], 100, 1)  # only seeds differ
-    items = np.repeat(rng.normal(size=(1, 100)), 3, 0)  # only items do
-    _, low, high = map(float, re.findall(r"[+-][\d.]+", lambada.interval(seeds)))
-    assert low < 0.5 and high > 1.5
-    mean, low, high = map(float, re.findall(r"[+-][\d.]+", lambada.interval(items)))
-    assert 0.3 < high - low < 0.5 and low < mean < high
-
-
 # ------------------------------------------------------------------------------------ the real models
 def test_the_command_for_the_real_models_parses():
     page = STUDY.file(".md").read_text(encoding="utf-8")
@@ -286,12 +266,3 @@ def test_questions_for_models_that_you_have(tmp_path, capsys):
     assert rows == ["parameters", "8 random tokens twice: copied", "all words (3): perplexity",
                     "all words: accuracy", "in the passage (2): perplexity", "in the passage: accuracy",
                     "not in it (1): perplexity", "not in it: accuracy"]
-
-
-def test_help_fits_into_80_columns(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "80")
-    for argv in (["--help"], ["ask", "--help"]):
-        with pytest.raises(SystemExit):
-            lambada.main(argv)
-        out = capsys.readouterr().out
-        assert max(map(len, out.splitlines())) < 112 and "python -m extras.lambada" in out
