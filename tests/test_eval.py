@@ -211,7 +211,8 @@ def test_what_else_is_data(tmp_path, monkeypatch, datasets):
         assert eval_ppl.read_texts(str(path), "pages", "text") == expected.get(name, ["one", "two"]), name
     two = str(tmp_path / "two.jsonl")
     assert eval_ppl.read_texts(two, "sliding", "text") == ["one\n\ntwo"]
-    assert eval_ppl.read_texts(two, "pages", "") == [lines]
+    (tmp_path / "long.jsonl").write_text(lines * 200_000)  # several blocks
+    assert eval_ppl.read_texts(str(tmp_path / "long.jsonl"), "pages", "") == [lines * 200_000]
 
     old = "EleutherAI/lambada_openai@old:default"
     assert eval_ppl.read_texts(old, "lambada", "text") == ["Only one"]

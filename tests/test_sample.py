@@ -86,6 +86,13 @@ def test_extreme_logits():
         assert not shares[torch.tensor(expected) == 0].any()
 
 
+def test_a_text_ends_with_its_document(write, monkeypatch):
+    tokenizer = load_tokenizer(TEACHER)
+    written = torch.tensor([[*tokenizer.encode("yes"), tokenizer.eot, *tokenizer.encode("no")]])
+    monkeypatch.setattr(GPT2, "generate", lambda model, ids, *rest: torch.cat((ids, written), 1))
+    assert write("--prompt", "a ")[1] == f"--- {TEACHER}\na yes\n\n"
+
+
 def test_a_name_given_twice_writes_once(write):
     assert write("--compare", TEACHER)[1].count("--- ") == 1
 
