@@ -100,7 +100,7 @@ def warn_of_unknown_text(args, teacher, corpus, tokenizer):
     The demo's teacher needs 1.2 bits for each byte of Python modules that it has not seen, 2.2 for English,
     and more than 3 for shell scripts. This warns above 2.
     """
-    its_text = (read_settings(args.teacher) or {}).get("data")  # if the teacher comes from a run
+    its_text = read_settings(args.teacher).get("data")  # if the teacher comes from a run
     has_been_tuned = its_text is not None and Path(its_text).resolve() == Path(args.data).resolve()
     if teacher is None or not args.kd_weight or args.resume or has_been_tuned:
         return
