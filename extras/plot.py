@@ -9,6 +9,7 @@
 Read in this order:
   draw_loss                         one run: losses of student, teacher (the bar to reach) and control
   draw_runs, compare                several runs: by step and by second, and a table of what sets them apart
+  verdicts                          several seeds: which student is better, or that nobody can tell
   distributions, draw_distribution  the teacher at three temperatures; the student before and after
   read_columns, read_results        where the numbers come from
 
@@ -22,6 +23,7 @@ import argparse
 import itertools
 import json
 import math
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -198,13 +200,8 @@ def draw_runs(folders):
 def compare(folders):
     """A table of runs: the flags in which they differ, how long they took, where they ended."""
     settings = [read_settings(folder) or {} for folder in folders]
-    values = {}  # of each flag, among the runs that have it: a run of another commit can have other flags
-    ignored = (CHANGES_NOTHING | {"steps", "objective"}) - {"eval_tokens"}
-    for found in settings:
-        for name in found.keys() - ignored:
-            if name.isidentifier():  # the others say what is behind the names of text and teacher
-                values.setdefault(name, set()).add(repr(found[name]))
-    differ = [name for name in sorted(values) if len(values[name]) > 1]
+    # Names that are no flags say what is behind the names of text and teacher.
+    differ = [name for name in what_differs(settings, {"steps", "objective"}) if name.isidentifier()]
 
     rows = []
     for folder, found in zip(folders, settings, strict=True):
@@ -221,6 +218,54 @@ def compare(folders):
                for name in ("loss", "KL to teacher", "same top-1")},
         })
     return format_table(rows)
+
+
+def what_differs(settings, ignored):
+    """The settings that have several values, sorted, among the runs that have them: a run of another commit
+    can have other flags."""
+    values = {}
+    for found in settings:
+        for name in found.keys() - (CHANGES_NOTHING | ignored) | found.keys() & {"eval_tokens"}:
+            values.setdefault(name, set()).add(repr(found[name]))
+    return [name for name in sorted(values) if len(values[name]) > 1]
+
+
+def verdicts(folders):
+    """A table that says BETTER, WORSE or CANNOT TELL, or "" where no two seeds can be compared.
+
+    Runs that differ in nothing but the seed are a group. In each group the student is compared with its
+    control, and each group with the first. A seed sets the order of the text, so both have the same luck:
+    what counts is the difference for each seed, and how much it varies from seed to seed.
+    """
+    settings = [read_settings(folder) or {} for folder in folders]
+    differ = what_differs(settings, {"seed"})
+    if len(differ) > 1 and "objective" in differ:  # it follows from flags, unless plain_loss was edited
+        differ.remove("objective")
+
+    groups = {}  # name -> {role: {seed: loss on held-out text}}
+    for folder, found in zip(folders, settings, strict=True):
+        name = ", ".join(f"{flag} {found.get(flag)}" for flag in differ) or "student"
+        losses = groups.setdefault(name, {"student": {}, "control": {}})
+        for role, result in read_results(folder).items():
+            if role in losses and "loss" in result:
+                losses[role][found.get("seed")] = result["loss"]
+
+    (first, baseline), *others = groups.items()
+    pairs = {f"{name} against its control": (losses["student"], losses["control"])
+             for name, losses in groups.items()}
+    pairs |= {f"{name} against {first}": (losses["student"], baseline["student"]) for name, losses in others}
+    rows = [verdict(name, *pair) for name, pair in pairs.items() if len(pair[0].keys() & pair[1].keys()) > 1]
+    return format_table(rows)
+
+
+def verdict(name, losses, reference):
+    """A row of the table. losses, reference: {seed: loss}; only seeds that both have are compared."""
+    gains = [reference[seed] - losses[seed] for seed in losses.keys() & reference.keys()]
+    gain = statistics.fmean(gains)
+    noise = 2 * statistics.stdev(gains)
+    word = "CANNOT TELL" if abs(gain) <= noise else "BETTER" if gain > 0 else "WORSE"
+    return {"on held-out text": name, "seeds": len(gains), "loss lower by": f"{gain:+.4f}",
+            "2 sd of that": f"{noise:.4f}", "verdict": word}
 
 
 # ------------------------------------------------------------------------------------ one next token
@@ -350,7 +395,8 @@ def parse_args(argv=None):
     parser = new_parser(__doc__, "python -m extras.plot [RUN ...] [options]")
     add = parser.add_argument_group("what is drawn").add_argument
     add("runs", nargs="*", type=user_path, default=["out"], metavar="RUN",
-        help="folders that distill.py made (default: out); several are drawn into one picture, with a table")
+        help="folders that distill.py made (default: out); several are drawn into one picture, with a table; "
+             "if there are several seeds of each, also with a verdict")
     add("--distribution", nargs="?", const=DEFAULT_PROMPT, metavar="PROMPT",
         help=f"of one run, what may follow PROMPT (if you name none: {DEFAULT_PROMPT!r}); \\n in it is a "
              "line break; end it without a space, as most tokens begin with one. If the run's teacher is "
@@ -377,7 +423,8 @@ def main():
         axes = draw_distribution(first, args.distribution.replace("\\n", "\n"))[0]
     elif len(args.runs) > 1:
         name = "runs"
-        print(compare(args.runs) + "\n")
+        for table in filter(None, (compare(args.runs), verdicts(args.runs))):
+            print(table + "\n")
         axes = draw_runs(args.runs)[0]
     else:
         name = "loss"

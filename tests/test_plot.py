@@ -42,10 +42,10 @@ def write_held_out(folder, *points):
     (folder / "held-out.csv").write_text("step,loss\n" + rows)
 
 
-def finish(folder, *flags, loss=3.25):
+def finish(folder, *flags, loss=3.25, text=None):
     """What else a finished run has: its settings and its results."""
     args = settings("--teacher", "gpt2", "--student-layers", "0,3", "--out", folder, *flags)
-    (folder / "args.json").write_text(json.dumps({**vars(args), "hash of the text": str(folder)}))
+    (folder / "args.json").write_text(json.dumps({**vars(args), "hash of the text": text or str(folder)}))
     rows = {name: {"loss": found, "KL to teacher": kl, "same top-1": 0.5, "perplexity": None}
             for name, found, kl in (("teacher", 3.0, 0), ("student", loss, 0.125), ("control", 3.75, 0.625))}
     (folder / "results.json").write_text(json.dumps({"rows": rows}))
@@ -222,6 +222,39 @@ def test_the_table_of_runs(three):
     last = (78, 79, 80)  # the twentieth of 80 steps around the last one: two before it
     assert float(cold[5]) == pytest.approx(np.mean([4 / math.sqrt(i) + i % 3 - 0.5 for i in last]), abs=1e-4)
     assert float(cold[6]) == pytest.approx(np.mean([1 / i for i in last]), abs=1e-4)
+
+
+def test_verdicts_over_seeds(tmp_path, monkeypatch, capsys):
+    """The difference of each pair with one seed, against twice its standard deviation."""
+    losses = {"1": (3.0, 3.2, 3.1), "2": (2.9, 3.1, 3.0), "4": (3.15, 3.1, 3.3), "8": (3.5, 3.71, 3.6)}
+    folders = []
+    for T, found in losses.items():
+        for seed, loss in enumerate(found):
+            folders.append(tmp_path / f"{T}-{seed}")
+            write_log(folders[-1], 60)
+            finish(folders[-1], "--temperature", T, "--seed", seed, "--workers", seed + 1, loss=loss,
+                   text="one")
+
+    rows = [[cell.strip() for cell in line.strip("|").split("|")]
+            for line in plot.verdicts(folders).splitlines()]
+    found = {row[0]: row[1:] for row in rows[2:]}
+    assert list(found) == [*(f"temperature {T}.0 against its control" for T in losses),
+                           *(f"temperature {T}.0 against temperature 1.0" for T in "248")]
+    assert [found[f"temperature {T}.0 against temperature 1.0"] for T in "248"] == [
+        ["3", "+0.1000", "0.0000", "BETTER"],
+        ["3", "-0.0833", "0.3215", "CANNOT TELL"],
+        ["3", "-0.5033", "0.0115", "WORSE"]]
+    assert found["temperature 1.0 against its control"] == ["3", "+0.6500", "0.2000", "BETTER"]
+
+    assert "student against its control |     3" in plot.verdicts(folders[:3])
+    assert plot.verdicts([folders[0], folders[3]]) == "", "one seed of each"
+    assert plot.verdicts([folders[0], folders[4]]) == "", "no seed in common"
+    finish(folders[1], "--temperature", 1, "--seed", 1, text="another")
+    assert plot.verdicts(folders[:2]) == "", "another text"
+
+    monkeypatch.setattr(sys, "argv", ["plot", *map(str, folders[3:9])])
+    plot.main()
+    assert "BETTER |" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------ distribution.png
