@@ -47,7 +47,7 @@ CHANGES_NOTHING = {"recipe", "role", "out", "resume", "resume_if_there", "overwr
                    "workers", "compile", "control", "control_lr", "control_batch_size", "eval_interval",
                    "eval_tokens", "save_interval", "is_demo"}
 NAMES = {"teacher", "student", "data", "teacher_cache"}  # may differ if the content is the same
-LENGTH = {"steps", "epochs", "warmup"}  # may differ if the learning rates of the steps so far are the same
+LENGTH = {"steps", "epochs", "warmup", "schedule"}  # may differ if `rates` are the same
 
 
 # ------------------------------------------------------------------------------------ whose folder it is
@@ -86,8 +86,7 @@ def look(args):
 
     for run in runs:
         if before := read_settings(run.out):
-            with reading(Path(run.out, "args.json"), "the settings of a run"):
-                refuse_differences(run.out, before, identity(run))
+            refuse_differences(run.out, before, identity(run))
     finished = all(map(is_finished, runs))
     if not args.resume and not finished:
         raise InputError(f"--out {args.out} contains this run already: --resume goes on with it, --overwrite "
@@ -98,7 +97,8 @@ def look(args):
 def is_finished(args):
     """Whether all that a run with these settings leaves is in its folder."""
     wanted = MODEL_FILES if args.role == "control" else (*MODEL_FILES, "README.md", RESULTS)
-    settings = identity(args) | {"eval_tokens": args.eval_tokens}  # on which the table depends
+    length = "epochs" if args.epochs else "steps"
+    settings = identity(args) | {name: getattr(args, name) for name in (length, "eval_tokens")}
     there = {*wanted} <= {*files_of_run(args.out)}
     return there and not differences(read_settings(args.out), settings)
 
@@ -115,12 +115,30 @@ def read_settings(folder):
 
 
 # ------------------------------------------------------------------------------------ what makes a run
-TOKENS = "number of training tokens"
+def identity(args, content=None):
+    """What makes a run the one that it is: the settings that decide what is learned, and its content_of.
+
+    Without `content` models and text are not read yet, so what depends on them is left out.
+    """
+    settings = {name: value for name, value in vars(args).items() if name not in CHANGES_NOTHING | LENGTH}
+    if content:
+        later = NAMES
+    else:
+        content = {} if args.epochs else {"learning rates": rates(args)}
+        later = {name for name, value in settings.items() if value in (None, "auto")}
+        later |= {name for name in NAMES if os.path.exists(settings[name] or "")}
+        if "," not in (args.student_layers or ""):  # how many, but not yet which
+            later.add("student_layers")
+    return {name: value for name, value in settings.items() if name not in later} | content
 
 
 def content_of(args, corpus, student, teacher):
     """What a run starts from, by content: the files behind a name can change."""
-    content = {TOKENS: len(corpus.train), "hash of the text": corpus.fingerprint}
+    content = {
+        "learning rates": rates(args),
+        "number of training tokens (more for more steps)": len(corpus.train),
+        "hash of the text": corpus.fingerprint,
+    }
     if teacher is not None:
         content["hash of the teacher"] = teacher_cache.fingerprint(teacher)
     elif args.teacher_cache:
@@ -130,22 +148,14 @@ def content_of(args, corpus, student, teacher):
     return content
 
 
-def identity(args, content=None):
-    """What makes a run the one that it is: the settings that decide what is learned, and its content_of.
+def rates(args):
+    """The learning rate of each step, relative to --lr, in words.
 
-    Without `content` models and text are not read yet, so what depends on them is left out.
+    Where it does not depend on the number of steps, a run may become longer: it ends with the same bits as if
+    it had been that long from the start.
     """
-    settings = {name: value for name, value in vars(args).items() if name not in CHANGES_NOTHING}
-    if content:
-        later = NAMES
-    else:
-        later = {name for name, value in settings.items() if value in (None, "auto")}
-        later |= {name for name in NAMES if os.path.exists(settings[name] or "")}
-        if args.epochs:
-            later.add("steps")
-        if "," not in (args.student_layers or ""):  # how many, but not yet which
-            later.add("student_layers")
-    return {name: value for name, value in settings.items() if name not in later} | (content or {})
+    over = "" if args.schedule == "constant" else f" over {args.steps} steps"
+    return f"{args.schedule}{over}, after {math.ceil(args.warmup * args.steps)} steps of warm-up"
 
 
 def differences(then, now):
@@ -154,19 +164,8 @@ def differences(then, now):
 
 
 def refuse_differences(folder, then, now):
-    """InputError unless a run that was begun with the settings `then` may go on with those of `now`.
-
-    It may become longer if each step so far had the learning rate that it would have now: then it ends with
-    the same bits as if it had been that long from the start.
-    """
+    """InputError unless a run that was begun with the settings `then` may go on with those of `now`."""
     found = differences(then, now)
-    reason = ""
-    if found.keys() & LENGTH:
-        reason = why_not_longer(then, now)
-        if not reason:
-            found = {name: values for name, values in found.items() if name not in LENGTH}
-        if TOKENS in found:
-            reason = " (a run of this many steps reads more of --data, in another order from the start)"
     if len(found) > 1:
         found.pop("objective", None)  # it follows from the other settings, unless someone has edited the loss
     if found:
@@ -174,20 +173,8 @@ def refuse_differences(folder, then, now):
         for name, (before, after) in found.items():
             flag = name if " " in name or name == "objective" else "--" + name.replace("_", "-")
             shown.append(f"{flag} was {before!r:.99}, now {after!r:.99}")
-        raise InputError(f"{folder} contains a run with other settings: {'; '.join(shown)}{reason}. Give the "
-                         "same ones to go on with it, choose another --out NAME, or replace it with "
-                         "--overwrite")
-
-
-def why_not_longer(then, now):
-    """How the rates of the steps so far depend on the number of all steps; "" if they do not."""
-    if not then["schedule"] == now["schedule"] == "constant":
-        return " (only with --schedule constant do the rates of its steps not depend on their number)"
-    if "steps" not in now:  # with --epochs the corpus decides them, and this is asked again
-        return ""
-    before, after = (math.ceil(settings["warmup"] * settings["steps"]) for settings in (then, now))
-    share = max(0, before - 0.5) / now["steps"]  # rounds up to the same number of steps, safely
-    return f" (--warmup {share:.6g} keeps its warm-up of {before} steps)" if before != after else ""
+        raise InputError(f"{folder} contains a run with other settings: {'; '.join(shown)}. Give the same "
+                         "ones to go on with it, choose another --out NAME, or replace it with --overwrite")
 
 
 def refuse_other_content(args, corpus, student, teacher):
@@ -214,9 +201,7 @@ class Run:
         self.folder = Path(args.out)
         content = content_of(args, corpus, student, teacher)  # before the student changes
         self.settings = vars(args) | content  # saved in args.json, and with the state
-        self.first_step = 0
-        if args.resume:
-            self.first_step = restore(self.folder, identity(args, content), student, optimizer)
+        self.first_step = restore(args, content, student, optimizer) if args.resume else 0
         self.has_folder = False  # until its first save
         self.stack = contextlib.ExitStack()
 
@@ -392,18 +377,18 @@ def remove_run(folder, keep=()):
 
 
 # ------------------------------------------------------------------------------------ what is put back
-def restore(folder, now, student, optimizer):
-    """Put a saved state back if its run has the settings `now`. Returns its number of steps, 0 if the run was
-    killed before it had saved any."""
-    path = folder / "train_state.pt"
-    if not path.exists() and not (folder / "model.safetensors").exists():
+def restore(args, content, student, optimizer):
+    """Put the saved state of this run back. Returns its number of steps, 0 if it was killed before it had
+    saved any."""
+    path = Path(args.out, "train_state.pt")
+    if not path.exists() and not path.with_name("model.safetensors").exists():
         return 0
     with reading(path, "a state to go on from (put a copy back, or start again with --overwrite)"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         step = int(state["step"])
-        refuse_differences(folder, state["settings"], now)
-        if step > now["steps"]:
-            raise InputError(f"--resume: {folder} has made {step} steps, more than --steps {now['steps']}")
+        refuse_differences(args.out, state["settings"], identity(args, content))
+        if step > args.steps:
+            raise InputError(f"--resume: {args.out} has made {step} steps, more than --steps {args.steps}")
 
         student.load_state_dict(state["student"])
         averages = checked_averages(state["optimizer"]["state"], optimizer, step)
