@@ -120,8 +120,9 @@ def parse_args(argv=None):
     add("--num", type=count, default=5, metavar="N", help="continuations; more of them measure better")
     add("--temperature", type=checked(float, "0 or more", lambda t: 0 <= t < math.inf), default=1.0,
         metavar="T", help="of both models; 0: the likeliest token")
-    add("--seed", type=checked(int, "0 to 2^62", lambda n: 0 <= n <= 2**62), default=0, metavar="N")
-    add("--precision", choices=DTYPES, default="fp32")
+    add("--seed", type=checked(int, "0 to 2^62", lambda n: 0 <= n <= 2**62), default=0, metavar="N",
+        help="of the random draws")
+    add("--precision", choices=DTYPES, default="fp32", help="of the weights")
     add("--device", default="auto", help="cuda, mps or cpu; auto takes the first one that is available")
     return parser.parse_args(argv)
 

@@ -16,13 +16,14 @@ COMMANDS = [command for block in BLOCKS for command in block]
 
 
 def parser_of(name):
+    """None for a file that has no flags."""
     module = importlib.import_module(name)
-    return module.STUDY.parse_args if hasattr(module, "STUDY") else module.parse_args
+    return getattr(getattr(module, "STUDY", module), "parse_args", None)
 
 
 PARSERS = {f"{name}.py": parser_of(name) for name in ("data", "distill", "eval_ppl", "sample")}
 EXTRAS = [path.stem for path in (ROOT / "extras").glob("*.py") if path.stem not in ("__init__", "study")]
-PARSERS |= {f"-m extras.{name}": parser_of(f"extras.{name}") for name in EXTRAS}
+PARSERS |= {f"-m extras.{name}": parser for name in EXTRAS if (parser := parser_of(f"extras.{name}"))}
 OURS = [command for command in COMMANDS if any(script in command for script in PARSERS)]
 
 
