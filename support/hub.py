@@ -137,7 +137,7 @@ def why_the_hub_is_silent():
     except Exception as error:  # TLS, a proxy, a malformed address or token: a dozen classes
         used = [name for name in NETWORK_SETTINGS if name in os.environ or name.lower() in os.environ]
         hint = f" (set: {', '.join(used)})" if used else ""
-        return f"the Hub cannot be reached: {reason_of(error)}{hint}"
+        return f"the Hub cannot be reached: {reason_of(error).rstrip('.')}{hint}"
 
 
 def reason_of(error):

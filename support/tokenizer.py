@@ -284,13 +284,11 @@ def added_tokens(vocab, added):
 
 
 # ------------------------------------------------------------------------------------ tokenizers of models
-FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
-         "tokenizer_config.json", "chat_template.jinja")
-
-
 def load_tokenizer(name_or_dir):
     """Tokenizer of a model, given its folder or its name on the Hub."""
-    path, vocab, merges, added, named, config, template = fetch(name_or_dir, *FILES)
+    path, vocab, merges, added, named, config, template = fetch(
+        name_or_dir, "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json",
+        "special_tokens_map.json", "tokenizer_config.json", "chat_template.jinja")
     config = read_json(config) if config else {}
     settings = kept_settings((read_json(named) if named else {}) | config)
     if template:

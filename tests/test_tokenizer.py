@@ -320,7 +320,10 @@ def test_what_would_give_other_ids_is_refused(tokenizers_dir, tmp_path):
             "no token for the byte 33": lambda spec: spec["model"]["vocab"].update(
                 zz=spec["model"]["vocab"].pop("!")),
             "each of them once": lambda spec: spec["model"]["vocab"].update({"!": 2}),
-            "not whole numbers": lambda spec: spec["model"]["vocab"].update({"!": True}),
+            "not whole numbers": lambda spec: spec["model"]["vocab"].update(
+                {"<|endoftext|>": 599, "zz": 600.0}),
+            "or an empty one": lambda spec: spec["added_tokens"].append(
+                {**special, "content": "", "id": 600}),
             "TemplateProcessing": lambda spec: spec.update(post_processor=template(TEXT, TEXT)),
             "lstrip True": lambda spec: spec["added_tokens"][0].update(lstrip=True),
             "no special token <|endoftext|>": lambda spec: spec["added_tokens"][0].update(content="<eos>"),
