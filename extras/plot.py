@@ -340,8 +340,8 @@ def read_columns(folder):
 
 
 def read_results(folder):
-    """{role: its figures that are finite} of results.json; {} for a run that has not finished. The figures
-    of a control are among those of its student; for the folder of a control it is the student."""
+    """{role: its figures} of results.json, in which those that are not finite are null; {} for a run that
+    has not finished. In the folder of a control, the control is the student."""
     folder = Path(folder).resolve()
     if folder.name == "control":
         return {"student": read_results(folder.parent).get("control", {})}
@@ -350,8 +350,7 @@ def read_results(folder):
         return {}
     with reading(path, "the results of a run"):
         rows = json.loads(path.read_bytes())["rows"]
-        return {role: {name: value for name, value in row.items()
-                       if isinstance(value, (int, float)) and math.isfinite(value)}
+        return {role: {name: value for name, value in row.items() if isinstance(value, (int, float))}
                 for role, row in rows.items()}
 
 

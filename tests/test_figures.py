@@ -98,7 +98,8 @@ def test_texts_are_those_of_the_run(workshop, tmp_path, monkeypatch):
     table, sampled, _ = texts.values()
     loss = json.loads((tmp_path / "out" / "results.json").read_bytes())["rows"]["student"]["loss"]
     assert f"{loss:.4f}" in table
-    assert sampled.count("def read_config(path):") == 2 and "--- demo/teacher\n" in sampled
+    assert sampled.count("def read_config(path):") == 2 and sampled.startswith("--- out\n")
+    assert "--- demo/teacher\n" in sampled
     said = figures.likeliest_texts(students, teacher)
     assert said.count("def read_config(path):") == 4 and "--- after 1 steps" in said
 

@@ -22,7 +22,7 @@ PROMPT = "    def add_argument(self,"
 
 
 # ------------------------------------------------------------------------------------ a run to draw
-def write_log(folder, steps, teacher=True, kd_weight=0.5, clm_weight=0.5, easier=0.0):
+def write_log(folder, steps, teacher=True, kd_weight=0.5, clm_weight=0.5, easier=0.0, tokens=256):
     """log.csv as a run would write it, of losses that are made up."""
     folder.mkdir(exist_ok=True, parents=True)
     with open(folder / "log.csv", "w", newline="") as file:
@@ -33,7 +33,7 @@ def write_log(folder, steps, teacher=True, kd_weight=0.5, clm_weight=0.5, easier
             kl = 1 / step if teacher else 0.0
             loss = kd_weight * 4 * kl + clm_weight * clm
             teacher_clm = (1.5 + step % 5) * teacher
-            row = (step, loss, kl, clm, 0, teacher_clm, 1e-3, 1, 256, 1024)
+            row = (step, loss, kl, clm, 0, teacher_clm, 1e-3, 1, tokens, 1024)
             writer.writerow(f"{x:.7g}" for x in row)
 
 
@@ -153,11 +153,11 @@ def test_the_picture_says_what_is_training_text_and_what_is_held_out(folder):
     write_held_out(folder, (0, 5.0), (20, 3.5), (40, 3.25), (80, 3.0))  # the last one's steps fell to a kill
     assert points(plot.draw_loss(folder)) == {"student": [(0, 5.0), (20, 3.5), (40, 3.25)]}
     finish(folder)
-    write_log(folder / "control", 30, teacher=False)
+    write_log(folder / "control", 30, teacher=False, tokens=512)  # a step of it is two of the student's
     write_held_out(folder / "control", (15, 4.5))
     axes = plot.draw_loss(folder)
     assert points(axes) == {"student": [(0, 5.0), (20, 3.5), (40, 3.25), (60, 3.25)], "teacher": [(60, 3.0)],
-                            "control": [(15, 4.5), (30, 3.75)]}
+                            "control": [(30, 4.5), (60, 3.75)]}
     assert [text.get_text() for text in axes.get_legend().get_texts()] \
         == ["training text, running mean", "the CLM on held-out text"]
     assert axes.get_title("left") == settings().objective
