@@ -198,7 +198,8 @@ def test_memory_stays_bounded(tmp_path):
     del rows
     before = pa.total_allocated_bytes()
     assert (tmp_path / "x.parquet").stat().st_size < 4000
-    assert len(next(text.read_file(tmp_path / "x.parquet"))) == 2**22
+    texts = text.read_file(tmp_path / "x.parquet")
+    assert len(next(texts)) == 2**22
     assert pa.total_allocated_bytes() < before + 20 * 2**22
 
 
