@@ -226,7 +226,9 @@ def peak_bytes(device):
     """The most memory that this process has held: on the GPU, or all of it on a CPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    import resource  # not on Windows
+    if os.name == "nt":
+        raise InputError("Windows does not say how much memory a process has held: measure on another system")
+    import resource
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
