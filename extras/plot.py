@@ -238,7 +238,7 @@ def verdicts(folders):
     what counts is the difference for each seed, and how much it varies from seed to seed.
     """
     settings = [read_settings(folder) or {} for folder in folders]
-    differ = what_differs(settings, {"seed"})
+    differ = what_differs(settings, {"seed", "learning rates"})  # the rates follow from flags
     if len(differ) > 1 and "objective" in differ:  # it follows from flags, unless plain_loss was edited
         differ.remove("objective")
 

@@ -133,7 +133,8 @@ def identity(args, content=None):
 
 
 def content_of(args, corpus, student, teacher):
-    """What a run starts from, by content: the files behind a name can change."""
+    """What else a run is, known when models and text are read. They are told apart by their content, because
+    the files behind a name can change."""
     content = {
         "learning rates": rates(args),
         "number of training tokens (more for more steps)": len(corpus.train),

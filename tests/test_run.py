@@ -227,9 +227,9 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_has_saved(out, monkeypatc
     assert content(out) == before
     with unchanged(out, "up.weight is not finite"):
         train(settings(out, **new), at={0: poison})
-    for name in ("fsync", "replace"):
+    for place, name in ((files.os, "fsync"), (files.os, "replace"), (torch, "save"), (run_module, "sync")):
         with monkeypatch.context() as patch:
-            patch.setattr(files.os, name, full_disk)
+            patch.setattr(place, name, full_disk)
             with unchanged(out, "cannot be written (No space left on device)"):
                 train(settings(out, **new))
 
@@ -400,29 +400,43 @@ def test_a_resumed_bar_counts_from_where_the_run_was(tmp_path):
 
 
 # ------------------------------------------------------------------------------------ damage
-def change(path, *keys, value):
-    """Change state[key][key]... in a saved state; where the optimizer's averages are, in all of them."""
+def change(path, how):
+    """how(state): what happens to a saved state."""
     state = torch.load(path, weights_only=True)
-    if keys[0] in ("step of AdamW", "exp_avg", "exp_avg_sq"):
-        for slot in state["optimizer"]["state"].values():
-            slot[keys[0].split()[0]] = value(slot["exp_avg"])
-    else:
-        place = state
-        for key in keys[:-1]:
-            place = place[key]
-        place[keys[-1]] = value
+    how(state)
     torch.save(state, path)
 
 
+def in_student(tensor, name="up.weight"):
+    return lambda state: state["student"].update({name: tensor})
+
+
+def slots(state):
+    return state["optimizer"]["state"].values()
+
+
+def in_averages(name, new):
+    """new(old): what becomes of one of AdamW's averages, or of its number of steps."""
+    return lambda state: [slot.update({name: new(slot[name])}) for slot in slots(state)]
+
+
 DAMAGE = [
-    (("settings",), None), (("settings", "lr"), torch.ones(2)),
-    (("step",), -1), (("step",), math.nan), (("step",), 2),
-    (("student", "stranger"), torch.zeros(2)), (("student", "up.weight"), torch.zeros(2, 2)),
-    (("student", "up.weight"), torch.full((8, 3), math.nan)), (("student", "up.weight"), 7),
-    (("student", "up.weight"), torch.zeros(8, 3, device="meta")),
-    (("optimizer",), 7), (("optimizer", "state"), {}),
-    (("exp_avg",), lambda old: torch.zeros(())), (("exp_avg_sq",), lambda old: old.flatten()[:1]),
-    (("exp_avg",), lambda old: old * math.nan), (("step of AdamW",), lambda old: torch.tensor(7.0)),
+    lambda state: state.pop("settings"),
+    lambda state: state["settings"].update(lr=torch.ones(2)),
+    lambda state: state.update(step=-1),
+    lambda state: state.update(step=math.nan),
+    lambda state: state.update(step=2),
+    in_student(torch.zeros(2), "stranger"),
+    in_student(torch.zeros(2, 2)),
+    in_student(torch.full((8, 3), math.nan)),
+    in_student(torch.zeros(8, 3, device="meta")),
+    in_student(7),
+    lambda state: state.update(optimizer=7),
+    lambda state: state["optimizer"]["state"].pop(0),
+    in_averages("exp_avg", lambda old: torch.zeros(())),
+    in_averages("exp_avg_sq", lambda old: old.flatten()[:1]),
+    in_averages("exp_avg", lambda old: old * math.nan),
+    in_averages("step", lambda old: old + 3),
 ]
 
 
@@ -434,30 +448,30 @@ def test_a_damaged_state_is_one_line(out):
         path.write_bytes(damaged)
         with unchanged(out, "train_state.pt", "is damaged", "--overwrite"):
             train(settings(out, resume=True, steps=9))
-    for keys, value in DAMAGE:
+    for number, damage in enumerate(DAMAGE):
         path.write_bytes(whole)
-        change(path, *keys, value=value)
+        change(path, damage)
         with unchanged(out, "train_state.pt", "is damaged", "--overwrite"):
             train(settings(out, resume=True, steps=9))
-            raise AssertionError(f"{keys} {value}")
+            raise AssertionError(f"number {number}")
 
 
 def test_a_state_of_another_run_or_another_pytorch(out):
     """A state from elsewhere is refused; what another PyTorch's optimizer has beside it does not matter."""
+    def of_another_pytorch(state):
+        for group in state["optimizer"]["param_groups"]:
+            group.pop("decoupled_weight_decay", None)
+            group.update(from_the_future=1, weight_decay=0.5)  # that of the flags counts
+
     path = out / "train_state.pt"
     before = path.read_bytes()
-    change(path, "settings", "precision", value="bf16-pure")
+    change(path, lambda state: state["settings"].update(precision="bf16-pure"))
     with unchanged(out, "--precision was 'bf16-pure', now 'fp32'"):
         train(settings(out, resume=True, steps=9))
 
     path.write_bytes(before)
-    state = torch.load(path, weights_only=True)
-    for group in state["optimizer"]["param_groups"]:
-        group.pop("decoupled_weight_decay", None)
-        group.update(from_the_future=1, weight_decay=0.5)  # that of the flags counts
-    for slot in state["optimizer"]["state"].values():
-        slot["exp_avg"] = slot["exp_avg"].t().contiguous().t()  # as memory of another layout
-    torch.save(state, path)
+    change(path, of_another_pytorch)
+    change(path, in_averages("exp_avg", lambda old: old.t().contiguous().t()))  # in another order in memory
     whole = train(settings(out.parent / "whole", steps=9))
     assert same_bits(train(settings(out, resume=True, steps=9)), whole)
 
@@ -539,12 +553,13 @@ def test_the_same_command_again_shows_the_table(workshop, distil, refused, tmp_p
 
 def test_longer_and_killed_runs_with_a_control_have_the_same_bits(
         workshop, distil, tmp_path, monkeypatch, capsys):
-    """As if they had been as long from the start; the table is made anew. Killed in the control's last step:
-    the student is finished, the control goes on."""
+    """As if they had been as long from the start. Killed in the control's last step: the student is finished,
+    the control goes on, and the table is made anew."""
     out = tmp_path / "out"
     settings = {"schedule": "constant", "warmup": 0, "control": True, "save-interval": 1}
     distil(tmp_path / "whole", steps=5, **settings)
     distil(out, steps=3, **settings)
+    distil(out, steps=5, resume=True, **settings | {"control": None})
     honest = Run.finish_step
 
     def killed(run, step, *rest):
@@ -557,7 +572,7 @@ def test_longer_and_killed_runs_with_a_control_have_the_same_bits(
         longer = flags(workshop, out, steps=5, resume=True, **settings)
         assert call(patch, capsys, longer).code == 130
     assert steps_in_log(out / "control") == [1, 2, 3, 4]
-    assert not (out / "results.json").exists(), "the table has another control"
+    assert not (out / "results.json").exists(), "the table has no control"
     distil(out, steps=5, resume=True, **settings)
     for folder in ("", "control"):
         assert difference(weights(out / folder), weights(tmp_path / "whole" / folder)) == 0
