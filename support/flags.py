@@ -15,7 +15,7 @@ from support.cli import InputError, checked, new_parser, user_path
 from support.hub import check_hub_name
 from support.text import open_data
 
-DEMO_TEACHER = str(Path("demo/teacher") if Path.cwd() == ROOT else ROOT / "demo" / "teacher")
+DEMO_TEACHER = "demo/teacher" if Path.cwd() == ROOT else str(ROOT / "demo" / "teacher")
 
 RECIPES = {
     # `--teacher gpt2 --student-layers 6` and nothing else: the defaults of the flags, 131M tokens.

@@ -21,9 +21,9 @@ def parser_of(name):
     return getattr(getattr(module, "STUDY", module), "parse_args", None)
 
 
-PARSERS = {f"{name}.py": parser_of(name) for name in ("data", "distill", "eval_ppl", "sample")}
 EXTRAS = [path.stem for path in (ROOT / "extras").glob("*.py") if path.stem not in ("__init__", "study")]
-PARSERS |= {f"-m extras.{name}": parser for name in EXTRAS if (parser := parser_of(f"extras.{name}"))}
+PARSERS = {f"-m extras.{name}": parser for name in EXTRAS if (parser := parser_of(f"extras.{name}"))}
+PARSERS |= {f"{name}.py": parser_of(name) for name in ("data", "distill", "eval_ppl", "sample")}
 OURS = [command for command in COMMANDS if any(script in command for script in PARSERS)]
 
 
