@@ -281,7 +281,7 @@ class Run:
     def say_memory(self):
         """Once in a command, how much memory a step takes; the control's steps take less."""
         n_bytes = peak_memory(self.ranks.device)
-        if n_bytes and self.args.role == "student":
+        if n_bytes and self.args.role == "student" and self.bar is not None:
             self.say(f"memory     {n_bytes / 1e9:.2f} GB at most, up to the end of the first step")
 
     def held_out_loss(self, done):

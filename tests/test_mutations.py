@@ -119,7 +119,7 @@ def tensors_in(path):
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load(path.read_bytes())
-        return torch.load(path, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, KeyError):
         return None
 
@@ -178,7 +178,9 @@ def library_reads(source):
         reference.no_truncation()
         reference.no_padding()
         return reference
-    except Exception:  # its only class
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # its own class, or a panic of Rust, which is not an Exception
         return None
 
 
