@@ -158,8 +158,7 @@ def test_one_more_special_token(workshop, distil, tmp_path):
 def test_precisions(distil, tmp_path):
     for precision, dtype in (("bf16", torch.float32), ("bf16-pure", torch.bfloat16)):
         out = tmp_path / precision
-        printed = distil(out, precision=precision)
-        assert ("small updates" in " ".join(printed.split())) == (precision == "bf16-pure")
+        distil(out, precision=precision)
         assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {dtype}
 
 
