@@ -152,8 +152,8 @@ def causal_mask(L, dtype):
 
 
 def written_out_is_faster(q):
-    """On a CPU with bf16, it takes 0.65 of the time of PyTorch's kernel (docs/speed.md). But autograd keeps the
-    weights of all pairs of tokens, so where a long text is trained on it would cost too much memory."""
+    """On a CPU with bf16, it takes 0.65 of the time of PyTorch's kernel (docs/speed.md). But autograd keeps
+    the weights of all pairs of tokens, which would cost too much memory in training on long texts."""
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or torch.compiler.is_compiling():
         return False
     return q.size(2) <= 512 or not q.requires_grad
