@@ -117,10 +117,10 @@ SHORTER = {
     "eval_ppl.py": ["--limit", "3", "--context", "32", "--device", "cpu"],
     "sample.py": ["--tokens", "4", "--device", "cpu"],
     "extras.plot": [],
-    "extras.check_loss": [],
 }
 ELSEWHERE = ("pip install", "venv", "pytest", "lm_eval", "hf upload", "extras.atlas", "extras.bench",
-             "extras.cache_study", "extras.play", "extras.lab", "extras.speculate", "my_loss.py")
+             "extras.cache_study", "extras.play", "extras.lab", "extras.speculate",
+             "extras.check_loss")
 
 
 def short(line):
