@@ -1,21 +1,21 @@
-"""How good are the students of a teacher on disk? The live teacher, draws from it, or its likeliest tokens.
+"""What may be kept of a teacher's answers? Draws from them, or the likeliest tokens, at three temperatures.
 
     python -m extras.cache_study                  makes the missing runs; can be stopped
     python -m extras.cache_study --only "seed 1"  only runs whose name contains this
     python -m extras.cache_study --list           prints the plan and the results so far
-    python -m extras.cache_study --page           makes the table of its page anew
+    python -m extras.cache_study --page           makes the tables of its page anew
 
 Read in this order:
-  ARMS               what is compared
-  likeliest_losses   the usual way to keep a teacher's answers, which the product does not have: it is biased
+  ARMS               what is kept of the teacher's answer, and the loss that learns from it
+  losses_from        a loss that forgets the rest of the answer
   calibration_error  is a model right as often as it claims?
   figures            all that is measured on the held-out text
 
-Each run is `python distill.py` with the flags in its row: the first recipe of extras/atlas.py, and a cache in
-the folder `caches`, which is made if it is missing (400 MB in all). Losses are in nats per token on the
-modules that the demo holds out.
+Each run is `python distill.py` with the flags in its row: the first recipe of extras/atlas.py. The teacher
+answers during the run, and what an arm would not keep on disk is forgotten at once; so every run has draws of
+its own. Losses are in nats per token on the modules that the demo holds out.
 
-Shapes: B sequences, L tokens of each, N = B * L, V vocabulary.
+Shapes: B sequences, L tokens of each, N = B * L, n tokens with a target, K kept tokens, V vocabulary.
 Reference: Guo et al. 2017, On Calibration of Modern Neural Networks (arXiv 1706.04599).
 """
 import torch
@@ -27,39 +27,79 @@ from support.chunked_loss import chunked_loss
 from support.cli import run_cli
 from support.ranks import autocast
 from support.scoring import held_out_batches
-from support.teacher_cache import Draws, draws_loss
+from support.teacher_cache import Draws, draw_tokens, draws_loss
 
-LIKELIEST = 12  # tokens; the product draws the same number
-ARMS = {  # {arm: its flags}
-    "live teacher": "",
-    "50 draws": "--teacher-cache caches/50 --cache-draws 50",
-    "12 draws": "--teacher-cache caches/12 --cache-draws 12",
-    "4 draws": "--teacher-cache caches/4 --cache-draws 4",
-    "likeliest 12": "",  # see likeliest_losses
+
+# ------------------------------------------------------------------------------------ what is kept
+def draws(p, n):
+    """Distributions p (n, V) -> the ids and weights, each (n, K), that a cache of the product keeps."""
+    ids = draw_tokens(p, 1 - torch.rand(len(p), 1), n)
+    return ids, torch.full(ids.shape, 1 / n)
+
+
+def likeliest(p, n=12):
+    """The likeliest tokens and their probabilities, scaled to sum to 1, as most code that keeps a teacher's
+    answers does. It is biased: their student is told that no other token has any probability."""
+    top = p.topk(n)
+    return top.indices, top.values / top.values.sum(-1, keepdim=True)
+
+
+def likeliest_as_they_are(p, n=12):
+    """The likeliest tokens and their probabilities, not scaled; for rest_loss."""
+    top = p.topk(n)
+    return top.indices, top.values
+
+
+def rest_loss(student_logits, kept, targets, settings):
+    """draws_loss with one more entry, for all tokens that are not kept: the teacher's probability of them
+    against the student's. It is the KL of the two distributions after all these became one token."""
+    T = settings.temperature
+    log_q = (student_logits / T).log_softmax(-1).gather(1, kept.ids)  # (n, K)
+    rest_of_p = (1 - kept.weights.sum(-1)).clamp(min=1e-6)  # (n,)
+    rest_of_q = (1 - log_q.exp().sum(-1)).clamp(min=1e-6)
+    kl = (kept.weights * (kept.weights.log() - log_q)).sum()
+    kl = kl + (rest_of_p * (rest_of_p.log() - rest_of_q.log())).sum()
+    clm = F.cross_entropy(student_logits, targets, reduction="sum")
+    return settings.kd_weight * T**2 * kl + settings.clm_weight * clm, kl, clm
+
+
+ARMS = {  # {arm: (p -> what is kept, its loss)}; None: distill.plain_loss and the whole answer
+    "live teacher": None,
+    "50 draws": (lambda p: draws(p, 50), draws_loss),
+    "12 draws": (lambda p: draws(p, 12), draws_loss),
+    "likeliest 12": (likeliest, draws_loss),
+    "likeliest 12 and the rest": (likeliest_as_they_are, rest_loss),
 }
+TEMPERATURES = (1, 1.5, 2)
+RATES = ("7e-4", "1.4e-3")  # of draws, besides the recipe's 1e-3
 
 
 def plan():
-    return {f"{arm}, seed {seed}": f"{BASE} {FIRST_DEMO} --seed {seed} {flags}".rstrip()
-            for seed in SEEDS for arm, flags in ARMS.items()}
+    runs = {}
+    for seed in SEEDS:
+        for temperature in TEMPERATURES:
+            flags = f"{BASE} {FIRST_DEMO} --temperature {temperature} --seed {seed}"
+            runs |= {f"T {temperature}, {arm}, seed {seed}": flags for arm in ARMS}
+            if seed == 0:
+                runs |= {f"T {temperature}, 12 draws, lr {lr}": f"{flags} --lr {lr}" for lr in RATES}
+    return runs
 
 
 def one_run(name, flags):
-    return trained(flags, figures, likeliest_losses if name.startswith("likeliest") else None)
+    arm = name.split(", ")[1]
+    return trained(flags, figures, ARMS[arm] and losses_from(*ARMS[arm]))
 
 
-def likeliest_losses(student_hidden, student_head, teacher_hidden, teacher_head, targets, settings):
-    """The loss if only the teacher's likeliest tokens are kept, their probabilities scaled to sum to 1, as
-    most code that keeps a teacher's answers does. Arguments and result are those of distill.losses_of."""
-    counted = targets != -100
-    t = F.linear(teacher_hidden[counted], teacher_head).float()  # (n, V)
-    top = (t / settings.temperature).softmax(-1).topk(LIKELIEST)
-    weights = top.values / top.values.sum(-1, keepdim=True)  # (n, LIKELIEST)
-
-    entropy = torch.special.entr(weights).sum(-1)
-    clm = F.cross_entropy(t, targets[counted], reduction="none")
-    answers = Draws(top.indices, weights, entropy, clm)
-    return chunked_loss(draws_loss, student_hidden, student_head, answers, None, targets, settings)
+def losses_from(keep, loss_function):
+    """A function in place of distill.losses_of, which learns only from what `keep` keeps of an answer."""
+    def losses_of(student_hidden, student_head, teacher_hidden, teacher_head, targets, settings):
+        counted = targets != -100
+        t = F.linear(teacher_hidden[counted], teacher_head).float()  # (n, V)
+        p = (t / settings.temperature).softmax(-1)
+        clm = F.cross_entropy(t, targets[counted], reduction="none")
+        kept = Draws(*keep(p), torch.special.entr(p).sum(-1), clm)
+        return chunked_loss(loss_function, student_hidden, student_head, kept, None, targets, settings)
+    return losses_of
 
 
 # ------------------------------------------------------------------------------------ what is measured
@@ -121,15 +161,21 @@ def summary(batches):
 # ------------------------------------------------------------------------------------ the table
 def arms_table(rows):
     """For each arm the mean over its seeds, and the range of the losses."""
-    found = arms(rows)
-    lines = []
-    for arm in ARMS:
-        if seeds := found.get(arm):
-            lines.append(line(arm, spread(seeds), spread(seeds, "kl"), seeds))
-
+    lines = [line(arm, seeds) for arm, seeds in arms(rows).items() if "lr" not in arm]
+    lines.sort(key=lambda found: found["learns from"].split(",")[0])
     teachers = [row["teacher"] for row in rows.values()]  # the same in all rows
-    lines.append(line("the teacher itself", f"{teachers[0]['loss']:.4f}", "0", teachers))
-    return lines
+    return [*lines, line("the teacher itself", teachers[:1])]
+
+
+def rates_table(rows):
+    """The held-out loss of 12 draws at three rates, seed 0."""
+    return [
+        {"12 draws": f"T = {temperature}",
+         **{f"lr {lr}": f"{rows[name]['loss']:.4f}" for lr, name in (
+             (RATES[0], f"T {temperature}, 12 draws, lr {RATES[0]}"),
+             ("1e-3", f"T {temperature}, 12 draws, seed 0"),
+             (RATES[1], f"T {temperature}, 12 draws, lr {RATES[1]}")) if name in rows}}
+        for temperature in TEMPERATURES]
 
 
 COLUMNS = {
@@ -137,12 +183,13 @@ COLUMNS = {
     "ECE, teacher": "ece_teacher"}
 
 
-def line(arm, loss, kl, seeds):
+def line(arm, seeds):
     means = {title: f"{average(seeds, column):.3f}" for title, column in COLUMNS.items()}
-    return {"learns from": arm, "held-out loss": loss, "KL to teacher": kl, **means}
+    return {"learns from": arm, "held-out loss": spread(seeds), "KL to teacher": spread(seeds, "kl"), **means}
 
 
-STUDY = Study("cache_study", __doc__, plan(), one_run, {"arms": arms_table}, page="teacher-cache")
+STUDY = Study("cache_study", __doc__, plan(), one_run, {"arms": arms_table, "rates": rates_table},
+              page="teacher-cache")
 
 if __name__ == "__main__":
     run_cli(STUDY.main)

@@ -68,15 +68,15 @@ TEXT_ALONE = (f"--kd-weight 0 --clm-weight 1 --data {OUT}/text --seq-len 256 --b
 WARM_START = {  # folder in OUT: its flags
     "teacher": f"--teacher none --student {shlex.quote(DEMO_TEACHER)} --lr 1.5e-3 --warmup 0.05 "
                "--schedule linear --steps 500",
-    "student-1e-3": f"--teacher {OUT}/teacher --student-layers 0,2,5 --lr 1e-3 --warmup 0.05 "
-                    "--schedule constant --steps 500 --seed 1",
-    "student": f"--teacher none --student {OUT}/student-1e-3 --lr 1e-4 --warmup 0 --schedule constant "
-               "--steps 150 --seed 2",
+    "student-1e-3": "--teacher {models}/teacher --student-layers 0,2,5 --lr 1e-3 --warmup 0.05 "
+                    "--schedule constant --steps 500",
+    "student": "--teacher none --student {models}/student-1e-3 --lr 1e-4 --warmup 0 --schedule constant "
+               "--steps 150",
 }
 
 # The recipe is the model card's: T = 2, half and half, rate 1e-4, constant, no warm-up, 64 steps.
 BASE = ("--recipe distilpythia --seq-len 256 --batch-size 4 --grad-accum 1 --precision bf16 --device cpu "
-        f"--save-interval 10000 --teacher {OUT}/teacher --student {OUT}/student --data {OUT}/text")
+        f"--save-interval 10000 --data {OUT}/text --teacher {{models}}/teacher --student {{models}}/student")
 MARKS = (4, 16, 64, 256, 1024)  # steps at which a long run is asked
 SEEDS = (0, 1, 2)
 SHORT_ARMS = {
@@ -98,9 +98,23 @@ LONG_ARMS = {
     "published, long": "--steps 1024",
     "text alone, long": "--kd-weight 0 --clm-weight 1 --steps 1024",
 }
+SIZES = (1, 4, 16)  # of a step, in micro-batches of 1,024 tokens
+STARTS = (0, 1, 2)  # warm starts: further ones have other batches
+LADDER_ARMS = {"published": "", "text alone": "--kd-weight 0 --clm-weight 1"}
+
+
+def ladder():
+    """Steps of three sizes, with the teacher and with the text alone, from three warm starts."""
+    return {f"ladder: {arm}, x{size}, start {start}, seed {seed}":
+            f"{flags} --grad-accum {size} --seed {seed}".strip()
+            for sizes, starts in ((SIZES, (0,)), ((1, 4), (1, 2)), ((16,), (1, 2)))
+            for start in starts for size in sizes for seed in SEEDS for arm, flags in LADDER_ARMS.items()}
+
+
 PLAN = {"teacher": "", "student": ""}  # before distillation
 PLAN |= {f"{arm}, seed {seed}": f"{flags} --seed {seed}".strip()
          for arms in (SHORT_ARMS, LONG_ARMS) for seed in SEEDS for arm, flags in arms.items()}
+PLAN |= {f"start {start}, {who}": "" for start in STARTS for who in ("teacher", "student")} | ladder()
 
 SURE = 0.5  # nats of entropy; where the teacher has less, the routed arm learns from the text
 
@@ -193,30 +207,35 @@ def write_text(folder, documents):
 
 # ------------------------------------------------------------------------------------ the runs
 @functools.cache
-def warm_start():
-    """Make texts, teacher and student in OUT, unless they are there. Returns ask(model) -> its figures."""
+def warm_start(start=0):
+    """Make texts, teacher and student in OUT, unless they are there. Returns the folder of the two models and
+    ask(model) -> its figures."""
     tokenizer = load_tokenizer(DEMO_TEACHER)
     names = find_names(tokenizer)
     write_text(OUT / "text", lambda held_out: renamed_modules(names, held_out))
     write_text(OUT / "prose", docstrings)
+    models = OUT / f"start-{start}"
     for folder, flags in WARM_START.items():
-        if not (OUT / folder / "model.safetensors").exists():
-            command = shlex.split(f"{TEXT_ALONE} {flags} --out {OUT / folder}")
-            subprocess.run([sys.executable, ROOT / "distill.py", *command], check=True)
+        if not (models / folder / "model.safetensors").exists():
+            command = shlex.split(f"{TEXT_ALONE} {flags.format(models=models)} --out {models / folder}")
+            seed = 10 * start + [*WARM_START].index(folder)
+            subprocess.run([sys.executable, ROOT / "distill.py", *command, "--seed", str(seed)], check=True)
 
     corpus = prepare(str(OUT / "text"), tokenizer)
-    return lambda model: figures(copy.deepcopy(model).float().eval(), corpus, names, tokenizer)
+    return models, lambda model: figures(copy.deepcopy(model).float().eval(), corpus, names, tokenizer)
 
 
 def one_run(name, flags):
     """The figures of an arm by step, or of a model before distillation."""
-    ask = warm_start()
-    if name in WARM_START:
-        return {"states": {"0": ask(load(OUT / name))}}
+    found = re.search(r"start (\d)", name)
+    models, ask = warm_start(int(found[1]) if found else 0)
+    who = name.split(", ")[-1]
+    if who in WARM_START:
+        return {"states": {"0": ask(load(models / who))}}
 
     states = {}
     losses_of = functools.partial(chunked_loss, routed_loss) if name.startswith("routed") else None
-    return trained(f"{BASE} {flags}", lambda *_: {"states": states}, losses_of,
+    return trained(f"{BASE.format(models=models)} {flags}", lambda *_: {"states": states}, losses_of,
                    around=lambda args, teacher, student, *_: asked(args.steps, student, ask, states))
 
 
