@@ -44,11 +44,10 @@ import eval_ppl
 from data import load_tokenizer, prepare
 from distill import plain_loss
 from extras.plot import BLUE, GREY, PURPLE, new_figure
-from extras.study import ROOT, Study, trained
+from extras.study import ROOT, Study, trained, write_text
 from model import load
 from support.chunked_loss import chunked_loss
 from support.cli import checked, format_table, new_parser, run_cli, user_path
-from support.files import replaced
 from support.ranks import pick_device
 from support.scoring import SCORES, exp
 from support.text import stdlib_documents, stdlib_held_out
@@ -192,17 +191,6 @@ def docstrings(held_out):
         if stdlib_held_out(path) == held_out:
             nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, documented)]
             yield "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
-
-
-def write_text(folder, documents):
-    """documents(held_out) -> FOLDER/train.jsonl and FOLDER/val.jsonl, unless they are there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for split in ("train", "val"):
-        path = folder / f"{split}.jsonl"
-        if not path.exists():
-            with replaced(path) as file:
-                lines = (json.dumps({"text": text}) + "\n" for text in documents(split == "val") if text)
-                file.write_text("".join(lines), encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------ the runs

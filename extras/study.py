@@ -161,8 +161,8 @@ def trained(command, score, losses_of=None, change=None, around=None):
     used instead. around: has the arguments of `score`, and returns a context in which the student is trained.
     """
     with tempfile.TemporaryDirectory() as folder:
-        # No validations on the way: the seconds are those of training alone.
-        flags = shlex.split(f"{command} --eval-interval 0 --out {folder}/out")
+        # No validations on the way, unless asked for: the seconds are those of training alone.
+        flags = shlex.split(f"--eval-interval 0 {command} --out {folder}/out")
         args = distill.parse_args(flags)
         args.device = pick_device(args.device)
         ranks = Ranks(args.device)
@@ -186,6 +186,17 @@ def trained(command, score, losses_of=None, change=None, around=None):
             seconds = time.perf_counter() - started
         figures = score(*parts)
     return {"seed": args.seed, "steps": args.steps, "seconds": round(seconds, 1), **figures}
+
+
+def write_text(folder, documents):
+    """documents(held_out) -> FOLDER/train.jsonl and FOLDER/val.jsonl, unless they are there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "val"):
+        path = folder / f"{split}.jsonl"
+        if not path.exists():
+            with replaced(path) as file:
+                lines = (json.dumps({"text": text}) + "\n" for text in documents(split == "val") if text)
+                file.write_text("".join(lines), encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------ tables
