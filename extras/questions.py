@@ -134,7 +134,7 @@ def test_package(held_out):
 
 @torch.no_grad()
 def module_losses(args, teacher, student, corpus, tokenizer):
-    """The usual figures, and for modules of three packages [tokens, nats of the teacher, nats of the student].
+    """The usual figures, and of the modules of three packages [tokens, teacher's nats, student's nats].
     Of `test` one module in four is taken, of each module the first 1,024 tokens; windows are those of
     training."""
     def losses(text):
