@@ -8,7 +8,7 @@
     python -m extras.bench --peers ours,ours-cache,hf,script
 
 Read in this order:
-  PEERS      who is compared: each function loads two models and says how it computes the loss
+  PEERS      who is compared: how each one loads two models, and how it computes the loss
   step       a few steps of one peer, in a process of its own: their time, memory and loss
   exactness  the loss and the gradient of a peer against the definition in float64
   measure    the peers in turns (A B C A B C ...), so that a busy minute does not hit one of them alone
@@ -23,8 +23,8 @@ if not __package__:  # started as a file, from which Python does not find the re
     raise SystemExit("error: run this from the project's folder, as `python -m extras.bench`")
 
 import argparse
+import copy
 import json
-import math
 import os
 import platform
 import statistics
@@ -40,9 +40,10 @@ from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector
 
 from distill import LossSettings, divide_and_clip, losses_of
-from model import DTYPES, GPT, GPT2, GPTNeoX, load
+from model import DTYPES, GPT2, GPTNeoX, load
 from support import ROOT
 from support.chunked_loss import chunked_loss
 from support.cli import InputError, format_table, new_parser, run_cli, user_path
@@ -76,93 +77,18 @@ TUNED = {
 
 
 # ------------------------------------------------------------------------------------ who is compared
-class Peer(NamedTuple):
-    """One way to compute the loss of a step."""
-    student: torch.nn.Module
-    loss: Callable  # ids, targets (B, L) -> what backward() starts from
-    is_sum: bool = False  # over tokens, so that gradients have to be divided; otherwise it is a mean
-    skips_last_clm: bool = False  # of each sequence
-
-
-def ours(folder, args):
-    """This project: the lines of distill.train, with the teacher in the precision in which it computes."""
+def our_models(folder, args):
+    """Student and teacher as distill.py loads them: the teacher in the precision in which it computes."""
     if args.device == "cpu":
         keep_memory()
-    teacher = load(folder / "teacher", args.device, DTYPES[args.precision]).requires_grad_(False)
     student = load(folder / "student", args.device).train()
-    is_compiled = args.peer == "ours-compile"
-    if is_compiled:
+    if args.peer == "ours-cache":
+        return student, None
+    teacher = load(folder / "teacher", args.device, DTYPES[args.precision]).requires_grad_(False)
+    if args.peer == "ours-compile":
         for block in [*student.blocks, *teacher.blocks]:
             block.compile()
-    settings = LossSettings(temperature=T, kd_weight=KD, clm_weight=CLM, chunk_size=args.chunk_size,
-                            compile=is_compiled)
-
-    def loss(ids, targets):
-        with torch.no_grad():
-            teacher_hidden = teacher.hidden(ids).flatten(0, 1)
-        student_hidden = student.hidden(ids).flatten(0, 1)
-        return losses_of(student_hidden, student.head_weight, teacher_hidden, teacher.head_weight,
-                         targets.flatten(), settings).loss
-    return Peer(student, loss, is_sum=True)
-
-
-def ours_cache(folder, args):
-    """This project with --teacher-cache: no teacher in memory, and draws for each token in its place.
-
-    Here they are random tokens, as time and memory do not depend on which. So the loss of this peer means
-    nothing; tests/test_teacher_cache.py has the tests with true draws.
-    """
-    if args.device == "cpu":
-        keep_memory()
-    student = load(folder / "student", args.device).train()
-    settings = LossSettings(temperature=T, kd_weight=KD, clm_weight=CLM, chunk_size=args.chunk_size)
-
-    def loss(ids, targets):
-        drawn = torch.randint(student.config.vocab_size, (targets.numel(), DRAWS), device=args.device)
-        zeros = torch.zeros(targets.numel(), device=args.device)
-        draws = Draws(drawn, torch.full(drawn.shape, 1 / DRAWS, device=args.device), zeros, zeros)
-        student_hidden = student.hidden(ids).flatten(0, 1)
-        return chunked_loss(draws_loss, student_hidden, student.head_weight, draws, None, targets.flatten(),
-                            settings).loss
-    return Peer(student, loss, is_sum=True)
-
-
-def hf(folder, args):
-    """The usual code: whole logits of both models, kl_div and cross_entropy."""
-    student, teacher = hf_models(folder, args)
-
-    def loss(ids, targets):
-        with torch.no_grad():
-            t = teacher(input_ids=ids, use_cache=False).logits.flatten(0, 1)  # (B * L, V)
-        s = student(input_ids=ids, use_cache=False).logits.flatten(0, 1)  # (B * L, V)
-
-        kl = F.kl_div((s / T).log_softmax(-1), (t / T).softmax(-1), reduction="batchmean")
-        return KD * T**2 * kl + CLM * F.cross_entropy(s, targets.flatten())
-    return Peer(student, loss)
-
-
-def script(folder, args):
-    """Like DistilGPT2's training script: the KL over logits that a boolean mask has picked, the CLM over a
-    shifted copy of them, so that each sequence has one position less in the CLM than in the KL."""
-    student, teacher = hf_models(folder, args)
-
-    def loss(ids, targets):
-        mask = torch.ones_like(ids)
-        with torch.no_grad():
-            t = teacher(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (B, L, V)
-        s = student(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (B, L, V)
-
-        V = s.size(-1)
-        counted = mask.bool()[:, :, None].expand_as(s)
-        s_picked = s.masked_select(counted).view(-1, V)
-        t_picked = t.masked_select(counted).view(-1, V)
-        log_q = F.log_softmax(s_picked / T, -1)
-        kl = F.kl_div(log_q, F.softmax(t_picked / T, -1), reduction="batchmean")
-
-        shifted = s[:, :-1].contiguous()
-        labels = ids[:, 1:].contiguous()
-        return KD * T**2 * kl + CLM * F.cross_entropy(shifted.view(-1, V), labels.view(-1))
-    return Peer(student, loss, skips_last_clm=True)
+    return student, teacher
 
 
 def hf_models(folder, args):
@@ -180,8 +106,75 @@ def hf_models(folder, args):
     return student, teacher.requires_grad_(False)
 
 
-PEERS = {"ours": ours, "ours-compile": ours, "ours-cache": ours_cache, "hf": hf, "hf-compile": hf,
-         "script": script}
+def our_loss(student, teacher, ids, targets, settings):
+    """This project: the lines of distill.train."""
+    with torch.no_grad():
+        teacher_hidden = teacher.hidden(ids).flatten(0, 1)
+    student_hidden = student.hidden(ids).flatten(0, 1)
+    return losses_of(student_hidden, student.head_weight, teacher_hidden, teacher.head_weight,
+                     targets.flatten(), settings).loss
+
+
+def cache_loss(student, teacher, ids, targets, settings):
+    """This project with --teacher-cache: no teacher in memory, and draws for each token in its place.
+
+    Here they are random tokens, as time and memory do not depend on which. So the loss of this peer means
+    nothing; tests/test_teacher_cache.py has the tests with true draws.
+    """
+    drawn = torch.randint(student.config.vocab_size, (targets.numel(), DRAWS), device=ids.device)
+    zeros = torch.zeros(targets.numel(), device=ids.device)
+    draws = Draws(drawn, torch.full(drawn.shape, 1 / DRAWS, device=ids.device), zeros, zeros)
+    student_hidden = student.hidden(ids).flatten(0, 1)
+    return chunked_loss(draws_loss, student_hidden, student.head_weight, draws, None, targets.flatten(),
+                        settings).loss
+
+
+def hf_loss(student, teacher, ids, targets, settings):
+    """The usual code: whole logits of both models, kl_div and cross_entropy."""
+    with torch.no_grad():
+        t = teacher(input_ids=ids, use_cache=False).logits.flatten(0, 1)  # (B * L, V)
+    s = student(input_ids=ids, use_cache=False).logits.flatten(0, 1)  # (B * L, V)
+
+    kl = F.kl_div((s / T).log_softmax(-1), (t / T).softmax(-1), reduction="batchmean")
+    return KD * T**2 * kl + CLM * F.cross_entropy(s, targets.flatten())
+
+
+def script_loss(student, teacher, ids, targets, settings):
+    """Like DistilGPT2's training script: the KL over logits that a boolean mask has picked, the CLM over a
+    shifted copy of them, so that each sequence has one position less in the CLM than in the KL."""
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        t = teacher(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (B, L, V)
+    s = student(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (B, L, V)
+
+    V = s.size(-1)
+    counted = mask.bool()[:, :, None].expand_as(s)
+    s_picked = s.masked_select(counted).view(-1, V)
+    t_picked = t.masked_select(counted).view(-1, V)
+    log_q = F.log_softmax(s_picked / T, -1)
+    kl = F.kl_div(log_q, F.softmax(t_picked / T, -1), reduction="batchmean")
+
+    shifted = s[:, :-1].contiguous()
+    labels = ids[:, 1:].contiguous()
+    return KD * T**2 * kl + CLM * F.cross_entropy(shifted.view(-1, V), labels.view(-1))
+
+
+class Peer(NamedTuple):
+    """One way to compute the loss of a step."""
+    models: Callable  # folder, args -> student, teacher
+    loss: Callable  # student, teacher, ids, targets, settings -> what backward() starts from
+    is_sum: bool = False  # over tokens, so that gradients have to be divided; otherwise it is a mean
+    skips_last_clm: bool = False  # of each sequence
+
+
+PEERS = {
+    "ours": Peer(our_models, our_loss, is_sum=True),
+    "ours-compile": Peer(our_models, our_loss, is_sum=True),
+    "ours-cache": Peer(our_models, cache_loss, is_sum=True),
+    "hf": Peer(hf_models, hf_loss),
+    "hf-compile": Peer(hf_models, hf_loss),
+    "script": Peer(hf_models, script_loss, skips_last_clm=True),
+}
 
 
 # ------------------------------------------------------------------------------------ one step
@@ -192,22 +185,34 @@ def batch(args, vocab_size):
     return tokens[:, :-1], tokens[:, 1:]
 
 
+def prepare(folder, args):
+    """The student of a peer, and its loss as a function without arguments, which gives a mean or a sum."""
+    peer = PEERS[args.peer]
+    student, teacher = peer.models(folder, args)
+    ids, targets = (x.to(args.device) for x in batch(args, student.config.vocab_size))
+    settings = LossSettings(temperature=T, kd_weight=KD, clm_weight=CLM, chunk_size=args.chunk_size,
+                            compile=args.peer == "ours-compile")
+
+    def loss():
+        with autocast(args, torch.device(args.device)):
+            return peer.loss(student, teacher, ids, targets, settings)
+    return student, loss
+
+
 def step(folder, args):
     """Forward, backward, clip, AdamW, as in distill.train. The first step warms up, and gives the loss."""
-    peer = PEERS[args.peer](folder, args)
-    student = peer.student
+    student, loss_of_peer = prepare(folder, args)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
     ranks = Ranks(args.device)
-    ids, targets = (x.to(args.device) for x in batch(args, student.config.vocab_size))
-    tokens = torch.tensor(targets.numel(), device=args.device)
+    is_sum = PEERS[args.peer].is_sum
+    tokens = torch.tensor(args.batch_size * args.seq_len, device=args.device)
 
     def one_step():
         """(seconds, loss)"""
         started = time.perf_counter()
-        with autocast(args, ranks.device):
-            loss = peer.loss(ids, targets)
+        loss = loss_of_peer()
         loss.backward()
-        if peer.is_sum:
+        if is_sum:
             divide_and_clip(student, tokens, CLIP, ranks)
         else:
             torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP)
@@ -215,7 +220,7 @@ def step(folder, args):
         optimizer.zero_grad()
         if args.device == "cuda":
             torch.cuda.synchronize()  # the work that was left to the GPU
-        return time.perf_counter() - started, loss.item() / (targets.numel() if peer.is_sum else 1)
+        return time.perf_counter() - started, (loss / tokens if is_sum else loss).item()
 
     _, first_loss = one_step()
     seconds = [one_step()[0] for _ in range(args.steps)]
@@ -226,9 +231,7 @@ def peak_bytes(device):
     """The most memory that this process has held: on the GPU, or all of it on a CPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    if os.name == "nt":
-        raise InputError("Windows does not say how much memory a process has held: measure on another system")
-    import resource
+    import resource  # Windows does not have it
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -238,40 +241,30 @@ def exactness(folder, args):
     """How far the loss and the gradient of a peer are from float64, on a text of 64 tokens:
     {"loss": |loss - loss64|, "gradient": |g - g64| / |g64| over all parameters of the student}."""
     args.batch_size, args.seq_len = 1, min(64, args.seq_len)  # float64 takes its time
-    peer = PEERS[args.peer](folder, args)
-    ids, targets = batch(args, peer.student.config.vocab_size)
-    with autocast(args, torch.device(args.device)):
-        loss = peer.loss(ids.to(args.device), targets.to(args.device))
-    loss = loss / targets.numel() if peer.is_sum else loss
+    peer = PEERS[args.peer]
+    student, loss_of_peer = prepare(folder, args)
+    exact_student = copy.deepcopy(student).cpu().double()
+    loss = loss_of_peer() / (args.seq_len if peer.is_sum else 1)
     loss.backward()
 
-    student = load(folder / "student", "cpu", torch.float64)
-    exact = exact_loss(student, load(folder / "teacher", "cpu", torch.float64), ids, targets, peer)
+    ids, targets = batch(args, student.config.vocab_size)
+    teacher = load(folder / "teacher", "cpu", torch.float64)
+    exact = exact_loss(exact_student(ids), teacher(ids), targets[0], peer.skips_last_clm)
     exact.backward()
 
-    g = torch.cat([p.flatten().cpu() for p in checkpoint_gradients(peer.student)])
-    g64 = torch.cat([p.flatten() for p in checkpoint_gradients(student)])
+    g, g64 = (parameters_to_vector(p.grad.cpu() for p in network.parameters())
+              for network in (student, exact_student))
     return {"loss": abs(loss.item() - exact.item()), "gradient": ((g - g64).norm() / g64.norm()).item()}
 
 
-def exact_loss(student, teacher, ids, targets, peer):
-    """The mean loss per token, by definition."""
-    s = student(ids).flatten(0, 1)  # (L, V)
-    with torch.no_grad():
-        t = teacher(ids).flatten(0, 1)
+def exact_loss(s, t, targets, skips_last_clm):
+    """The mean loss per token of one sequence, by definition."""
+    s = getattr(s, "logits", s)[0]  # (L, V); transformers' models return more than logits
     log_q = (s / T).log_softmax(-1)
-    log_p = (t / T).log_softmax(-1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1)  # (L)
-    clm = F.cross_entropy(s, targets.flatten(), reduction="none")
-    return KD * T**2 * kl.mean() + CLM * (clm[:-1] if peer.skips_last_clm else clm).mean()
-
-
-def checkpoint_gradients(student):
-    """The gradients in the order of their names in checkpoints, which transformers' models have, too."""
-    names = student.checkpoint_names() if isinstance(student, GPT) else {}
-    found = {names.get(name, name): student.to_disk(name, p.grad) if names else p.grad
-             for name, p in student.named_parameters()}
-    return [found[name] for name in sorted(found)]
+    log_p = (t[0].detach() / T).log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)  # (L,)
+    clm = F.cross_entropy(s, targets, reduction="none")
+    return KD * T**2 * kl.mean() + CLM * (clm[:-1] if skips_last_clm else clm).mean()
 
 
 # ------------------------------------------------------------------------------------ processes
@@ -307,8 +300,7 @@ def measure(folder, args, contenders):
     runs = {contender: [] for contender in contenders}
     for number in range(1, args.rounds + 1):
         for contender, rounds in runs.items():
-            # Processes that wanted a core, on average over the last minute. Windows does not count them.
-            load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
+            load_before = os.getloadavg()[0]  # processes that wanted a core, on average over a minute
             found = child(folder, args, "step", contender)
             rounds.append({**found, "median": statistics.median(found["seconds"]), "load": load_before})
             print(f"round {number}  {contender.name:22} {rounds[-1]['median']:8.3g} s a step, "
@@ -360,11 +352,12 @@ def print_tables(folder, args, contenders):
         print("The machine was busy with something else: measure again when it is quiet.")
 
     # The environment changes no number, and random draws have no loss to compare.
-    exact = [contender for contender in contenders
-             if args.exact and contender == Contender(contender.peer) and contender.peer != "ours-cache"]
-    found = {contender.name: child(folder, args, "exactness", contender) for contender in exact}
-    rows = [{"": name, "loss off by": f"{errors['loss']:.1e}", "gradient off by": f"{errors['gradient']:.1e}"}
-            for name, errors in found.items()]
+    rows = []
+    for contender in contenders if args.exact else ():
+        if contender == Contender(contender.peer) and contender.peer != "ours-cache":
+            off = child(folder, args, "exactness", contender)
+            rows.append({"": contender.name, "loss off by": f"{off['loss']:.1e}",
+                         "gradient off by": f"{off['gradient']:.1e}"})
     if rows:
         print("\nAgainst the definition in float64, on one text of 64 tokens:\n\n" + format_table(rows))
 

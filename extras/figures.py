@@ -22,7 +22,6 @@ import re
 import sys
 import tempfile
 from contextlib import redirect_stdout
-from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -49,39 +48,26 @@ DEMO_LAYERS = [int(number) for number in RECIPES["demo"]["student_layers"].split
 # ------------------------------------------------------------------------------------ copied layers
 def draw_layers():
     """Two Axes: the demo's teacher and student, and GPT-2 and DistilGPT2, as rows of layers."""
-    figure = new_figure(height=4)
-    both = figure.subplots(2, 1)
-    draw_copies(both[0], ("demo/teacher\n6 layers", "its student\n3 of them"), 6, DEMO_LAYERS)
-    draw_copies(both[1], ("GPT-2\n12 layers", "DistilGPT2\n6 of them"), 12, spread_layers(12, 6))
+    both = new_figure(height=4).subplots(2, 1)
+    draw_copies(both[0], "demo/teacher\n6 layers", range(6), "its student\n3 of them", DEMO_LAYERS)
+    draw_copies(both[1], "GPT-2\n12 layers", range(12), "DistilGPT2\n6 of them", spread_layers(12, 6))
     return both
 
 
-def draw_copies(axes, names, n_teacher, kept):
-    """A teacher's layers above, the student's below, an arrow for each copy. Text flows to the right.
-
-    A layer that is copied has a filled box, one that is left out a dotted one.
-    """
-    copied = {"embed", *kept, "head"}
-    places = []  # of teacher and student, {box: its x}: layers a unit apart, around 0
-    for layers, name, y, colour in (([*range(n_teacher)], names[0], 1, BLUE), (kept, names[1], 0, GREEN)):
-        left = -(len(layers) - 1) / 2
-        boxes = {"embed": left - 1.3, **{i: left + j for j, i in enumerate(layers)}, "head": -left + 1.3}
-        places.append(boxes)
+def draw_copies(axes, teacher, layers, student, kept):
+    """A teacher's layers above, the student's below, an arrow for each copy; what is left out is grey."""
+    every, copied = ["embed", *layers, "head"], ["embed", *kept, "head"]
+    places = []  # of teacher and student, {box: its x}
+    for y, name, boxes, colour in ((1, teacher, every, BLUE), (0, student, copied, GREEN)):
+        places.append({box: i - (len(boxes) - 1) / 2 for i, box in enumerate(boxes)})
         axes.text(-9, y, name, va="center", color=colour)
-        for box, x in boxes.items():
-            frame = {"boxstyle": "round,pad=0.45", "facecolor": colour, "edgecolor": colour}
-            if box not in copied:
-                frame |= {"facecolor": "none", "edgecolor": GREY, "linestyle": ":"}
-            axes.text(x, y, box, ha="center", va="center", fontsize=8,
-                      color="white" if box in copied else GREY, bbox=frame)
-        for (box, x), (following, end) in pairwise(boxes.items()):
-            start = x + (0.7 if box == "embed" else 0.4)  # words are wider than numbers
-            end -= 0.7 if following == "head" else 0.4
-            axes.plot([start, end], [y, y], color=GREY, linewidth=1, zorder=0)
+        axes.plot([*places[-1].values()], [y] * len(boxes), color=GREY, linewidth=1, zorder=0)
+        for box, x in places[-1].items():
+            axes.text(x, y, box, ha="center", va="center", fontsize=8, color="white",
+                      bbox={"boxstyle": "round,pad=0.45", "color": colour if box in copied else GREY})
 
-    teacher, student = places
     for box in copied:
-        axes.annotate("", (student[box], 0.17), (teacher[box], 0.83), zorder=0,
+        axes.annotate("", (places[1][box], 0.17), (places[0][box], 0.83),
                       arrowprops={"arrowstyle": "-|>", "color": GREEN, "shrinkA": 0, "shrinkB": 0})
     axes.set(xlim=(-9, 7.8), ylim=(-0.3, 1.3))
     axes.axis("off")
@@ -105,8 +91,7 @@ def work_token(T):
 def draw_token():
     """Four Axes: logits; both distributions at T = 1, at T = 2; the gradient with and without T²."""
     one, two = work_token(1), work_token(2)
-    figure = new_figure(height=3.3)
-    four = figure.subplots(1, 4, width_ratios=(2.2, 2.2, 2.2, 4))
+    four = new_figure(height=3.3).subplots(1, 4, width_ratios=(2.2, 2.2, 2.2, 4))
     pair = {"teacher": BLUE, "student": GREEN}
 
     draw_bars(four[0], "logits", pair, (TEACHER, STUDENT), "{:g}")
@@ -201,8 +186,7 @@ def draw_gradient(sizes):
     for name, y, colour in (("gradient of\nT² KL", sizes["with T²"][-1], BLUE),
                             ("gradient of\nthe KL alone", sizes["without T²"][-1], ORANGE),
                             ("gradient of\nthe CLM", sizes["CLM"], GREEN)):
-        axes.annotate(name, (1, y), (6, 0), ("axes fraction", "data"), "offset points", color=colour,
-                      va="center")
+        plot.name_line(axes, name, y, colour)
     ticks = [0.5, 1, 2, 4, 8, 16]
     axes.set(xscale="log", yscale="log", xlabel="temperature T", xlim=(0.5, 16),
              ylabel="size, on average over tokens")
@@ -232,9 +216,8 @@ def make_texts(folder):
     with mock.patch.object(Run, "save", save_and_keep):
         report = printed(distill.main, "--out", out)
     teacher, students[0], _ = plot.models_of(out)
-
-    pair = ["--model", out, "--compare", DEMO_TEACHER]
-    samples = printed(sample.main, *pair, "--tokens", 60, "--device", "cpu")
+    samples = printed(sample.main, "--model", out, "--compare", DEMO_TEACHER, "--tokens", 60, "--device",
+                      "cpu")
     return {
         "python distill.py": re.search(r"\| model (.*\n\|)+.*", report)[0],
         "python sample.py --compare demo/teacher --tokens 60":
@@ -309,8 +292,8 @@ def main():
             write_texts(make_texts(folder))
         return
 
-    pictures = {"layers": draw_layers()[0], "token": draw_token()[0]}
-    pictures["gradient"] = draw_gradient(gradient_sizes())
+    pictures = {"layers": draw_layers()[0], "token": draw_token()[0],
+                "gradient": draw_gradient(gradient_sizes())}
     if args.run:
         pictures["loss"] = plot.draw_loss(args.run)
         pictures["distribution"] = plot.draw_distribution(args.run, plot.DEFAULT_PROMPT)[0]

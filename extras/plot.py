@@ -61,7 +61,7 @@ ROLES = {"student": BLUE, "control": PURPLE, "teacher": ORANGE}
 def draw_loss(folder):
     """Axes with the losses of a run: lines on the training text, dots on held-out text."""
     axes = new_figure().subplots()
-    axes.set_title((read_settings(folder) or {}).get("objective", ""), loc="left", parse_math=False)
+    axes.set_title(read_settings(folder).get("objective", ""), loc="left", parse_math=False)
 
     curves = curves_of(folder)
     means = {name: running_mean(values) for name, (_, values) in curves.items()}
@@ -76,11 +76,10 @@ def draw_loss(folder):
         axes.plot(*zip(*points, strict=True), "o:", color=ROLES[role], linewidth=1, markersize=5, zorder=4,
                   markeredgecolor="white", clip_on=False, label=f"{role}, held-out text")
 
-    last_step = max(steps[-1] for steps, _ in curves.values())  # a control can have more than the student
     shown = [*means.values(), *([loss for _, loss in points] for points in held_out.values())]
     top = 1.15 * max(map(max, shown))
-    axes.set(xlabel="steps", xlim=(0, last_step), ylim=(0, top),
-             ylabel="nats per token on the training text")
+    axes.margins(x=0)
+    axes.set(xlabel="steps", xlim=(0, None), ylim=(0, top), ylabel="nats per token on the training text")
     axes.grid(axis="y")
 
     if held_out:
@@ -89,14 +88,17 @@ def draw_loss(folder):
         axes.legend([training, dot], ["training text, running mean", "the CLM on held-out text"],
                     loc="upper right")
 
-    # The names of the lines, at their ends, pushed apart where those meet.
+    # The names of the lines, pushed apart where their ends meet.
     y = -math.inf
     for name in sorted(means, key=lambda name: means[name][-1]):
-        label, colour = LINES[name]
         y = max(y + 0.1 * top, means[name][-1])
-        axes.annotate(label, (1, y), (6, 0), ("axes fraction", "data"), "offset points", color=colour,
-                      va="center")
+        name_line(axes, LINES[name][0], y, LINES[name][1])
     return axes
+
+
+def name_line(axes, name, y, colour):
+    """Write the name of a line beside its right end."""
+    axes.annotate(name, (1, y), (6, 0), ("axes fraction", "data"), "offset points", color=colour, va="center")
 
 
 def curves_of(folder):
@@ -131,20 +133,23 @@ def held_out_points(folder, curves):
     points = {}
     for role in ROLES:
         steps, _ = curves.get(role, curves["clm"])  # only a control has steps of its own
-        end = steps[-1]
         found = []
-        own = Path(folder, "control" if role == "control" else "")
-        rows = [] if role == "teacher" else read_log(own / "log.csv")
-        if rows:
-            last_step = rows[-1]["step"]
-            found = [(row["step"] / last_step * end, row["loss"]) for row in read_held_out(own)
-                     if row["step"] <= last_step]  # a kill can leave later ones
-
+        if role != "teacher":
+            found = held_out(Path(folder, "control" if role == "control" else ""), steps).tolist()
         if "loss" in results.get(role, {}):
-            found = [point for point in found if point[0] < end] + [(end, results[role]["loss"])]
+            found = [point for point in found if point[0] < steps[-1]]
+            found.append((steps[-1], results[role]["loss"]))
         if found:
             points[role] = found
     return points
+
+
+def held_out(folder, x):
+    """The losses of --eval-interval, as pairs (x, loss). x: the place of each step of log.csv."""
+    steps = [row["step"] for row in read_log(Path(folder, "log.csv"))]
+    found = [(np.interp(row["step"], [0, *steps], [0, *x]), row["loss"]) for row in read_held_out(folder)
+             if steps and row["step"] <= steps[-1]]  # a kill can leave later ones
+    return np.reshape(found, (-1, 2))
 
 
 def running_mean(values):
@@ -170,12 +175,10 @@ def draw_runs(folders):
     lines = []
     for folder, (dashes, colour) in zip(folders, looks, strict=False):
         log = read_columns(folder)
-        held_out = [row for row in read_held_out(folder) if row["step"] <= log["step"][-1]]
         result = read_results(folder).get("student", {})
         for axes, x in zip(both, (log["step"], log["seconds"]), strict=True):
             line, = axes.plot(x, running_mean(log["clm"]), dashes, color=colour, linewidth=1.2)
-            at = np.interp([row["step"] for row in held_out], [0, *log["step"]], [0, *x])
-            axes.plot(at, [row["loss"] for row in held_out], "o", color=colour, markersize=4, zorder=3)
+            axes.plot(*held_out(folder, x).T, "o", color=colour, markersize=4, zorder=3)
             if "loss" in result:
                 axes.plot(x[-1], result["loss"], "D", color=colour, markersize=6, clip_on=False, zorder=3)
         lines.append(line)
@@ -199,7 +202,7 @@ def draw_runs(folders):
 
 def compare(folders):
     """A table of runs: the flags in which they differ, how long they took, where they ended."""
-    settings = [read_settings(folder) or {} for folder in folders]
+    settings = [read_settings(folder) for folder in folders]
     # Names that are no flags say what is behind the names of text and teacher.
     differ = [name for name in what_differs(settings, {"steps", "objective"}) if name.isidentifier()]
 
@@ -237,7 +240,7 @@ def verdicts(folders):
     control, and each group with the first. A seed sets the order of the text, so both have the same luck:
     what counts is the difference for each seed, and how much it varies from seed to seed.
     """
-    settings = [read_settings(folder) or {} for folder in folders]
+    settings = [read_settings(folder) for folder in folders]
     differ = what_differs(settings, {"seed", "learning rates"})  # the rates follow from flags
     if len(differ) > 1 and "objective" in differ:  # it follows from flags, unless plain_loss was edited
         differ.remove("objective")
@@ -254,18 +257,17 @@ def verdicts(folders):
     pairs = {f"{name} against its control": (losses["student"], losses["control"])
              for name, losses in groups.items()}
     pairs |= {f"{name} against {first}": (losses["student"], baseline["student"]) for name, losses in others}
-    rows = [verdict(name, *pair) for name, pair in pairs.items() if len(pair[0].keys() & pair[1].keys()) > 1]
+
+    rows = []
+    for pair, (losses, reference) in pairs.items():
+        gains = [reference[seed] - losses[seed] for seed in losses.keys() & reference.keys()]
+        if len(gains) > 1:
+            gain = statistics.fmean(gains)
+            noise = 2 * statistics.stdev(gains)
+            word = "CANNOT TELL" if abs(gain) <= noise else "BETTER" if gain > 0 else "WORSE"
+            rows.append({"on held-out text": pair, "seeds": len(gains), "loss lower by": f"{gain:+.4f}",
+                         "2 sd of that": f"{noise:.4f}", "verdict": word})
     return format_table(rows)
-
-
-def verdict(name, losses, reference):
-    """A row of the table. losses, reference: {seed: loss}; only seeds that both have are compared."""
-    gains = [reference[seed] - losses[seed] for seed in losses.keys() & reference.keys()]
-    gain = statistics.fmean(gains)
-    noise = 2 * statistics.stdev(gains)
-    word = "CANNOT TELL" if abs(gain) <= noise else "BETTER" if gain > 0 else "WORSE"
-    return {"on held-out text": name, "seeds": len(gains), "loss lower by": f"{gain:+.4f}",
-            "2 sd of that": f"{noise:.4f}", "verdict": word}
 
 
 # ------------------------------------------------------------------------------------ one next token
@@ -283,21 +285,18 @@ def distributions(folder, prompt):
     ranks = [rank for rank in RANKS if rank < len(t)]
     shown = t.argsort(descending=True)[torch.tensor(ranks) - 1]
 
-    def probabilities(logits, T=1):
-        p = (logits / T).softmax(-1)[shown]
-        return [*p.tolist(), 1 - p.sum().item()]
-
-    names = []
-    for rank, token in zip(ranks, shown, strict=True):
-        place = f"{rank:,}th: " if rank > 10 else ""
-        names.append(place + ascii(tokenizer.decode([token])))
+    names = [(f"{rank:,}th: " if rank > 10 else "") + ascii(tokenizer.decode([token]))
+             for rank, token in zip(ranks, shown, strict=True)]
     names.append(f"all {len(t) - len(ranks):,} others")
+
+    def probabilities(logits):
+        chosen = {name: z.softmax(-1)[shown] for name, z in logits.items()}
+        return {name: [*p.tolist(), 1 - p.sum().item()] for name, p in chosen.items()}
+
+    first = {"teacher, T = 1": t}
     return names, {
-        "what temperature does": {
-            "teacher, T = 1": probabilities(t), "T = 2": probabilities(t, 2), "T = 4": probabilities(t, 4)},
-        "what distillation does": {
-            "teacher, T = 1": probabilities(t), "student before": probabilities(before),
-            "after": probabilities(after)},
+        "what temperature does": probabilities(first | {"T = 2": t / 2, "T = 4": t / 4}),
+        "what distillation does": probabilities(first | {"student before": before, "after": after}),
     }
 
 
@@ -401,17 +400,13 @@ def parse_args(argv=None):
              "line break; end it without a space, as most tokens begin with one. If the run's teacher is "
              "a folder, call this where you called distill.py")
     add = parser.add_argument_group("where to").add_argument
-    add("--save", type=checked(user_path, "a name that ends in .png, .svg or .pdf", is_picture),
-        metavar="PATH", help="the file (default: loss.png, runs.png or distribution.png in the first run's "
-                             "folder)")
+    add("--save", type=checked(user_path, "a name that ends in .png, .svg or .pdf",
+                               lambda path: Path(path).suffix in (".png", ".svg", ".pdf")), metavar="PATH",
+        help="the file (default: loss.png, runs.png or distribution.png in the first run's folder)")
     args = parser.parse_args(argv)
     if args.distribution is not None and len(args.runs) > 1:
         raise InputError("--distribution draws one run: name only one")
     return args
-
-
-def is_picture(path):
-    return Path(path).suffix in (".png", ".svg", ".pdf")
 
 
 def main():
@@ -419,12 +414,12 @@ def main():
     first = args.runs[0]
     if args.distribution is not None:
         name = "distribution"
-        axes = draw_distribution(first, args.distribution.replace("\\n", "\n"))[0]
+        axes, _ = draw_distribution(first, args.distribution.replace("\\n", "\n"))
     elif len(args.runs) > 1:
         name = "runs"
         for table in filter(None, (compare(args.runs), verdicts(args.runs))):
             print(table + "\n")
-        axes = draw_runs(args.runs)[0]
+        axes, _ = draw_runs(args.runs)
     else:
         name = "loss"
         axes = draw_loss(first)
