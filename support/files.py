@@ -12,10 +12,8 @@ import errno
 import functools
 import json
 import os
-import re
 import secrets
 import shutil
-import socket
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -80,11 +78,11 @@ def note_once(text):
 def locked(folder, what, name="", wait=False):
     """Hold `folder`, or only what is called `name` in it, for this process.
 
-        with locked("out", "--out out"):                                  # else: "--out out is in use by ..."
+        with locked("out", "--out out"):                                  # else: "--out out is in use ..."
         with locked("corpora", "the corpus x-12", name="x-12", wait=True):  # wait until it is free
 
-    The lock is a file in the folder, and the system frees it when its process dies. At the end the file
-    goes, and so does each folder that was made for it if nothing has been put into it.
+    The lock is an empty file in the folder, and the system frees it when its process dies. At the end the
+    file goes, and so does each folder that was made for it if nothing has been put into it.
     """
     path = Path(folder, f".distil-{name}-lock" if name else ".distil-lock")
     with contextlib.ExitStack() as at_end:
@@ -92,12 +90,12 @@ def locked(folder, what, name="", wait=False):
             new_folders = [parent for parent in path.parents if not parent.exists()]
             for new in reversed(new_folders):  # the innermost one goes first
                 at_end.callback(if_possible, new.rmdir)
-            file = at_end.enter_context(take_lock(path, what, wait))
+            at_end.enter_context(take_lock(path, what, wait))
+            if path.lstat().st_size == 0:  # otherwise it is somebody's file, or a link
+                at_end.callback(if_possible, path.unlink)  # while it is locked: take_lock notices it
         except OSError as error:
             where = error.filename or folder
             raise InputError(f"{what} cannot be written ({where}: {error.strerror or error})") from error
-        if sign(file):
-            at_end.callback(if_possible, path.unlink)  # while it is locked: take_lock notices that it is gone
         yield
 
 
@@ -108,28 +106,20 @@ def if_possible(remove):
 
 
 def take_lock(path, what, wait):
-    """The file `path`, open and locked."""
-    # Do not follow a link, and do not empty a file that is there.
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-    for attempt in range(1000):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            file = open(os.open(path, flags, 0o666), "r+b", buffering=0)
-        except FileNotFoundError:  # another process has just removed the folder that it had made
-            continue
-
-        if not lock(file, blocking=False):
-            in_use = f"{what} is in use by {holder(path)}"
-            if not wait:
-                file.close()
-                raise InputError(f"{in_use}; wait for it, or choose another one")
-            note(f"{in_use}; waiting for it")
-            lock(file, blocking=True)
-
-        # The process that had the lock may have removed the file: then a lock on it protects nothing.
-        if os.fstat(file.fileno()).st_nlink > 0 or attempt == 999:  # some file systems do not count links
-            return file
-        file.close()
+    """The file `path`, open and locked. Nothing is written to it."""
+    for _ in range(1000):
+        # Another process may remove the file when it is done, and the folder that it had made for it.
+        with contextlib.suppress(FileNotFoundError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "ab")
+            if not lock(file, blocking=False):
+                in_use = f"{what} is in use by another process (if it has ended, delete {path})"
+                if not wait:
+                    raise InputError(f"{in_use}; wait for it, or choose another one")
+                note(f"{in_use}; waiting for it")
+                lock(file, blocking=True)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # a lock on a removed file is none
+                return file
     raise OSError(f"{path} cannot be created")
 
 
@@ -142,27 +132,6 @@ def lock(file, blocking):
         note_once("no file locks (on this file system, or in a filelock before 3.30): nothing keeps two "
                   "commands from writing to the same folder at the same time")
         return True
-
-
-def sign(file):
-    """Write into a lock file who has it. False for a file with other content, which stays as it is."""
-    with contextlib.suppress(OSError):
-        content = file.read(1000)
-        if content and not re.fullmatch(rb"process \d+ on .+\n", content):
-            return False
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-    return True
-
-
-def holder(path):
-    """Who has signed a lock file: "process 123 on my-machine"."""
-    try:
-        signature = path.read_text().strip()
-    except (OSError, ValueError):  # Windows does not let others read a locked file
-        signature = ""
-    return f"{signature or 'another process'} (if that is not running any more, delete {path})"
 
 
 # ------------------------------------------------------------------------------------ small JSON files

@@ -4,6 +4,7 @@
   parse_args   flags win over the recipe, the recipe over the defaults
   check        refuses settings that are fine one by one but do not go together
   control_of   the settings of the control: those of the run, but with the text alone
+  runs_of      the run and its control
 """
 import argparse
 import math
@@ -249,71 +250,61 @@ def parse_args(doc, loss_settings, argv=None):
 
 def check(args):
     """Refuse what does not go together. Without a teacher the weights of its terms become 0."""
-    check_models(args)
-    check_on_policy(args)
-    check_cache(args)
-    if args.kd_weight + args.clm_weight + args.cos_weight == 0:
-        raise InputError("all weights of the loss are 0: nothing would be learned; raise one of them")
+    if args.teacher == "none":
+        args.kd_weight = 0.0
+        args.cos_weight = 0.0
+    if not args.teacher_cache:
+        args.cache_draws = None  # so that it is not a setting of the run
+
+    for message, is_wrong in contradictions(args).items():
+        if is_wrong:
+            raise InputError(message)
+    for name in (args.teacher, args.student):
+        if name and name != "none" and not Path(name).is_dir():
+            check_hub_name(name)  # finds folders that are misspelt
 
     # Say this before models are looked for on the Hub, which takes a while without a network.
     if args.data != "stdlib" and not os.path.exists(args.data):
         open_data(args.data)
 
-    # A name that os.path shortens to nothing is the current folder, or the root of the disk.
-    if not args.out or Path(args.out).resolve() in (Path.cwd(), Path(Path.cwd().anchor)):
-        raise InputError(f"--out {args.out!r}: a run needs a folder of its own, such as out")
-    tokens = args.batch_size * (args.seq_len or 1)
-    if tokens > LARGEST_MICRO_BATCH:
-        raise InputError(f"--batch-size {args.batch_size} and --seq-len {args.seq_len}: a micro-batch of "
-                         f"{tokens:,} tokens; take at most {LARGEST_MICRO_BATCH:,}, and more --grad-accum")
 
-
-def check_models(args):
-    """A teacher and one student are named."""
-    if not args.teacher:
-        raise InputError("--teacher is missing: name a model, or `none` to train on the text alone")
-    for name in (args.teacher, args.student):
-        if name and name != "none" and not Path(name).is_dir():
-            check_hub_name(name)  # finds folders that are misspelt
-    if bool(args.student) == bool(args.student_layers):
-        raise InputError("name one student: --student-layers (of the teacher) or --student (another model)")
-    if args.teacher == "none":
-        if args.student_layers:
-            raise InputError("--student-layers are a teacher's; with --teacher none name a --student")
-        args.kd_weight = 0.0
-        args.cos_weight = 0.0
-
-
-def check_on_policy(args):
-    """What the student writes has a teacher's answer, no right next token, and two halves."""
-    if not args.on_policy:
-        return
-    if args.teacher == "none":
-        raise InputError("--on-policy asks the teacher about the student's text; --teacher none has none")
-    if args.clm_weight:
-        raise InputError("--on-policy: there is no right next token in what the student writes, so the CLM "
-                         "cannot count it: add --kd-weight 1 --clm-weight 0")
-    if args.seq_len == 1:  # None: the models' context, which is more
-        raise InputError("--on-policy cuts examples in half: take a --seq-len of 2 or more")
-    if args.packing == "padded":
-        raise InputError("--on-policy cuts examples in half, and padded ones differ in length: "
-                         "use --packing constant")
-
-
-def check_cache(args):
-    """Refuse what draws from the teacher cannot give."""
-    if not args.teacher_cache:
-        args.cache_draws = None  # so that it is not a setting of the run
-        return
-    needs = {
-        "--teacher, which has to answer": args.teacher != "none",
-        "--divergence forward, the only one that is linear in the teacher": args.divergence == "forward",
-        "--on-policy 0, as the teacher answers before the student writes": not args.on_policy,
-        "--cos-weight 0, as hidden states are not kept": not args.cos_weight,
+def contradictions(args):
+    """{message: whether the settings are wrong in this way}"""
+    tokens = args.batch_size * (args.seq_len or 1)  # without --seq-len: the models' context, which is more
+    no_teacher = args.teacher == "none"
+    found = {
+        "--teacher is missing: name a model, or `none` to train on the text alone": not args.teacher,
+        "name one student: --student-layers (of the teacher) or --student (another model)":
+            bool(args.student) == bool(args.student_layers),
+        "--student-layers are a teacher's; with --teacher none name a --student":
+            no_teacher and args.student_layers,
+        "all weights of the loss are 0: nothing would be learned; raise one of them":
+            args.kd_weight + args.clm_weight + args.cos_weight == 0,
+        # A name that os.path shortens to nothing is the current folder, or the root of the disk.
+        f"--out {args.out!r}: a run needs a folder of its own, such as out":
+            not args.out or Path(args.out).resolve() in (Path.cwd(), Path(Path.cwd().anchor)),
+        f"--batch-size {args.batch_size} and --seq-len {args.seq_len}: a micro-batch of {tokens:,} tokens; "
+        f"take at most {LARGEST_MICRO_BATCH:,}, and more --grad-accum": tokens > LARGEST_MICRO_BATCH,
     }
-    for need, is_met in needs.items():
-        if not is_met:
-            raise InputError(f"--teacher-cache needs {need}")
+    if args.on_policy:  # what the student writes has a teacher's answer, no right next token, and two halves
+        found |= {
+            "--on-policy asks the teacher about the student's text; --teacher none has none": no_teacher,
+            "--on-policy: there is no right next token in what the student writes, so the CLM cannot count "
+            "it: add --kd-weight 1 --clm-weight 0": args.clm_weight,
+            "--on-policy cuts examples in half: take a --seq-len of 2 or more": args.seq_len == 1,
+            "--on-policy cuts examples in half, and padded ones differ in length: use --packing constant":
+                args.packing == "padded",
+        }
+    if args.teacher_cache:  # what draws from the teacher cannot give
+        found |= {
+            "--teacher-cache needs --teacher, which has to answer": no_teacher,
+            "--teacher-cache needs --divergence forward, the only one that is linear in the teacher":
+                args.divergence != "forward",
+            "--teacher-cache needs --on-policy 0, as the teacher answers before the student writes":
+                args.on_policy,
+            "--teacher-cache needs --cos-weight 0, as hidden states are not kept": args.cos_weight,
+        }
+    return found
 
 
 def check_ranks(args, ranks):
@@ -348,3 +339,8 @@ def control_of(args):
         "cache_draws": None,
     }
     return argparse.Namespace(**vars(args) | changes)
+
+
+def runs_of(args):
+    """The settings of the trainings that a command consists of: its own, and perhaps the control's."""
+    return [args, control_of(args)] if args.control and args.teacher != "none" else [args]

@@ -7,7 +7,7 @@
   peak_memory     how much memory was needed so far
   to_device       a batch on its way to a GPU, without waiting for it
   stop_signals    Ctrl-C, SIGTERM and SIGHUP, noted so that the loop can stop where nothing is lost
-  stop_at_once    the same signals outside of the loop, where there is nothing to lose
+  stop_at_once    the same signals outside of the loop: the first one ends the process
 """
 import contextlib
 import ctypes
@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -35,28 +36,27 @@ class Ranks:
         self.rank = 0
         self.world = 1
         self.device = torch.device(device)
-        if int_from_env("WORLD_SIZE", 1) > 1:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
             self.join()
 
     def join(self):
         """Find the other processes, by the variables that torchrun sets."""
-        self.world = int_from_env("WORLD_SIZE")
-        self.rank = int_from_env("RANK")
-        int_from_env("MASTER_PORT")
-        if not 0 <= self.rank < self.world:
-            raise InputError(f"RANK is {self.rank} of WORLD_SIZE {self.world}: start with torchrun, or unset "
-                             "WORLD_SIZE")
         try:
+            self.world = int(os.environ["WORLD_SIZE"])
+            self.rank = int(os.environ["RANK"])
+            if not 0 <= self.rank < self.world:
+                raise ValueError(f"RANK is {self.rank} of WORLD_SIZE {self.world}")
             if self.device.type == "cuda":
-                self.device = torch.device("cuda", int_from_env("LOCAL_RANK"))
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
                 torch.cuda.set_device(self.device)
             # NCCL for tensors on GPUs, gloo for flags that only the hosts need to know.
             backend = "cuda:nccl,cpu:gloo" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(days=1))  # rank 0 may tokenise for hours
-        except (RuntimeError, ValueError) as error:  # more processes than GPUs, no answer at MASTER_ADDR, ...
-            reason = str(error).splitlines()[0]
-            raise InputError(f"these {self.world} processes cannot work together ({reason}): start with "
-                             "torchrun, and no more processes than GPUs, or unset WORLD_SIZE") from error
+        except (RuntimeError, ValueError, KeyError) as error:  # no RANK, more processes than GPUs, ...
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise InputError(f"WORLD_SIZE asks for several processes, which cannot work together ({reason}): "
+                             "start with torchrun, and no more processes than GPUs, or unset "
+                             "WORLD_SIZE") from error
 
     def __enter__(self):
         return self
@@ -76,9 +76,15 @@ class Ranks:
 
     def sum(self, tensor):
         """Add `tensor` up over all ranks, in place."""
-        if self.world > 1:
-            with self.together():
-                dist.all_reduce(tensor)
+        if self.world == 1:
+            return tensor
+        try:
+            dist.all_reduce(tensor)
+        except RuntimeError as error:
+            # A rank that ends with an error closes the connection. It has said why: the others end quietly.
+            if self.is_first:
+                raise InputError("another process of this run has ended: see what it said above") from error
+            raise SystemExit(2) from error
         return tensor
 
     def any(self, flag):
@@ -100,27 +106,6 @@ class Ranks:
         yield
         if self.is_first:
             self.wait()
-
-    @contextlib.contextmanager
-    def together(self):
-        """Around what all ranks do together. When one of them ends with an error it closes the connection:
-        that one has said why, so the others end quietly with the same exit code."""
-        try:
-            yield
-        except RuntimeError as error:
-            if self.is_first:
-                raise InputError("another process of this run has ended: see what it said above") from error
-            raise SystemExit(2) from error
-
-
-def int_from_env(name, default=None):
-    """A number that torchrun puts into the environment."""
-    text = os.environ.get(name, default)
-    try:
-        return int(text)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"WORLD_SIZE asks for several processes, but {name} is {text!r}: start with "
-                         "torchrun, or unset WORLD_SIZE") from error
 
 
 # ------------------------------------------------------------------------------------ the device
@@ -213,53 +198,37 @@ def autocast(args, device):
 
 # ------------------------------------------------------------------------------------ stopping
 @contextlib.contextmanager
-def stop_signals(aloud=True):
-    """A list that fills when a signal asks to stop; at the second one the process ends immediately."""
+def stop_signals(aloud=True, at_once=False):
+    """A list that fills when a signal asks to stop. The second one ends the process where it is, in one line;
+    with at_once the first one does."""
     asked = []
 
-    def ask(number, frame):
-        if asked:
-            sys.exit(128 + number)
+    def handle(number, frame):
+        is_last = at_once or len(asked) > 0
         asked.append(number)
+        text = "stopping after this micro-batch; once more stops immediately"
+        if is_last:
+            text = f"stopped by {signal.Signals(number).name}"
         if aloud:
-            write_from_handler("\nstopping after this micro-batch; once more stops immediately\n")
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{text}\n".encode())  # print could interrupt itself
+        if is_last:
+            sys.exit(128 + number)
 
-    with handled(ask):
-        yield asked
-
-
-@contextlib.contextmanager
-def stop_at_once(aloud=True):
-    """Outside of the training loop a signal ends the process where it is, in one line."""
-    def end(number, frame):
-        if aloud:
-            write_from_handler(f"\nstopped by {signal.Signals(number).name}\n")
-        sys.exit(128 + number)
-
-    with handled(end):
-        yield
-
-
-@contextlib.contextmanager
-def handled(handler):
-    """The signals that stop a run call handler(number, frame) until the end of the block."""
     numbers = [signal.SIGINT, signal.SIGTERM]
     hangup = getattr(signal, "SIGHUP", None)  # a closed terminal; Windows has no such signal
     if hangup and signal.getsignal(hangup) is not signal.SIG_IGN:  # under nohup it stays ignored
         numbers.append(hangup)
 
-    before = {number: signal.signal(number, handler) for number in numbers}
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
-        yield
+        yield asked
     finally:
-        for number, handler_before in before.items():
-            signal.signal(number, handler_before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def write_from_handler(text):
-    """A message on stderr from within a signal handler, where print could interrupt itself."""
-    with contextlib.suppress(OSError):
-        os.write(2, text.encode())
+stop_at_once = partial(stop_signals, at_once=True)  # outside of the loop, where there is nothing to lose
 
 
 def exit_code(asked):

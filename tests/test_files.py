@@ -75,7 +75,7 @@ def test_names_that_may_be_the_users_are_left_alone(tmp_path):
     assert lock.read_text() == "notes of a week"
     lock.unlink()
     lock.symlink_to("theirs")
-    with pytest.raises(InputError, match="--out x cannot be written"), locked(tmp_path, "--out x"):
+    with locked(tmp_path, "--out x"):
         pass
     assert (tmp_path / "theirs").read_text() == "precious" and lock.is_symlink()
 
@@ -132,7 +132,7 @@ def test_a_lock_says_who_has_it_and_dies_with_its_process(tmp_path):
     with subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], cwd=REPO, text=True,
                           stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == "held\n"
-        message = f"--out x is in use by process {process.pid} on .* delete .*-lock"
+        message = f"--out x is in use by another process .*delete .*-lock"
         with pytest.raises(InputError, match=message), locked(tmp_path, "--out x"):
             pass
         process.kill()
