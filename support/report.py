@@ -25,7 +25,7 @@ import torch
 from support import ROOT
 from support.cli import format_table, one_line, open_bar, reading, say
 from support.files import replaced
-from support.flags import CONTROLS_TRIED, control_of
+from support.flags import CONTROLS_TRIED, control_of, runs_of
 from support.ranks import autocast
 from support.run import CHANGES_NOTHING, RESULTS, published, read_log, read_settings, seconds_of
 from support.scoring import difference, held_out_batches, score_held_out, table_rows, validate
@@ -127,10 +127,7 @@ def warn_of_unknown_text(args, teacher, corpus, tokenizer):
 def open_progress(args, ranks, corpus):
     """One bar over the micro-batches of everything that this command will do: the student's, the control's,
     and the batches of held-out text that are scored at the end. Only the first process shows it."""
-    runs = [args]
-    if args.control and args.teacher != "none":
-        runs.append(control_of(args))
-    total = sum(run.steps * len(ranks.share(run.grad_accum)) for run in runs)
+    total = sum(run.steps * len(ranks.share(run.grad_accum)) for run in runs_of(args))
     total += sum(1 for _ in held_out_batches(corpus, args, "cpu"))
     return open_bar(title="training", total=total, unit="batch", disable=not ranks.is_first)
 
@@ -225,16 +222,29 @@ def verdict(args, gaps):
     """
     if "student - teacher" not in gaps:
         return ""
-    result = compared_with_teacher(gaps)
+    signs = {name: sign(gap) for name, gap in gaps.items()}
+    said = []
     caveat = NO_CONTROL
     if "control - student" in gaps:
-        worth = WORTH[sign(gaps["control - student"])]
-        result = f"{compared(gaps, 'student', 'control')} {worth} {result}"
+        said = [compared(gaps, "student", "control"), WORTH[signs["control - student"]]]
         caveat = effort(args)
+
+    # Where the student is between control and teacher, or which of the two has passed the teacher.
+    if all(signs.get(name) == 1 for name in ("control - student", "student - teacher", "control - teacher")):
+        whole = gaps["control - teacher"]
+        closed = gaps["control - student"][0] / whole[0]
+        said.append(f"The student closes {closed:.0%} of the gap between control and teacher, which is "
+                    f"{amount(whole)}.")
+    else:
+        said.append(compared(gaps, "teacher", "student"))
+        if signs.get("control - teacher") == -1:
+            said.append(compared(gaps, "teacher", "control"))
+        if -1 in (signs["student - teacher"], signs.get("control - teacher")):
+            said.append(PASSED)
 
     noise = gaps["student"][1]
     about_noise = NOISE.format(noise) if math.isfinite(noise) else TOO_SHORT
-    return filled(result) + "\n" + filled(f"{caveat} {about_noise}")
+    return filled(" ".join(said)) + "\n" + filled(f"{caveat} {about_noise}")
 
 
 def sign(gap):
@@ -251,39 +261,22 @@ def amount(gap):
 def compared(gaps, a, b):
     """A sentence on models `a` and `b`, of which `a` comes first in the name of their difference, b - a."""
     gap = gaps[f"{b} - {a}"]
-    return {
-        1: f"The {a} is {amount(gap)} better than the {b}.",
-        0: f"The {a} and the {b} are tied, {amount(gap)} apart.",
-        -1: f"The {b} is {amount(gap)} better than the {a}.",
-    }[sign(gap)]
-
-
-def compared_with_teacher(gaps):
-    """Where the student is between control and teacher, or which of the two has passed the teacher."""
-    student = gaps["student - teacher"]
-    worth = gaps.get("control - student", (0, 0))
-    control = gaps.get("control - teacher", (0, 0))
-    if sign(worth) == sign(student) == sign(control) == 1:
-        return (f"The student closes {worth[0] / control[0]:.0%} of the gap between control and teacher, "
-                f"which is {amount(control)}.")
-
-    sentences = [compared(gaps, "teacher", "student")]
-    if sign(control) == -1:
-        sentences.append(compared(gaps, "teacher", "control"))
-    if -1 in (sign(student), sign(control)):
-        sentences.append(PASSED)
-    return " ".join(sentences)
+    if sign(gap) == 0:
+        return f"The {a} and the {b} are tied, {amount(gap)} apart."
+    better, worse = (a, b) if sign(gap) == 1 else (b, a)
+    return f"The {better} is {amount(gap)} better than the {worse}."
 
 
 def effort(args):
     """How good a control it was: its settings, and how they were chosen."""
     alone = control_of(args)
-    settings = f"The control had rate {alone.lr:g} and {alone.batch_size * alone.grad_accum} sequences a step"
+    how = ""
     if args.is_demo:
-        return f"{settings}, the best of {CONTROLS_TRIED} settings that were tried (docs/atlas.md)."
-    if args.control_lr is None and args.control_batch_size is None:
-        return f"{settings}, like the student; --control-lr gives it a rate of its own."
-    return f"{settings}."
+        how = f", the best of {CONTROLS_TRIED} settings that were tried (docs/atlas.md)"
+    elif args.control_lr is None and args.control_batch_size is None:
+        how = ", like the student; --control-lr gives it a rate of its own"
+    sequences = alone.batch_size * alone.grad_accum
+    return f"The control had rate {alone.lr:g} and {sequences} sequences a step{how}."
 
 
 # ------------------------------------------------------------------------------------ size and speed
@@ -409,8 +402,7 @@ def passage(corpus, tokenizer, before=128, after=60):
 def titled(title, text, which=slice(3)):
     """Three lines of a text, of those that are not blank, beside a title; each is cut to the width."""
     lines = [one_line(line.expandtabs(4)) for line in text.splitlines() if line.strip()][which] or [""]
-    titles = [title, *[""] * (len(lines) - 1)]
-    shown = [f"{title:18}{line}".rstrip() for title, line in zip(titles, lines, strict=True)]
+    shown = [f"{'' if i else title:18}{line}".rstrip() for i, line in enumerate(lines)]
     return "\n".join(line if len(line) <= WIDTH else line[:WIDTH - 4] + " ..." for line in shown)
 
 

@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 
 from support import teacher_cache
-from support.cli import InputError, note, reading, say
+from support.cli import InputError, note, open_bar, reading, say
 from support.files import locked, read_object, replaced, sync
-from support.flags import control_of
+from support.flags import runs_of
 from support.ranks import autocast, exit_code, peak_memory, stop_signals
 from support.scoring import validate
 
@@ -72,10 +72,7 @@ def look(args):
     if args.resume and not there:
         raise InputError(f"--resume: there is no run in {args.out}")
 
-    runs = [args]
-    if args.control and args.teacher != "none":
-        runs.append(control_of(args))
-    for run in runs:
+    for run in runs_of(args):
         here = files_of_run(run.out)
         if here and read_settings(run.out).get("role") != run.role:
             fix = ", or --no-control" if run.role == "control" else ""
@@ -84,23 +81,22 @@ def look(args):
     if not there or args.overwrite and not args.resume:
         return False
 
-    for run in runs:
-        if before := read_settings(run.out):
-            refuse_differences(run.out, before, identity(run))
-    finished = all(map(is_finished, runs))
-    if not args.resume and not finished:
+    unfinished = [run for run in runs_of(args) if not is_finished(run)]
+    if unfinished and not args.resume:
         raise InputError(f"--out {args.out} contains this run already: --resume goes on with it, --overwrite "
                          "replaces it. Or choose another --out NAME")
-    return finished
+    return not unfinished
 
 
 def is_finished(args):
-    """Whether all that a run with these settings leaves is in its folder."""
-    wanted = MODEL_FILES if args.role == "control" else (*MODEL_FILES, "README.md", RESULTS)
+    """Whether all that this run leaves is in its folder; InputError if another run is there."""
+    then = read_settings(args.out)
+    if then:
+        refuse_differences(args.out, then, identity(args))
     length = "epochs" if args.epochs else "steps"
-    settings = identity(args) | {name: getattr(args, name) for name in (length, "eval_tokens")}
-    there = {*wanted} <= {*files_of_run(args.out)}
-    return there and not differences(read_settings(args.out), settings)
+    is_as_long = all(then.get(name) == getattr(args, name) for name in (length, "eval_tokens"))
+    wanted = MODEL_FILES if args.role == "control" else (*MODEL_FILES, "README.md", RESULTS)
+    return is_as_long and {*wanted} <= {*files_of_run(args.out)}
 
 
 def files_of_run(folder):
@@ -159,21 +155,16 @@ def rates(args):
     return f"{args.schedule}{over}, after {math.ceil(args.warmup * args.steps)} steps of warm-up"
 
 
-def differences(then, now):
-    """{name: (value then, value now)} of the settings in `now` that were not the same then."""
-    return {name: (then.get(name), value) for name, value in sorted(now.items()) if then.get(name) != value}
-
-
 def refuse_differences(folder, then, now):
     """InputError unless a run that was begun with the settings `then` may go on with those of `now`."""
-    found = differences(then, now)
-    if len(found) > 1:
-        found.pop("objective", None)  # it follows from the other settings, unless someone has edited the loss
-    if found:
-        shown = []
-        for name, (before, after) in found.items():
-            flag = name if " " in name or name == "objective" else "--" + name.replace("_", "-")
-            shown.append(f"{flag} was {before!r:.99}, now {after!r:.99}")
+    differ = [name for name, value in sorted(now.items()) if then.get(name) != value]
+    if len(differ) > 1 and "objective" in differ:
+        differ.remove("objective")  # it follows from the other settings, unless someone has edited the loss
+    shown = []
+    for name in differ:
+        flag = name if " " in name or name == "objective" else "--" + name.replace("_", "-")
+        shown.append(f"{flag} was {then.get(name)!r:.99}, now {now[name]!r:.99}")
+    if shown:
         raise InputError(f"{folder} contains a run with other settings: {'; '.join(shown)}. Give the same "
                          "ones to go on with it, choose another --out NAME, or replace it with --overwrite")
 
@@ -198,7 +189,7 @@ class Run:
         self.corpus = corpus
         self.vocab_size = vocab_size
         self.ranks = ranks
-        self.bar = bar if ranks.is_first else None
+        self.bar = open_bar(disable=True) if bar is None else bar
         self.folder = Path(args.out)
         content = content_of(args, corpus, student, teacher)  # before the student changes
         self.settings = vars(args) | content  # saved in args.json, and with the state
@@ -207,7 +198,7 @@ class Run:
         self.stack = contextlib.ExitStack()
 
     def __enter__(self):
-        if self.bar is not None:  # the steps so far took no time now, so its speed must not count them
+        if not self.bar.disable:  # the steps so far took no time now, so its speed must not count them
             done = self.first_step * len(self.ranks.share(self.args.grad_accum))
             self.bar.n += done
             self.bar.initial += done
@@ -232,14 +223,12 @@ class Run:
 
     def after_micro_batch(self, step):
         """Count it. After a signal to stop, on any rank, save the state after `step` steps and end."""
-        if self.bar is not None:
-            self.bar.update()
+        self.bar.update()
         if not self.ranks.any(self.stop):
             return
         if step > self.first_step:
             self.save(step)
-        if self.bar is not None:
-            self.bar.close()  # nothing is drawn below the last line
+        self.bar.close()  # nothing is drawn below the last line
         if step or self.args.role == "control":
             self.say(f"stopped after step {step}; the same command with --resume goes on from there")
         else:
@@ -266,8 +255,7 @@ class Run:
             self.save(done)  # the folder becomes this run's; a full disk shows now, not after hours
             if self.loss_before:
                 self.log("held-out.csv", self.loss_before)
-        if self.bar is not None:
-            self.bar.set_postfix_str(figures(mean_losses), refresh=False)
+        self.bar.set_postfix_str(figures(mean_losses), refresh=False)
         self.log("log.csv", {"step": done, **mean_losses._asdict(), "lr": lr, "grad_norm": gradient_norm,
                              "tokens": int(tokens), "tokens_per_second": max(1, round(tokens / seconds))})
 
@@ -281,7 +269,7 @@ class Run:
     def say_memory(self):
         """Once in a command, how much memory a step takes; the control's steps take less."""
         n_bytes = peak_memory(self.ranks.device)
-        if n_bytes and self.args.role == "student" and self.bar is not None:
+        if n_bytes and self.args.role == "student" and not self.bar.disable:
             self.say(f"memory     {n_bytes / 1e9:.2f} GB at most, up to the end of the first step")
 
     def held_out_loss(self, done):
@@ -392,30 +380,27 @@ def restore(args, content, student, optimizer):
             raise InputError(f"--resume: {args.out} has made {step} steps, more than --steps {args.steps}")
 
         student.load_state_dict(state["student"])
-        averages = checked_averages(state["optimizer"]["state"], optimizer, step)
-        # Groups follow from the flags, so they are ours: another PyTorch may have other fields in them.
-        optimizer.load_state_dict({"state": averages, "param_groups": optimizer.state_dict()["param_groups"]})
         if name := first_not_finite(dict(student.named_parameters())):
             raise ValueError(f"{name} is not finite")
+        # Groups follow from the flags, so they are ours: another PyTorch may have other fields in them.
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(state.pop("optimizer") | {"param_groups": groups})
+        check_averages(optimizer, step)
     return step
 
 
-def checked_averages(saved, optimizer, step):
-    """AdamW's averages, in tensors of our own: it would not notice that one is too short, and read and write
-    beyond its end."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    states = {}
-    for i, parameter in enumerate(parameters):
-        state = {"step": torch.tensor(float(step))}
-        for name in ("exp_avg", "exp_avg_sq"):
-            average = saved[i].pop(name)  # so that both copies are in memory for one parameter only
-            if average.shape != parameter.shape:
-                raise ValueError(f"{name} of parameter {i} has another shape")
-            state[name] = torch.empty_like(parameter, device="cpu").copy_(average)
-        if saved[i]["step"] != step or first_not_finite(state):
-            raise ValueError(f"the averages of parameter {i} are not those of step {step}")
-        states[i] = state
-    return states
+def check_averages(optimizer, step):
+    """ValueError if AdamW's averages are damaged. It would not notice that one of them is too short, and read
+    and write beyond its end."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            for name in ("exp_avg", "exp_avg_sq"):
+                if state[name].shape != parameter.shape:
+                    raise ValueError(f"{name} has the shape {[*state[name].shape]}, not {[*parameter.shape]}")
+                state[name] = torch.empty_like(parameter).copy_(state[name])  # in the parameter's layout
+            if state["step"] != step or first_not_finite(state):
+                raise ValueError(f"the averages are not those of step {step}")
 
 
 # ------------------------------------------------------------------------------------ what is published
@@ -491,8 +476,7 @@ def write_rows(path, rows):
 
 def written_as(value):
     """A number in a .csv: 3.0 -> "3", 0.00012345678 -> "0.0001234568"."""
-    whole = math.isfinite(value) and value == int(value)
-    return str(int(value)) if whole else f"{value:.7g}"
+    return f"{value:.0f}" if float(value).is_integer() else f"{value:.7g}"
 
 
 def seconds_of(rows):
