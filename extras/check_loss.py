@@ -19,10 +19,10 @@ Exit code: 0 the loss is right, 1 it is not, 2 it could not be checked.
 Shapes: B sequences, L tokens in each, N = B * L, V vocabulary. T is the temperature.
 """
 import functools
-import importlib.util
 import inspect
 import itertools
 import math
+import runpy
 import sys
 import warnings
 from dataclasses import replace
@@ -34,14 +34,13 @@ import torch
 from torch.nn import functional as F
 
 from distill import LossSettings
-from extras.wrong_losses import MISTAKES, PADDING_ROWS
+from extras.wrong_losses import MISTAKES, PADDING_ROWS, Mistake
 from support.cli import InputError, lookalike, new_parser, run_cli
 
 SHAPES = ((3, 7, 40, 1.0), (2, 9, 48, 2.0), (4, 5, 44, 4.0))  # B, L, V, T of the ordinary cases
 PARTS = {"the KL alone": (1.0, 0.0), "the CLM alone": (0.0, 1.0), "the mixture": (0.6, 0.4)}  # their weights
 TIGHT = 1e-3  # relative error that float32 stays far below
 COARSE = 0.05  # ... and bf16, too
-UNSHIFTED = "labels not shifted"
 
 FIXES = {  # by section of docs/wrong-losses.md
     "divisors": "Sum over the vocabulary and the tokens; divide once, by the number of counted tokens",
@@ -87,6 +86,16 @@ def definition(student_logits, teacher_logits, targets, settings):
     return settings.kd_weight * T**2 * divergence.sum(-1).mean() + settings.clm_weight * clm
 
 
+def unshifted(s, t, y, settings):
+    """The CLM asks for the token that the model has just read, not for the next one."""
+    return definition(s, t, F.pad(y, (1, 0))[:, :-1], settings)
+
+
+UNSHIFTED = "labels not shifted"
+KNOWN = MISTAKES | {UNSHIFTED: Mistake(UNSHIFTED, unshifted, "columns-and-positions", ())}
+OF_JSD = ("mixture exchanged", "logarithm of zero")  # mistakes that no other divergence can have
+
+
 def known_losses(asked):
     """{name: loss}, in the order in which they are tried; "" is the right one. All give means.
 
@@ -95,25 +104,12 @@ def known_losses(asked):
     def with_divergence(name):
         return lambda s, t, y, settings: definition(s, t, y, replace(settings, divergence=name))
 
-    def unshifted(s, t, y, settings):
-        return definition(s, t, F.pad(y, (1, 0))[:, :-1], settings)
-
-    jsd_alone = ("mixture exchanged", "logarithm of zero")
-    mistakes = {name: mistake.loss for name, mistake in MISTAKES.items()
-                if asked == "jsd" or name not in jsd_alone}
     others = {name: with_divergence(name) for name in DIVERGENCES if name != asked}
-    return {"": definition} | mistakes | others | {UNSHIFTED: unshifted}
+    mistakes = {name: known.loss for name, known in KNOWN.items() if asked == "jsd" or name not in OF_JSD}
+    return {"": definition} | mistakes | others
 
 
 # ------------------------------------------------------------------------------------ how it is called
-def flat(student_logits, teacher_logits, targets):
-    return student_logits.flatten(0, 1), teacher_logits.flatten(0, 1), targets.flatten()
-
-
-def as_they_are(*batch):
-    return batch
-
-
 def unshift(student_logits, teacher_logits, targets):
     """Logits (B, L + 1, V) and labels (B, L + 1) for a function that shifts them itself.
 
@@ -133,9 +129,10 @@ def outputs(*batch):
 
 WEIGHTS = "temperature=2, kd_weight=0.9, clm_weight=0.1"
 FORMS = {  # name: its arguments from (student_logits, teacher_logits, targets), and an example
-    "tokens": (flat, f"loss(student_logits, teacher_logits, targets, {WEIGHTS}); logits (N, V), targets "
-                     "(N,)"),
-    "sequences": (as_they_are, "the same; logits (B, L, V), targets (B, L) that are shifted already"),
+    "tokens": (lambda *batch: [tensor.flatten(0, 1) for tensor in batch],
+               f"loss(student_logits, teacher_logits, targets, {WEIGHTS}); logits (N, V), targets (N,)"),
+    "sequences": (lambda *batch: batch,
+                  "the same; logits (B, L, V), targets (B, L) that are shifted already"),
     "shifts": (unshift, "the same; logits (B, L, V), labels (B, L) that the function shifts itself"),
     "outputs": (outputs, f"loss(outputs, teacher_outputs, labels, {WEIGHTS}); outputs.logits (B, L, V), and "
                          "it shifts"),
@@ -153,18 +150,17 @@ def adapted(function, form, where):
              if name in signature.parameters or takes_all and name != "jsd_weight"]
     takes_object = "settings" in signature.parameters
 
-    def loss(student_logits, teacher_logits, targets, settings):
-        arguments = arguments_of(student_logits, teacher_logits, targets)
-        keywords = {name: getattr(settings, name) for name in taken}
-        if takes_object:
-            keywords = {"settings": settings}
-        try:
-            signature.bind(*arguments, **keywords)
-        except TypeError as error:
-            raise InputError(f"{where}{signature} cannot be called in this form ({error}). --form {form} "
-                             f"means {example}; see --help for others") from error
-        return function(*arguments, **keywords)
+    def keywords(settings):
+        return {"settings": settings} if takes_object else {name: getattr(settings, name) for name in taken}
 
+    try:
+        signature.bind(None, None, None, **keywords(LossSettings()))
+    except TypeError as error:
+        raise InputError(f"{where}{signature} cannot be called in this form ({error}). --form {form} means "
+                         f"{example}; see --help for others") from error
+
+    def loss(student_logits, teacher_logits, targets, settings):
+        return function(*arguments_of(student_logits, teacher_logits, targets), **keywords(settings))
     return loss, ADJUSTABLE if takes_object else taken
 
 
@@ -173,28 +169,23 @@ def load_function(where):
     path, _, name = where.rpartition(":")
     if not path.endswith(".py"):
         raise InputError(f"{where}: expected path/to/file.py:function")
-    module = load_module(path)
-    functions = [known for known, value in vars(module).items() if inspect.isfunction(value)]
+    functions = {known: value for known, value in load_module(path).items() if inspect.isfunction(value)}
     if name not in functions:
         raise InputError(f"{path} has no function {name!r}; it has {', '.join(functions) or 'none'}")
-    return getattr(module, name)
+    return functions[name]
 
 
 @functools.cache
 def load_module(path):
-    """Import a file from wherever it is."""
+    """Run a file, wherever it is -> {name: what it defines}."""
     if not Path(path).is_file():
         near = lookalike(path)
         raise InputError(f"{path} does not exist" + (f" (did you mean {near}?)" if near else ""))
-
     sys.path.insert(0, str(Path(path).resolve().parent))  # a script finds its neighbours, and so does this
-    spec = importlib.util.spec_from_file_location("file_with_the_loss", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        return runpy.run_path(path)
     except (Exception, SystemExit) as error:
         raise InputError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
-    return module
 
 
 # ------------------------------------------------------------------------------------ asking a loss
@@ -236,7 +227,7 @@ def ask(loss, probe, dtype=torch.float32):
 
     value = value[0] if isinstance(value, tuple) and value else value
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
-        found = f"shape {[*value.shape]}" if isinstance(value, torch.Tensor) else f"{type(value).__name__}"
+        found = getattr(value, "shape", type(value).__name__)
         raise InputError(f"the loss must return a tensor with one number, or a tuple that starts with it, "
                          f"not {found}")
     gradient = torch.zeros_like(student)
@@ -274,14 +265,11 @@ class Finding(NamedTuple):
 
 def named(name):
     """The Finding for a known loss."""
-    if name in MISTAKES:
-        text = " ".join(MISTAKES[name].loss.__doc__.split())
-        return Finding(name, text.rstrip("."), MISTAKES[name].anchor)
-    if name == UNSHIFTED:
-        return Finding(name, "the CLM asks for the token that the model has just read, not for the next one",
-                       "columns-and-positions")
-    return Finding("", f"the divergence is {DIVERGENCES[name]}; if you mean that, add --divergence {name}",
-                   "another-divergence")
+    if name in DIVERGENCES:
+        text = f"the divergence is {DIVERGENCES[name]}; if you mean that, add --divergence {name}"
+        return Finding("", text, "another-divergence")
+    text = " ".join(KNOWN[name].loss.__doc__.split())
+    return Finding(name, text.rstrip("."), KNOWN[name].anchor)
 
 
 class Match(NamedTuple):
@@ -290,40 +278,38 @@ class Match(NamedTuple):
     has_value: bool  # whether the value is that loss's, too
 
 
+def compare(answers, others, tolerance):
+    """Factors of the gradients; whether the values have the same. None where directions differ."""
+    pairs = [*zip(answers, others, strict=True)]
+    factors = [ratio(a.gradient, b.gradient, tolerance) for a, b in pairs]
+    if None in factors:
+        return None, False
+    has_value = all(is_close(a.value, r * b.value, tolerance)
+                    for (a, b), r in zip(pairs, factors, strict=True))
+    return torch.tensor(factors), has_value
+
+
 def explain(answers, known, bases, tolerance=TIGHT):
     """The known loss that has these gradients, up to factors that are known, too; None if none has.
 
     answers: one for each probe; known: {name: the answers of that loss}; bases: {name: factor of each probe}.
     """
-    def compare(answers, others):
-        """Factors of the gradients; whether the values have the same. None where directions differ."""
-        pairs = [*zip(answers, others, strict=True)]
-        factors = [ratio(a.gradient, b.gradient, tolerance) for a, b in pairs]
-        if None in factors:
-            return None, False
-        with_factors = zip(pairs, factors, strict=True)
-        has_value = all(is_close(a.value, r * b.value, tolerance) for (a, b), r in with_factors)
-        return torch.tensor(factors), has_value
-
     # Mistakes that only change the size of value and gradient, such as a divisor.
     scalars = {}
-    for name in MISTAKES.keys() & known.keys():
-        factors, has_value = compare(known[name], known[""])
+    for name in [name for name in known if name in MISTAKES]:
+        factors, has_value = compare(known[name], known[""], tolerance)
         if has_value and not is_close(factors, torch.ones(len(factors))):
             scalars[name] = factors
     combinations = [names for n in range(3) for names in itertools.combinations(scalars, n)]
 
-    best = None
+    matches = []
     for name, others in known.items():
-        factors, has_value = compare(answers, others)
+        factors, has_value = compare(answers, others, tolerance)
         for factor_names, base in itertools.product(combinations, bases) if factors is not None else ():
             expected = math.prod((scalars[factor] for factor in factor_names), start=bases[base])
             if is_close(factors / expected, torch.ones(len(factors)), tolerance):
-                match = Match([*filter(None, (name, *factor_names))], base, has_value)
-                if has_value:
-                    return match
-                best = best or match
-    return best
+                matches.append(Match([*filter(None, (name, *factor_names))], base, has_value))
+    return max(matches, key=lambda match: match.has_value, default=None)  # the first one of the best
 
 
 # ------------------------------------------------------------------------------------ the examination
@@ -346,7 +332,7 @@ def check(loss, fixed=None, asked="forward", accumulate=False, shifts=False):
         return LossSettings(**{"temperature": T} | fixed | weights, divergence=asked)
 
     probes = {part: [make_probe(B, L, V, settings(part, T)) for B, L, V, T in SHAPES] for part in parts}
-    first = [*parts][0]
+    first = next(iter(parts))
     findings, base = on_ordinary_logits(loss, probes, asked, shifts)
     if all(finding.anchor != "columns-and-positions" for finding in findings):
         for part in parts:
@@ -365,38 +351,36 @@ def check(loss, fixed=None, asked="forward", accumulate=False, shifts=False):
 
 def on_ordinary_logits(loss, probes, asked, shifts):
     """Findings, and how the loss is reduced. probes: {part: [Probe of each of SHAPES]}."""
-    def answers_to(loss, dtype):
-        return {part: [ask(loss, probe, dtype) for probe in of_part] for part, of_part in probes.items()}
-
-    def at_once(by_part):
-        return [answer for of_part in by_part.values() for answer in of_part]
-
-    answers = answers_to(loss, torch.float32)
-    if not any(answer.gradient.any() for answer in at_once(answers)):
+    every = [probe for of_part in probes.values() for probe in of_part]
+    answers = [ask(loss, probe) for probe in every]
+    if not any(answer.gradient.any() for answer in answers):
         raise InputError("the loss does not depend on the student's logits: its gradient is 0")
-    known = {name: answers_to(other, torch.float64) for name, other in known_losses(asked).items()}
-    bases = {"mean": torch.ones(len(SHAPES)), "sum": torch.tensor([float(B * L) for B, L, _, _ in SHAPES])}
+    known = {name: [ask(other, probe, torch.float64) for probe in every]
+             for name, other in known_losses(asked).items()}
+    B, L = torch.tensor([probe.targets.shape for probe in every], dtype=torch.float).T
+    bases = {"mean": torch.ones(len(every)), "sum": B * L}
     if shifts:
-        bases["mean over all positions"] = torch.tensor([L / (L + 1) for _, L, _, _ in SHAPES])
+        bases["mean over all positions"] = L / (L + 1)
+
+    def explained(chosen, names=known, tolerance=TIGHT):
+        """`explain` for some of the probes and some of the known losses."""
+        return explain(answers[chosen], {name: known[name][chosen] for name in names},
+                       {base: factors[chosen] for base, factors in bases.items()}, tolerance)
 
     # One known loss may explain all parts. Otherwise each part may have a mistake of its own.
-    of_all = {name: at_once(of_loss) for name, of_loss in known.items()}
-    bases_of_all = {base: factors.repeat(len(probes)) for base, factors in bases.items()}
-    match = explain(at_once(answers), of_all, bases_of_all)
+    match = explained(slice(None))
     if match and match.has_value:
         return [named(name) for name in match.names], match.base
-    matches = {}
-    for part in probes:
-        of_part = {name: of_loss[part] for name, of_loss in known.items()}
-        matches[part] = explain(answers[part], of_part, bases)
-    if not all(matches.values()):
-        match = explain(at_once(answers), {"": of_all[""]}, bases_of_all, COARSE)
-        if match:
-            return [named("softmax in bf16")], match.base
-    if not all(math.isfinite(answer.value) for answer in at_once(answers)):
+    n = len(SHAPES)
+    of_part = {part: slice(i * n, i * n + n) for i, part in enumerate(probes)}
+    matches = {part: explained(chosen) for part, chosen in of_part.items()}
+    if not all(matches.values()) and (match := explained(slice(None), [""], COARSE)):
+        return [named("softmax in bf16")], match.base
+    if not all(math.isfinite(answer.value) for answer in answers):
         raise InputError("the loss is NaN or infinite for ordinary logits, and not in a way that is known: "
                          "look for the logarithm of 0 or less, and for 0 / 0")
-    return by_part(answers, matches, known[""])
+    found, right = ({part: of[chosen] for part, chosen in of_part.items()} for of in (answers, known[""]))
+    return by_part(found, matches, right)
 
 
 def by_part(answers, matches, right):
@@ -453,10 +437,9 @@ def with_padding(loss, settings, findings):
     three = F.pad(ask(loss, both.row(1, 3)).gradient, (0, 0, 0, 6))
     a_sum = torch.cat((nine, three))
     a_mean = torch.cat((9 * nine, 3 * three)) / 12
-    if is_close(gradient, a_sum) or is_close(gradient, a_mean):
-        return []
-    if is_close(gradient, a_sum / 2):
-        return [named("mean of means")]
+    for names, expected in (([], a_sum), ([], a_mean), (["mean of means"], a_sum / 2)):
+        if is_close(gradient, expected):
+            return [named(name) for name in names]
     if ratio(gradient, a_mean):
         return [named("divisor of other tokens")]
     return [Finding("", "padding changes how much the other tokens weigh", "padding")]
