@@ -13,10 +13,10 @@ import argparse
 import codecs
 import contextlib
 import difflib
+import io
 import os
 import re
 import sys
-import textwrap
 from pathlib import Path
 
 from support import ROOT, loading_is_over
@@ -46,29 +46,27 @@ def reading(path, what):
     The libraries that read such files (json, torch, safetensors, pyarrow) raise a dozen classes of errors
     for damaged ones. This is the one place that knows them.
     """
-    refuse_git_lfs_pointer(path)
     try:
+        if os.path.isfile(path):
+            with open(path, "rb") as file:
+                start = file.read(40)
+            if start.startswith(b"version https://git-lfs.github.com/"):  # left by a clone without git-lfs
+                raise InputError(f"{path} is a pointer of Git LFS, not the file itself: run `git lfs pull`")
         yield
     except InputError:
         raise
     except OSError as error:
         raise InputError(f"{path} could not be read: {error.strerror or error}") from error
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        if not reason or isinstance(error, (LookupError, TypeError, AttributeError)):
-            reason = f"{type(error).__name__} {reason}".strip()
-        raise InputError(f"{path} is not {what}, or is damaged: {reason}") from error
+        raise InputError(f"{path} is not {what}, or is damaged: {reason_of(error)}") from error
 
 
-def refuse_git_lfs_pointer(path):
-    """InputError for the few lines that `git clone` without git-lfs leaves in place of a large file."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(40)
-    except OSError:  # a folder, or a file that cannot be opened: the reader itself says so
-        return
-    if head.startswith(b"version https://git-lfs.github.com/"):
-        raise InputError(f"{path} is a pointer of Git LFS, not the file itself: run `git lfs pull`")
+def reason_of(error):
+    """What an error says, on one line, and its class where the message alone says little."""
+    message = " ".join(str(error).split())[:300]
+    if message and not isinstance(error, (LookupError, TypeError, AttributeError)):
+        return message
+    return f"{type(error).__name__} {message}".strip()
 
 
 # ------------------------------------------------------------------------------------ how a command ends
@@ -106,8 +104,7 @@ def run_cli(main):
         code, message = 2, ("out of memory: take a smaller --batch-size (and more --grad-accum to keep the "
                             "size of a step), a shorter --seq-len, or a smaller model")
 
-    # With several processes the first one speaks for all, as long as they have not met yet.
-    if message and (is_first_process() or processes_have_met()):
+    if message and speaks():
         with contextlib.suppress(OSError):  # stderr may be as full as stdout
             print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
     discard_output()
@@ -120,16 +117,14 @@ def is_out_of_memory(error):
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
-def is_first_process():
-    """Whether there is only this process, or torchrun has started it as the first one."""
-    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    return rank not in map(str, range(1, int(world) if world.isdecimal() else 1))
-
-
-def processes_have_met():
-    """Whether this process has joined the others of a `torchrun`."""
+def speaks():
+    """Whether this process says what went wrong. The first one of a `torchrun` speaks for all, because they
+    find the same mistakes; but once they have met, each has mistakes of its own."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    others = map(str, range(1, int(world) if world.isdecimal() else 1))
     distributed = sys.modules.get("torch.distributed")
-    return bool(distributed) and distributed.is_available() and distributed.is_initialized()
+    have_met = distributed and distributed.is_available() and distributed.is_initialized()
+    return bool(have_met) or os.environ.get("RANK") not in others
 
 
 def discard_output():
@@ -172,20 +167,15 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help")
 
 
-class HelpFormatter(argparse.HelpFormatter):
-    """Fills paragraphs, leaves indented lines alone, and shows the defaults that say something."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Fills paragraphs, leaves indented ones alone, and shows the defaults that say something."""
 
     def _fill_text(self, text, width, indent):
-        paragraphs = text.split("\n\n")
-        filled = [part if part.startswith(" ") else textwrap.fill(" ".join(part.split()), width)
-                  for part in paragraphs]
-        return "\n\n".join(filled)
+        return text if text.startswith(" ") else super()._fill_text(text, width, indent)
 
     def _get_help_string(self, action):
-        silent = any(action.default is value for value in (None, False, argparse.SUPPRESS))
-        if silent or action.default in ("", []) or not action.option_strings or "%(default)" in action.help:
-            return action.help
-        return action.help + " (default: %(default)s)"
+        silent = action.default is None or action.default is False or action.default in ("", [])
+        return action.help if silent or not action.option_strings else super()._get_help_string(action)
 
 
 def new_parser(doc, usage="%(prog)s [options]"):
@@ -204,12 +194,10 @@ def new_parser(doc, usage="%(prog)s [options]"):
 
 def version():
     """From pyproject.toml, the one place that has it."""
-    try:
-        text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    except OSError:
-        return "unknown"
+    path = ROOT / "pyproject.toml"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
     found = re.search(r'^version = "(.*)"$', text, re.MULTILINE)
-    return found.group(1) if found else "unknown"
+    return found[1] if found else "unknown"
 
 
 def checked(kind, wanted, good):
@@ -262,16 +250,13 @@ def open_bar(items=None, title="", **settings):
                 bar_format="{l_bar}{r_bar}", **settings)
 
 
-class Lines:
+class Lines(io.StringIO):
     """A file for tqdm whose text goes to stderr as lines, without carriage returns."""
 
     def write(self, text):
         if text.strip() and sys.stderr is not None:
             with contextlib.suppress(OSError, ValueError):  # training does not end because stderr is full
                 sys.stderr.write(text.strip().replace("||", "|") + "\n")  # where the bar would be
-
-    def flush(self):
-        pass
 
 
 def say(text):

@@ -44,8 +44,8 @@ def corpus_path(folder, source, tokenizer):
 def read_meta(path):
     """The meta.json of a corpus whose numbers agree with its files; otherwise an InputError."""
     meta = read_object(path / "meta.json")
-    sizes = sizes_of(path, meta, "eot", "vocab_size")
-    if (sizes is None or min(sizes) < 4 or sizes != [2 * meta[split]["tokens"] for split in SPLITS]
+    if (excess(path, meta, "eot", "vocab_size") != [0, 0]
+            or min(meta["train"]["tokens"], meta["val"]["tokens"]) < 2
             or not meta["eot"] < meta["vocab_size"] <= 2**16):
         # The folder may be somebody else's, so this does not say that it should be deleted.
         raise InputError(f"{path} is not a complete corpus: its meta.json does not describe a train.bin and "
@@ -53,15 +53,18 @@ def read_meta(path):
     return meta
 
 
-def sizes_of(folder, numbers, *others):
-    """The bytes in train.bin and val.bin, if `numbers` has all counts of a corpus; otherwise None."""
+def excess(folder, numbers, *others):
+    """How many bytes train.bin and val.bin have beyond the tokens that `numbers` counts; [-1] if a file or a
+    count is missing."""
     try:
         counts = [numbers["documents"], *(numbers[split][key] for split in SPLITS for key in COUNTS)]
         counts += [numbers[key] for key in others]
         sizes = [(folder / f"{split}.bin").stat().st_size for split in SPLITS]
     except (KeyError, TypeError, OSError):
-        return None
-    return sizes if all(type(n) is int and 0 <= n < 2**62 for n in counts) else None
+        return [-1]
+    if not all(type(n) is int and 0 <= n < 2**62 for n in counts):
+        return [-1]
+    return [size - 2 * numbers[split]["tokens"] for size, split in zip(sizes, SPLITS, strict=True)]
 
 
 def check_ids(path, ids, vocab_size):
@@ -119,17 +122,12 @@ class Build:
         self.progress = part / "progress.json"
         self.numbers = read_object(self.progress)
         self.saved = time.monotonic()
-        if not self.can_go_on(wanted):
+        # A killed build of the same corpus has left files that are at least as long as it noted.
+        if min(excess(part, self.numbers)) < 0 or not wanted.items() <= self.numbers.items():
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
             self.numbers = {**wanted, "documents": 0, "complete": False}
             self.numbers.update((split, dict.fromkeys(COUNTS, 0)) for split in SPLITS)
-
-    def can_go_on(self, wanted):
-        """Whether a killed build of the same corpus has left its files, at least as long as it noted."""
-        sizes = sizes_of(self.part, self.numbers)
-        return (sizes is not None and wanted.items() <= self.numbers.items()
-                and all(size >= 2 * self.tokens(split) for size, split in zip(sizes, SPLITS, strict=True)))
 
     def __enter__(self):
         self.files = {split: open(self.part / f"{split}.bin", "ab") for split in SPLITS}

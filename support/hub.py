@@ -1,11 +1,11 @@
 """A model's files, from a folder or the Hub's cache, and the tensors in them.
 
 Read in this order:
-  fetch          paths of a model's files, downloaded if the model is not a folder
-  need           the path of one file that the model must have
-  weight_files   the files with the weights: safetensors or .bin, one or many
-  read_tensors   the tensors of such a file, one by one
-  hub_error      what went wrong on the Hub, in one line
+  fetch            paths of a model's files, downloaded if the model is not a folder
+  need             the path of one file that the model must have
+  weight_files     the files with the weights: safetensors or .bin, one or many
+  read_tensors     the tensors of such a file, one by one
+  asking_the_hub   turns whatever the Hub's clients raise into an InputError
 
 These files come from strangers: no code in them is run (a .bin is a pickle), and no file outside the model's
 own folder is opened.
@@ -18,7 +18,7 @@ import re
 import zipfile
 from pathlib import Path
 
-from support.cli import InputError, lookalike, reading
+from support.cli import InputError, lookalike, reading, reason_of
 from support.files import note_once
 
 PATIENCE = 5  # seconds until the Hub counts as silent
@@ -80,12 +80,11 @@ def check_hub_name(name):
         raise InputError(f"{name or 'an empty name'} is not a model: give its folder, or its name on the Hub")
 
     is_path = re.match(r"[./~]|out(/|$)|.*/$|.*\\|.*/.*/", name)
-    if os.path.isdir(folder):
-        if is_path:
-            raise InputError(f"{name} is an empty folder, not a model")
-        return
+    if is_path and os.path.isdir(folder):
+        raise InputError(f"{name} is an empty folder, not a model")
     near = lookalike(folder)
-    is_slip = near and "/" in name and re.findall(r"\d+", near) == re.findall(r"\d+", name)
+    is_slip = (near not in (None, folder) and "/" in name
+               and re.findall(r"\d+", near) == re.findall(r"\d+", name))
     if is_path or is_slip:
         hint = f"; did you mean {near}?" if near else ""
         raise InputError(f"no folder {name}{hint}")
@@ -96,7 +95,7 @@ def download(name, filenames):
     """The folder in the Hub's cache that holds these files of a model, as far as the model has them."""
     repo, _, revision = name.partition("@")
     silence = why_the_hub_is_silent()
-    try:
+    with asking_the_hub(name):
         from huggingface_hub import snapshot_download, try_to_load_from_cache
         from huggingface_hub.utils import tqdm
 
@@ -108,11 +107,6 @@ def download(name, filenames):
             return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted,
                                           tqdm_class=LateBar))
         cached = try_to_load_from_cache(repo, "config.json", revision=revision or None)
-    except Exception as error:  # a dozen classes, from two HTTP libraries
-        near = lookalike(name)
-        hint = f" (did you mean {near}?)" if near and near != name else ""
-        raise hub_error(name + hint, error) from error
-
     if not isinstance(cached, str):
         raise InputError(f"{name} is neither a folder here nor in the Hub's cache, and {silence}; "
                          f"{NO_NETWORK}")
@@ -140,9 +134,17 @@ def why_the_hub_is_silent():
         return f"the Hub cannot be reached: {reason_of(error).rstrip('.')}{hint}"
 
 
-def reason_of(error):
-    """The message of an error, on one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+@contextlib.contextmanager
+def asking_the_hub(name):
+    """Errors of the Hub's clients, of a dozen classes from two HTTP libraries, become InputErrors."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        near = lookalike(name)
+        hint = f" (did you mean {near}?)" if near and near != name else ""
+        raise hub_error(name + hint, error) from error
 
 
 def hub_error(name, error):
@@ -193,7 +195,6 @@ def read_tensors(path):
     """
     from torch import strided
     with reading(path, "a file of weights"):
-        open(path, "rb").close()  # if that is not allowed, safetensors would say that there is no such file
         tensors, is_mapped = open_weights(path)
         for name in sorted(tensors, key=lambda name: -tensors[name].numel()):
             tensor = tensors[name].detach()

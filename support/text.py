@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from support.cli import InputError, lookalike, note, reading
-from support.hub import hub_error
+from support.hub import asking_the_hub
 from support.wikitext import wikitext_articles
 
 HUB_DATA = {"openwebtext": "Skylion007/openwebtext", "pile": "EleutherAI/the_pile_deduplicated",
@@ -220,16 +220,13 @@ def find_files(root):
     """
     left_out = Counter()
     found = list(walk(root, left_out))
-    by_split = {"train": [], "val": [], "test": [], None: []}
-    for file in found:
-        by_split[split_named(file.relative_to(root))].append(file)
+    named = {file: split for file in found if (split := split_named(file.relative_to(root)))}
+    train, val = ([file for file in named if named[file] == split] for split in ("train", "val"))
 
-    named = by_split["train"] + by_split["val"] + by_split["test"]
     code = () if any(ending(file) in SOURCES for file in named) else SOURCES
-    others = [file for file in by_split[None] if ending(file) not in code
+    others = [file for file in found if file not in named and ending(file) not in code
               and not re.match(r"(readme|licen[sc]e)\b", file.name.lower())]
-    if by_split["train"] and not others:
-        train, val = by_split["train"], by_split["val"]
+    if train and not others:
         left_out["not named train or valid"] = len(found) - len(train + val)
         about = f"by their names {len(train):,} to train on and {len(val):,} held out"
     else:
@@ -256,31 +253,23 @@ def split_named(relative):
     return None
 
 
-def walk(root, left_out):
+def walk(folder, left_out, visited=()):
     """The readable files below a folder, sorted; the others are counted in `left_out`.
 
     Hidden ones are left out: ._a.txt on a Mac is not text, and .ipynb_checkpoints holds old copies.
     """
-    def refuse(error):
-        raise error
-
-    found = []
-    visited = set()
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
-        real = os.path.realpath(folder)
-        if real in visited:  # links can go round in circles
-            folders.clear()
-            continue
-        visited.add(real)
-        left_out["hidden"] += sum(name.startswith(".") for name in folders + names)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
-
-    for file in sorted(found):
-        if file.is_file() and ending(file) in IN_FOLDERS:
-            yield file
+    visited = visited or set()
+    visited.add(folder.resolve())  # links can go round in circles
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            left_out["hidden"] += 1
+        elif path.is_dir():
+            if path.resolve() not in visited:
+                yield from walk(path, left_out, visited)
+        elif path.is_file() and ending(path) in IN_FOLDERS:
+            yield path
         else:
-            left_out[file.suffix.lower() or "without an ending"] += 1
+            left_out[path.suffix.lower() or "without an ending"] += 1
 
 
 def listed(counts):
@@ -292,17 +281,12 @@ def listed(counts):
 BLOCK = 2**22  # bytes of text that are read at a time
 LONGEST_LINE = 2**16  # a block ends with a line, unless the line is longer than this
 STARTS = {  # how files start that are not UTF-8 text -> what they are, and what to do
-    rb"PK\x03\x04": "a zip archive: unpack it first",
-    rb"7z\xbc\xaf": "a 7z archive: unpack it first",
-    rb"(?s).{257}ustar": "a tar archive: unpack it first",
-    rb"BZh[1-9]1AY": "packed with bzip2: unpack it first",
-    rb"\xfd7zXZ": "packed with xz: unpack it first",
+    rb"PK\x03\x04|7z\xbc\xaf|\xfd7zXZ|BZh\d1AY|(?s:.{257})ustar": "packed: unpack it first",
     rb"\x1f\x8b": "packed with gzip: give its name the ending .gz",
     rb"\x28\xb5\x2f\xfd": "packed with zstandard: give its name the ending .zst",
     rb"PAR1": "a parquet file: give its name the ending .parquet",
     rb"%PDF-": "a PDF: extract its text first (pdftotext)",
-    rb"\xff\xfe\0\0|\0\0\xfe\xff": "UTF-32, not UTF-8: iconv -f UTF-32 -t UTF-8 FILE > NEW",
-    rb"\xff\xfe|\xfe\xff": "UTF-16, not UTF-8: iconv -f UTF-16 -t UTF-8 FILE > NEW",
+    rb"\xff\xfe|\xfe\xff|\0\0\xfe\xff": "UTF-16 or UTF-32: iconv -f UTF-16 (or 32) -t UTF-8 FILE > NEW",
 }
 
 
@@ -319,60 +303,57 @@ def read_file(path, column="text"):
     if kind == ".json":
         what = "a list of JSON objects (if it has one object per line, call it .jsonl)"
     with reading(path, what):
-        if kind == ".parquet":
-            yield from read_parquet(path, column)
-            return
-        with unpacked(path) as file:
-            blocks = text_blocks(path, file)
-            if kind not in ROWS or not column:
-                yield from plain_text(path, blocks, column)
-            elif kind == ".json":
-                yield from json_list(path, blocks, column)
-            else:
-                yield from json_lines(path, blocks, column)
+        if kind in ROWS and (column or kind == ".parquet"):
+            for where, row in rows_of(path, kind, column):
+                yield text_of(row, column, where)
+        else:
+            yield from plain_text(path, column)
 
 
+@contextlib.contextmanager
 def unpacked(path):
-    """An open file of bytes; .gz and .zst are unpacked on the way."""
+    """An open file of bytes; .gz and .zst are unpacked on the way. InputError if it is not text at all."""
     packing = PACKED.get(Path(path).suffix.lower())
     if packing is None:
-        return open(path, "rb")
-    import pyarrow
-    return io.BufferedReader(pyarrow.input_stream(str(path), packing))
-
-
-def text_blocks(path, file):
-    """The text of an open file in blocks of about 4 MB, of whole lines; an InputError if it is not UTF-8."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # drops a byte order mark, keeps half a character
-    start = 0
-    while True:
-        block = file.read(BLOCK) + file.readline(LONGEST_LINE)
+        file = open(path, "rb")
+    else:
+        import pyarrow
+        file = io.BufferedReader(pyarrow.input_stream(str(path), packing))
+    with file:
+        start = file.peek(300)
         for pattern, what in STARTS.items():
-            if start == 0 and re.match(pattern, block):
+            if re.match(pattern, start):
                 raise InputError(f"{path} is {what}")
-        if b"\0" in block:
-            raise InputError(f"{path} is not text: it has a NUL byte")
+        yield file
+
+
+def plain_text(path, column):
+    """The text of a file in blocks of about 4 MB, of whole lines. InputError if it is not UTF-8.
+
+    JSON lines under another name are refused, unless no column is wanted.
+    """
+    n_bytes = 0
+
+    def blocks():
+        nonlocal n_bytes
+        while block := file.read(BLOCK) + file.readline(LONGEST_LINE):
+            if b"\0" in block:
+                raise InputError(f"{path} is not text: it has a NUL byte")
+            n_bytes += len(block)
+            yield block
+
+    with unpacked(path) as file:
         try:
-            text = decoder.decode(block, final=not block)
+            for number, text in enumerate(codecs.iterdecode(blocks(), "utf-8-sig")):
+                if number == 0 and column and all_json_objects(text):
+                    raise InputError(f"{path} has a JSON object in every line: give its name the ending "
+                                     f".jsonl to read the {column!r} of each, or add --text-column '' to "
+                                     "read it as it is")
+                yield text
         except UnicodeDecodeError as error:
-            # error.object ends where the block does, and may start with half a character of the one before.
-            byte = start + len(block) - len(error.object) + error.start
+            byte = n_bytes - len(error.object) + error.start  # error.object ends where the block does
             raise InputError(f"{path} is not UTF-8 text: see its byte {byte}; if it is WINDOWS-1252: "
                              "iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW") from error
-        if text:
-            yield text
-        if not block:
-            return
-        start += len(block)
-
-
-def plain_text(path, blocks, column):
-    """Each block is a document. JSON lines under another name are refused, unless no column is wanted."""
-    for number, block in enumerate(blocks):
-        if number == 0 and column and all_json_objects(block):
-            raise InputError(f"{path} has a JSON object in every line: give its name the ending .jsonl to "
-                             f"read the {column!r} of each, or add --text-column '' to read it as it is")
-        yield block
 
 
 def all_json_objects(text):
@@ -384,42 +365,31 @@ def all_json_objects(text):
         return False
 
 
-def json_lines(path, blocks, column):
-    """The text in each line of JSON."""
-    number = 0
-    rest = ""
-    for block in itertools.chain(blocks, ["\n"]):  # the last line may have no line break
-        *lines, rest = (rest + block).split("\n")
-        for line in lines:
-            number += 1
-            where = f"{path}, line {number}"
-            if not line.strip(" \t\r\f\v"):
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{where} is not JSON: {error}") from error
-            yield text_of(row, column, where)
+def rows_of(path, kind, column):
+    """(where it is, row) for each row of a file of one of the kinds ROWS."""
+    if kind == ".parquet":
+        from pyarrow.parquet import ParquetFile
+        with ParquetFile(path) as table:
+            text_of(dict.fromkeys(table.schema_arrow.names), column, path)  # whether there is such a column
+            # Take few rows at a time: in a file of 2 kB each of 1,000 rows can stand for one text of 100 MB.
+            for batch in table.iter_batches(8, columns=[column]):
+                yield from ((path, {column: value}) for value in batch.column(0).to_pylist())
+        return
 
-
-def json_list(path, blocks, column):
-    """The text in each entry of a JSON list, which is read as a whole."""
-    rows = json.loads("".join(blocks))
-    if not isinstance(rows, list):
-        raise ValueError(f"it is a {type(rows).__name__}")
-    for number, row in enumerate(rows, 1):
-        yield text_of(row, column, f"{path}, row {number}")
-
-
-def read_parquet(path, column):
-    """A row's `column` is a document."""
-    from pyarrow.parquet import ParquetFile
-    with ParquetFile(path) as table:
-        text_of(dict.fromkeys(table.schema_arrow.names), column, path)  # whether there is such a column
-        # Take few rows at a time: in a file of 2 kB each of 1,000 rows can stand for one text of 100 MB.
-        for batch in table.iter_batches(8, columns=[column]):
-            for value in batch.column(0).to_pylist():
-                yield text_of({column: value}, column, path)
+    with unpacked(path) as file:
+        if kind == ".json":
+            rows = json.loads(file.read().decode("utf-8-sig"))
+            if not isinstance(rows, list):
+                raise ValueError(f"it is a {type(rows).__name__}")
+            yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
+        else:
+            for number, line in enumerate(file, 1):
+                where = f"{path}, line {number}"
+                try:
+                    if line.strip():
+                        yield where, json.loads(line.decode("utf-8-sig"))
+                except (ValueError, RecursionError) as error:
+                    raise InputError(f"{where} is not JSON: {error}") from error
 
 
 def text_of(row, column, where):
@@ -457,17 +427,6 @@ def open_hub(data, repo, revision, config, text_column):
         return Source(known, hub_documents(repo, splits, text_column), plain_name(data))
 
     return Source(identity, None, plain_name(data), pinned)
-
-
-@contextlib.contextmanager
-def asking_the_hub(repo):
-    """Errors of the Hub's clients, of a dozen classes, become InputErrors."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        raise hub_error(repo, error) from error
 
 
 def hub_documents(repo, splits, column):

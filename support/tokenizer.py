@@ -212,15 +212,14 @@ def ordinary_tokens(model):
 
 # ------------------------------------------------------------------------------------ tokenizer.json
 PARTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "post_processor": "processors"}
+OFF = [None, False, ""]
 SUPPORTED = {  # settings of a tokenizer.json that decide ids, and their values in GPT-2's and GPT-NeoX's form
-    "model": {
-        "type": [None, "BPE"], "dropout": [None, 0], "ignore_merges": [None, False],
-        "byte_fallback": [None, False], "continuing_subword_prefix": [None, ""],
-        "end_of_word_suffix": [None, ""]},
+    "model": {"type": [None, "BPE"], "dropout": OFF, "ignore_merges": OFF, "byte_fallback": OFF,
+              "continuing_subword_prefix": OFF, "end_of_word_suffix": OFF},
     "normalizer": {"type": ["NFC"]},
     "pre_tokenizer": {"type": ["ByteLevel"], "add_prefix_space": [False], "use_regex": [None, True]},
     "post_processor": {"type": ["ByteLevel", "TemplateProcessing"]},
-    "added token": {"lstrip": [None, False], "rstrip": [None, False], "single_word": [None, False]},
+    "added token": {"lstrip": OFF, "rstrip": OFF, "single_word": OFF},
 }
 
 
@@ -286,11 +285,11 @@ def added_tokens(vocab, added):
 # ------------------------------------------------------------------------------------ tokenizers of models
 def load_tokenizer(name_or_dir):
     """Tokenizer of a model, given its folder or its name on the Hub."""
-    path, vocab, merges, added, named, config, template = fetch(
-        name_or_dir, "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json",
-        "special_tokens_map.json", "tokenizer_config.json", "chat_template.jinja")
-    config = read_json(config) if config else {}
-    settings = kept_settings((read_json(named) if named else {}) | config)
+    path, vocab, merges, template, *others = fetch(
+        name_or_dir, "tokenizer.json", "vocab.json", "merges.txt", "chat_template.jinja",
+        "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
+    added, named, config = [read_json(other) if other else {} for other in others]
+    settings = kept_settings(named | config)
     if template:
         with reading(template, "a chat template"):
             settings["chat_template"] = template.read_text(encoding="utf-8")
@@ -301,7 +300,7 @@ def load_tokenizer(name_or_dir):
             return Tokenizer(path.read_bytes(), settings)
     with reading(vocab, "a vocabulary with merges.txt beside it"):
         lines = merges.read_text(encoding="utf-8").split("\n")
-        spec = spec_of_old_files(read_json(vocab), lines, read_json(added) if added else {}, settings,
+        spec = spec_of_old_files(read_json(vocab), lines, added, settings,
                                  config.get("add_prefix_space", False))
         return Tokenizer(json.dumps(spec).encode(), settings)
 
@@ -317,10 +316,8 @@ def kept_settings(config):
         tokens = value if isinstance(value, list) else [value]
         texts = [token.get("content") if isinstance(token, dict) else token for token in tokens]
         if all(isinstance(text, str) for text in texts):
+            name = name.replace("extra_", "additional_")  # transformers 5's name, on which 4 fails
             settings[name] = texts if isinstance(value, list) else texts[0]
-
-    if isinstance(settings.get("extra_special_tokens"), list):  # transformers 5's name, on which 4 fails
-        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     return settings
 
 
@@ -330,10 +327,8 @@ def spec_of_old_files(vocab, lines, added, settings, add_prefix_space):
     vocab, lines      {"!": 0, ...} of vocab.json; ["#version: 0.2", "Ġ t", ...] of merges.txt
     added, settings   {"[PAD]": 50257} of added_tokens.json; {"pad_token": "[PAD]"}
     """
-    special = {EOT}
-    for value in settings.values():
-        special.update(value if isinstance(value, list) else [value])
-
+    named = [value if isinstance(value, list) else [value] for value in settings.values()]
+    special = {EOT}.union(*named)
     ids = {EOT: vocab[EOT], **added} if EOT in vocab else added
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     tokens = [{"id": ids[text], "content": text, "special": text in special, **flags}

@@ -151,7 +151,7 @@ def test_only_the_first_of_several_processes_speaks(capsys, monkeypatch):
     for rank, have_met, speaks in (("0", False, True), ("1", False, False), ("1", True, True)):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
-        monkeypatch.setattr(cli, "processes_have_met", lambda met=have_met: met)
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda met=have_met: met)
         assert ended(capsys, InputError("no folder x")) == (2, "error: no folder x" if speaks else "")
 
 
