@@ -22,17 +22,15 @@ if not __package__:  # started as a file, from which Python does not find the re
     raise SystemExit("error: run this from the project's folder, as `python -m extras.play`")
 
 import codecs
-import contextlib
 import functools
 import json
 import math
 import os
-import re
-import socketserver
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from socketserver import ThreadingTCPServer
 
 import torch
 from torch.nn import functional as F
@@ -43,7 +41,7 @@ from model import load
 from support.cli import InputError, checked, new_parser, note, reading, run_cli, user_path
 from support.files import read_object, replaced
 from support.ranks import pick_device
-from support.scoring import SCORES, exp, score
+from support.scoring import exp, score
 
 ROLES = ("teacher", "student", "control")
 PAGE = Path(__file__).with_name("play.html")
@@ -151,16 +149,15 @@ class Classroom:
         n_bytes = len(self.tokenizer.decode_bytes(ids[1:]))
         columns, totals = {}, {}
         for (role, name), sums in zip(self.names.items(), scores, strict=True):
-            found = dict(zip(SCORES, sums, strict=True))  # {name: (L)}
-            if not (found["nll"].isfinite() & found["kl"].isfinite()).all():
+            nll, kl, agree, *_ = sums  # each (L)
+            if not (nll.isfinite() & kl.isfinite()).all():
                 raise InputError(f"{name}: its logits are NaN or infinite: its weights are broken")
-            columns[role] = {"surprise": found["nll"].tolist(), "kl": found["kl"].tolist(),
-                             "same": found["agree"].tolist()}
-            loss = found["nll"].mean().item()
+            columns[role] = {"surprise": nll.tolist(), "kl": kl.tolist(), "same": agree.tolist()}
+            loss = nll.mean().item()
             totals[role] = {
                 "loss": loss, "perplexity": exp(loss) if math.isfinite(exp(loss)) else "overflow",
-                "bits_per_byte": found["nll"].sum().item() / math.log(2) / n_bytes,
-                "kl": found["kl"].mean().item(), "agreement": found["agree"].mean().item()}
+                "bits_per_byte": nll.sum().item() / math.log(2) / n_bytes,
+                "kl": kl.mean().item(), "agreement": agree.mean().item()}
         return {"tokens": [self.show(token) for token in ids[1:]], "scores": columns, "totals": totals,
                 "n_cut": len(cut), "cut": self.tokenizer.decode(cut)}
 
@@ -180,23 +177,22 @@ class Classroom:
         T = torch.tensor(TEMPERATURES, dtype=torch.float64)[:, None]  # (n, 1)
 
         logits = {}
-        log_q = {}  # {role: (n, V)}
+        answer = {"log_sums": {}, "kl": {}}
         for role, model in self.models.items():
             every = F.linear(model.hidden(before)[0, -1], model.head_weight)
             logits[role] = every[:self.tokenizer.vocab_size].cpu().double()  # without rows that only pad
-            log_q[role] = (logits[role] / T).log_softmax(-1)
+            log_q = (logits[role] / T).log_softmax(-1)  # (n, V)
+            if role == "teacher":
+                log_p = log_q
+            answer["kl"][role] = rounded((log_p.exp() * (log_p - log_q)).sum(-1))
+            answer["log_sums"][role] = rounded((logits[role] / T).logsumexp(-1))
 
         likeliest = logits["teacher"].topk(min(N_SHOWN, self.tokenizer.vocab_size)).indices.tolist()
         favourites = [values.argmax().item() for values in logits.values()]
         shown = [*dict.fromkeys([*likeliest, ids[index + 1], *favourites])]
-
-        log_p = log_q["teacher"]
-        kl = {role: (log_p.exp() * (log_p - log_q[role])).sum(-1) for role in self.names}  # each (n)
-        log_sums = {role: (logits[role] / T).logsumexp(-1) for role in self.names}
+        answer["logits"] = {role: rounded(values[shown]) for role, values in logits.items()}
         return {"target": ids[index + 1], "shown": [{"id": token, **self.show(token)} for token in shown],
-                "logits": {role: rounded(values[shown]) for role, values in logits.items()},
-                "log_sums": {role: rounded(values) for role, values in log_sums.items()},
-                "kl": {role: rounded(values) for role, values in kl.items()}}
+                **answer}
 
     def write(self, prompt, settings):
         """Yield what teacher and student write after a prompt, in turns, a token of each at a time."""
@@ -204,16 +200,14 @@ class Classroom:
         if len(ids) >= self.context:
             yield {"note": f"The prompt has {len(ids)} tokens; the models see the last {self.context} at a "
                            "time."}
-        with contextlib.ExitStack() as stack:
-            texts = {role: stack.enter_context(contextlib.closing(self.continuation(role, ids, settings)))
-                     for role in ROLES[:2]}
-            while texts:
-                for role in list(texts):
-                    with self.lock:
-                        text = next(texts[role], None)
-                    if text is None:
-                        del texts[role]
-                    yield {"role": role, "text": text or "", "done": text is None}
+        texts = {role: self.continuation(role, ids, settings) for role in ROLES[:2]}
+        while texts:
+            for role in list(texts):
+                with self.lock:
+                    text = next(texts[role], None)
+                if text is None:
+                    del texts[role]
+                yield {"role": role, "text": text or "", "done": text is None}
 
     def continuation(self, role, ids, settings):
         """Yield the text that sample.py prints for these settings, in pieces that are whole characters."""
@@ -224,11 +218,10 @@ class Classroom:
 
         # A token may end within a character; the decoder keeps such bytes until the others have come.
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        with contextlib.closing(self.models[role].tokens(prompt, settings["tokens"], choose)) as tokens:
-            for token in tokens:
-                if token.item() == self.tokenizer.eot:
-                    break
-                yield decoder.decode(self.tokenizer.decode_bytes([token.item()]))
+        for token in self.models[role].tokens(prompt, settings["tokens"], choose):
+            if token.item() == self.tokenizer.eot:
+                break
+            yield decoder.decode(self.tokenizer.decode_bytes([token.item()]))
         yield decoder.decode(b"", final=True)
 
 
@@ -287,8 +280,12 @@ def save_page(classroom, path, files):
 
 
 # ----------------------------------------------------------------------------------------- HTTP
-class Refused(Exception):
-    """A request that gets no answer: status, and one line that says why."""
+class Refused(InputError):
+    """A request that gets no answer: why, in one line, and the status of HTTP that says so."""
+
+    def __init__(self, status, reason):
+        super().__init__(reason)
+        self.status = status
 
 
 class Page(BaseHTTPRequestHandler):
@@ -300,13 +297,9 @@ class Page(BaseHTTPRequestHandler):
         """Answer, or say in one line of JSON why not."""
         try:
             self.check_sender()
-            body = self.read_body()
-            self.answer(f"{self.command} {self.path.partition('?')[0]}", body)
-        except Refused as refused:
-            status, reason = refused.args
-            self.send_json({"error": reason}, status)
+            self.answer(f"{self.command} {self.path.partition('?')[0]}")
         except InputError as error:
-            self.send_json({"error": str(error)}, 400)
+            self.send_json({"error": str(error)}, getattr(error, "status", 400))
 
     do_POST = do_GET
 
@@ -316,7 +309,7 @@ class Page(BaseHTTPRequestHandler):
         Any page on the Web may send requests to 127.0.0.1, and a page whose own name points there (DNS
         rebinding) could read the answers. But it cannot hide its name, which is in Host and in Origin.
         """
-        port = self.server.server_port
+        port = self.server.server_address[1]
         hosts = {f"{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]")}
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
         if host.lower() not in hosts or origin and origin not in {f"http://{name}" for name in hosts}:
@@ -325,47 +318,49 @@ class Page(BaseHTTPRequestHandler):
         if self.command == "POST" and self.headers.get_content_type() != "application/json":
             raise Refused(415, "a request has to be application/json")
 
-    def read_body(self):
-        length = self.headers.get("Content-Length", "0")
-        if not re.fullmatch("[0-9]{1,15}", length) or "Transfer-Encoding" in self.headers:
-            raise Refused(411, "a request needs a Content-Length")
-        if int(length) > MAX_BYTES:
-            raise Refused(413, f"the text is too long: {int(length):,} bytes with its envelope, and at most "
-                               f"{MAX_BYTES:,} are read; send the part that matters")
-        return self.rfile.read(int(length))
-
-    def answer(self, wanted, body):
+    def answer(self, wanted):
         classroom = self.server.classroom
+        questions = {"POST /score": (classroom.score, {"text": str}),
+                     "POST /position": (classroom.position, {"text": str, "index": int})}
         if wanted == "GET /":
             self.send_head(200, "text/html; charset=utf-8")
             self.wfile.write(PAGE.read_bytes())  # read again, in case you edit it
         elif wanted == "GET /about":
             self.send_json(classroom.about())
-        elif wanted == "POST /score":
-            request = fields(body, text=str)
+        elif wanted in questions:
+            question, kinds = questions[wanted]
+            request = self.read_request(kinds)
             with classroom.lock:
-                answer = classroom.score(request["text"])
-            self.send_json(answer)
-        elif wanted == "POST /position":
-            request = fields(body, text=str, index=int)
-            with classroom.lock:
-                answer = classroom.position(request["text"], request["index"])
+                answer = question(**{name: request[name] for name in kinds})
             self.send_json(answer)
         elif wanted == "POST /write":
-            self.send_text(fields(body, prompt=str))
+            self.send_text(self.read_request({"prompt": str}))
         else:
             raise Refused(404, f"there is no {wanted[:99]} here")
+
+    def read_request(self, kinds):
+        """The JSON object that was sent. `kinds`: {name of a field that it needs: its type}."""
+        length = self.headers.get("Content-Length", "none")
+        if not length.isdecimal() or len(length) > 15 or int(length) > MAX_BYTES:
+            raise Refused(413, f"the text is too long: at most {MAX_BYTES:,} bytes are read, and its "
+                               f"Content-Length is {length[:15]}; send the part that matters")
+        body = self.rfile.read(int(length))
+        with reading("the request", "a JSON object with what is needed"):
+            request = json.loads(body)
+            for name, kind in kinds.items():
+                if type(request[name]) is not kind:  # True is not an integer
+                    raise TypeError(f"{name} must be {kind.__name__}")
+        return request
 
     def send_text(self, request):
         """A line of JSON for each token. If the browser has gone, sending fails, which ends the text."""
         pieces = self.server.classroom.write(request["prompt"], writing_settings(request))
         self.send_head(200, "application/x-ndjson")
-        with contextlib.closing(pieces):
-            try:
-                for piece in pieces:
-                    self.wfile.write(json.dumps(piece).encode() + b"\n")
-            except InputError as error:  # too late for another status
-                self.wfile.write(json.dumps({"error": str(error)}).encode() + b"\n")
+        try:
+            for piece in pieces:
+                self.wfile.write(json.dumps(piece).encode() + b"\n")
+        except InputError as error:  # too late for another status
+            self.wfile.write(json.dumps({"error": str(error)}).encode() + b"\n")
 
     def send_json(self, answer, status=200):
         self.send_head(status, "application/json")
@@ -381,19 +376,6 @@ class Page(BaseHTTPRequestHandler):
         """Print nothing for a request."""
 
 
-def fields(body, **kinds):
-    """A request, which is a JSON object. `kinds`: fields that it needs, and the type of each."""
-    try:
-        request = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"this is not JSON: {str(error)[:99]}") from error
-    for name, kind in kinds.items():
-        if not isinstance(request, dict) or type(request.get(name)) is not kind:  # True is no integer
-            raise InputError(f"a request has to be a JSON object whose {name} is "
-                             f"{'text' if kind is str else 'an integer'}")
-    return request
-
-
 def writing_settings(request):
     """The settings of a text that is to be written, checked as if they were flags of sample.py."""
     flags = [f"--{name.replace('_', '-')}={request.get(name)}" for name in WRITING]
@@ -403,14 +385,10 @@ def writing_settings(request):
         raise InputError(str(error).removeprefix("--").removesuffix("; see --help")) from error
 
 
-class Server(ThreadingHTTPServer):
-    """A thread for each request; `classroom` answers them all."""
+class Server(ThreadingTCPServer):
+    """A thread for each request; `classroom` answers them all. HTTPServer would ask the DNS for a name."""
     daemon_threads = True
     allow_reuse_address = os.name != "nt"  # on Windows it would let two servers share a port
-
-    def server_bind(self):
-        socketserver.TCPServer.server_bind(self)  # HTTPServer would ask the DNS for this machine's name
-        self.server_name, self.server_port = self.server_address
 
     def handle_error(self, request, client_address):
         if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):  # those: the client has gone
@@ -480,7 +458,7 @@ def main():
         server.classroom = Classroom(names, pick_device(args.device))
         for role, name in names.items():
             print(f"{role}: {name}")
-        print(f"open http://127.0.0.1:{server.server_port} in a browser; Ctrl-C ends it", flush=True)
+        print(f"open http://127.0.0.1:{server.server_address[1]} in a browser; Ctrl-C ends it", flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
