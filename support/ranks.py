@@ -229,9 +229,3 @@ def stop_signals(aloud=True, at_once=False):
 
 
 stop_at_once = partial(stop_signals, at_once=True)  # outside of the loop, where there is nothing to lose
-
-
-def exit_code(asked):
-    """128 + the signal, as shells count; SIGTERM's if it was another rank that was asked to stop."""
-    number = asked[0] if asked else signal.SIGTERM
-    return 128 + number

@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -28,7 +29,7 @@ from support import teacher_cache
 from support.cli import InputError, note, open_bar, reading, say
 from support.files import locked, read_object, replaced, sync
 from support.flags import runs_of
-from support.ranks import autocast, exit_code, peak_memory, stop_signals
+from support.ranks import autocast, peak_memory, stop_signals
 from support.scoring import validate
 
 COLUMNS = ("step", "loss", "kl", "clm", "cos", "teacher_clm", "lr", "grad_norm", "tokens",
@@ -117,14 +118,13 @@ def identity(args, content=None):
     Without `content` models and text are not read yet, so what depends on them is left out.
     """
     settings = {name: value for name, value in vars(args).items() if name not in CHANGES_NOTHING | LENGTH}
-    if content:
-        later = NAMES
-    else:
+    later = NAMES
+    if not content:
         content = {} if args.epochs else {"learning rates": rates(args)}
-        later = {name for name, value in settings.items() if value in (None, "auto")}
-        later |= {name for name in NAMES if os.path.exists(settings[name] or "")}
-        if "," not in (args.student_layers or ""):  # how many, but not yet which
-            later.add("student_layers")
+        later = {name for name, value in settings.items()
+                 if value in (None, "auto")
+                 or name in NAMES and os.path.exists(value)
+                 or name == "student_layers" and "," not in value}  # how many, but not yet which
     return {name: value for name, value in settings.items() if name not in later} | content
 
 
@@ -233,7 +233,8 @@ class Run:
             self.say(f"stopped after step {step}; the same command with --resume goes on from there")
         else:
             self.say("stopped before the first step was done, so nothing was saved")
-        sys.exit(exit_code(self.stop))
+        number = self.stop[0] if self.stop else signal.SIGTERM  # if it was another rank that was asked
+        sys.exit(128 + number)
 
     def check(self, step, mean_losses, gradient_norm, lr):
         """InputError if the loss or its gradient is not finite."""
@@ -450,17 +451,14 @@ def read_log(path):
 
     rows = []
     for line in lines:
-        try:
-            values = map(float, line.split(","))
-            row = dict(zip(LOGS[Path(path).name], values, strict=True))
-        except ValueError:  # the header, half a row, or a line of someone else
-            continue
-        # A run stops before it writes NaN or infinity, so these are damage, too.
-        finite = all(map(math.isfinite, row.values()))
-        positive = min(row.get("tokens", 1), row.get("tokens_per_second", 1)) > 0
-        previous = rows[-1]["step"] if rows else -1  # held-out text is also scored before the first step
-        if finite and positive and previous < row["step"] == int(row["step"]):
-            rows.append(row)
+        with contextlib.suppress(ValueError):  # the header, half a row, or a line of someone else
+            row = dict(zip(LOGS[Path(path).name], map(float, line.split(",")), strict=True))
+            # A run stops before it writes NaN or infinity, so these are damage, too.
+            finite = all(map(math.isfinite, row.values()))
+            positive = min(row.get("tokens", 1), row.get("tokens_per_second", 1)) > 0
+            previous = rows[-1]["step"] if rows else -1  # held-out text is also scored before the first step
+            if finite and positive and previous < row["step"] == int(row["step"]):
+                rows.append(row)
     return rows
 
 
