@@ -38,7 +38,9 @@ from extras.wrong_losses import MISTAKES, PADDING_ROWS, Mistake
 from support.cli import InputError, lookalike, new_parser, run_cli
 
 SHAPES = ((3, 7, 40, 1.0), (2, 9, 48, 2.0), (4, 5, 44, 4.0))  # B, L, V, T of the ordinary cases
-PARTS = {"the KL alone": (1.0, 0.0), "the CLM alone": (0.0, 1.0), "the mixture": (0.6, 0.4)}  # their weights
+KL_ALONE = {"kd_weight": 1.0, "clm_weight": 0.0}
+PARTS = {"the KL alone": KL_ALONE, "the CLM alone": {"kd_weight": 0.0, "clm_weight": 1.0},
+         "the mixture": {"kd_weight": 0.6, "clm_weight": 0.4}}
 TIGHT = 1e-3  # relative error that float32 stays far below
 COARSE = 0.05  # ... and bf16, too
 
@@ -321,15 +323,10 @@ def check(loss, fixed=None, asked="forward", accumulate=False, shifts=False):
     whether the values of micro-batches are averaged. shifts: whether the loss shifts its labels itself.
     """
     fixed = {"jsd_weight": 0.1} | (fixed or {})
-    parts = PARTS
-    if "kd_weight" in fixed or "clm_weight" in fixed:
-        weights = fixed.get("kd_weight", 1.0), fixed.get("clm_weight", 0.0)
-        parts = {"the loss": weights}
+    parts = {"the loss": KL_ALONE} if fixed.keys() & KL_ALONE.keys() else PARTS
 
     def settings(part, T):
-        kd_weight, clm_weight = parts[part]
-        weights = {"kd_weight": kd_weight, "clm_weight": clm_weight}
-        return LossSettings(**{"temperature": T} | fixed | weights, divergence=asked)
+        return LossSettings(**{"temperature": T} | parts[part] | fixed, divergence=asked)
 
     probes = {part: [make_probe(B, L, V, settings(part, T)) for B, L, V, T in SHAPES] for part in parts}
     first = next(iter(parts))
