@@ -32,11 +32,19 @@ def source(tmp_path, monkeypatch):
     """A file of documents, about 500 kB, and batches small enough for some 8 of them."""
     monkeypatch.setattr(corpus, "BATCH_CHARS", 2**16)
     write(tmp_path / "x.jsonl", make_texts(2000))
-    return str(tmp_path / "x.jsonl")
+    return tmp_path / "x.jsonl"
 
 
-def files_of(made):
-    return [(made.path / f"{split}.bin").read_bytes() for split in ("train", "val")]
+@pytest.fixture
+def build(source, tok, tmp_path):
+    """build("folder"): the corpus of these documents in a folder of its own; build(): in tmp_path."""
+    def build(folder=".", **settings):
+        return prepare(source, tok, tmp_path / folder, **settings)
+    return build
+
+
+def content_of(made):
+    return [made.meta, *((made.path / f"{split}.bin").read_bytes() for split in ("train", "val"))]
 
 
 def stamp_of(made):
@@ -46,29 +54,25 @@ def stamp_of(made):
 # ------------------------------------------------------------------------------------ what is in a corpus
 def test_all_forms_hold_the_same_corpus(tok, tmp_path):
     texts = make_texts(300)
-    write(tmp_path / "a" / "x.jsonl", texts)
-    write(tmp_path / "b" / "x.parquet", texts)
-    write(tmp_path / "c" / "x.txt", texts)
-    write(tmp_path / "d" / "1.jsonl", texts[:100])
-    write(tmp_path / "d" / "sub" / "2.parquet", texts[100:])
+    for name, part in {"a/x.jsonl": texts, "b/x.parquet": texts, "c/x.txt": texts, "d/1.jsonl": texts[:100],
+                       "d/sub/2.parquet": texts[100:]}.items():
+        write(tmp_path / name, part)
     (tmp_path / "d" / "x.csv").write_text("not data")
     expected = split_ids(tok, open_data(str(tmp_path / "a" / "x.jsonl")).documents)
     assert len(expected["val"]) > 1000
     for name in ("a/x.jsonl", "a", "b/x.parquet", "c", "d"):
-        made = prepare(str(tmp_path / name), tok, tmp_path / "corpora")
+        made = prepare(tmp_path / name, tok, tmp_path / "corpora")
         assert made.train.tolist() == expected["train"] and made.val.tolist() == expected["val"], name
-        assert made.meta["complete"] and made.meta["train"]["tokens"] == len(made.train)
-        sizes = [made.meta[split]["bytes"] for split in ("train", "val")]
-        assert sum(sizes) == sum(len(text.encode()) for text in texts)
-        assert made.meta["train"]["documents"] + made.meta["val"]["documents"] == 300
+        counts = [made.meta["train"], made.meta["val"]]
+        assert made.meta["complete"] and counts[0]["tokens"] == len(made.train)
+        assert sum(count["bytes"] for count in counts) == sum(len(text.encode()) for text in texts)
+        assert sum(count["documents"] for count in counts) == 300
 
 
-def test_workers_change_nothing(source, tok, tmp_path):
-    one, two = (prepare(source, tok, tmp_path / str(n), workers=n) for n in (1, 2))
-    assert files_of(one) == files_of(two) and one.meta == two.meta and len(one.train) > 300_000
+def test_workers_change_nothing_and_read_little_ahead(build, tok):
+    one, two = (build(str(n), workers=n) for n in (1, 2))
+    assert content_of(one) == content_of(two) and len(one.train) > 300_000
 
-
-def test_documents_are_not_read_far_ahead(tok):
     taken = itertools.count()
     batches = ([("train", "word " * 100)] for _ in iter(lambda: next(taken), None))  # endless
     for _ in itertools.islice(corpus.tokenized(batches, tok, workers=2), 10):
@@ -76,17 +80,17 @@ def test_documents_are_not_read_far_ahead(tok):
     assert next(taken) < 20
 
 
-def test_a_budget_is_kept_exactly(source, tok, tmp_path):
-    whole = prepare(source, tok, tmp_path / "whole")
-    part = prepare(source, tok, tmp_path, max_tokens=12_345)
+def test_a_budget_is_kept_exactly(build, tok):
+    whole = build("whole")
+    part = build(max_tokens=12_345)
     assert len(part.train) == 12_345 and not part.meta["complete"]
     assert (part.train == whole.train[:12_345]).all() and (part.val == whole.val[:len(part.val)]).all()
     assert (part.train == tok.eot).sum() == part.meta["train"]["documents"]
     stamp = stamp_of(part)
-    assert stamp_of(prepare(source, tok, tmp_path, max_tokens=12_000)) == stamp  # enough: taken as it is
-    assert len(prepare(source, tok, tmp_path, max_tokens=20_000).train) == 20_000
-    assert files_of(prepare(source, tok, tmp_path)) == files_of(whole)
-    assert prepare(source, tok, tmp_path, max_tokens=10**9).meta["complete"]  # there is no more to be had
+    assert stamp_of(build(max_tokens=12_000)) == stamp  # enough: taken as it is
+    assert len(build(max_tokens=20_000).train) == 20_000
+    assert content_of(build()) == content_of(whole)
+    assert build(max_tokens=10**9).meta["complete"]  # there is no more to be had
 
 
 def test_texts_and_vocabularies_of_a_wrong_size(tok, tmp_path):
@@ -103,18 +107,17 @@ def test_texts_and_vocabularies_of_a_wrong_size(tok, tmp_path):
 # ------------------------------------------------------------------------------------ names
 def test_corpora_of_different_data_do_not_meet(tok, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = ["\u6587\u7ae0", "\u5c0f\u8bf4", "\u0939\u093f", "cafe\u0301", "a/b", "a-b", "a/a-b", "a b",
-             "a+b", "x" * 200, "...", "\u6587" * 80]
-    made = {}
+    names = ["\u6587\u7ae0", "\u5c0f\u8bf4", "\u0939\u093f", "cafe\u0301", "a/b", "a-b", "a b", "a+b",
+             "x" * 200, "...", "\u6587" * 80]
     for i, name in enumerate(names):
         write(tmp_path / name / "x.txt", make_texts(30, seed=i))
-        made[name] = prepare(name, tok)
-        assert len(made[name].path.name.encode()) < 200
-    assert len({str(corpus_.path) for corpus_ in made.values()}) == len(names)
+    made = {name: prepare(name, tok) for name in names}
+    stamps = {name: stamp_of(made[name]) for name in names}
+    assert len({corpus_.path for corpus_ in made.values()}) == len(names)
+    assert max(len(corpus_.path.name.encode()) for corpus_ in made.values()) < 200
     for name in ("\u6587\u7ae0", "\u0939\u093f"):  # vowel signs are part of a word
         assert made[name].path.name.startswith(f"{name}-")
     assert re.fullmatch(r"a-b-[0-9a-f]{8}", made["a+b"].path.name)
-    stamps = {name: stamp_of(corpus_) for name, corpus_ in made.items()}
     assert {name: stamp_of(prepare(name, tok)) for name in names} == stamps
 
 
@@ -129,17 +132,17 @@ def test_the_places_of_corpora_never_change(tok, monkeypatch):
         assert corpus.corpus_path("corpora", open_data(data), tok).name == name
 
 
-def test_another_tokenizer_or_changed_data_is_noticed(source, tok, tokenizers_dir, tmp_path):
-    first = prepare(source, tok, tmp_path)
+def test_another_tokenizer_or_changed_data_is_noticed(build, source, tokenizers_dir, tmp_path):
+    first = build()
     other = prepare(source, load_tokenizer(tokenizers_dir / "neox"), tmp_path)
     assert other.path != first.path and len(other.train) != len(first.train)
     for key, value in {"tokenizer": "0" * 16, "source": {"data": "stdlib"}}.items():
         (first.path / "meta.json").write_text(json.dumps({**first.meta, key: value}))
-        assert prepare(source, tok, tmp_path).meta == first.meta
+        assert build().meta == first.meta
 
     train = first.train[:].tolist()
-    write(Path(source), make_texts(1500, seed=1))
-    new = prepare(source, tok, tmp_path)
+    write(source, make_texts(1500, seed=1))
+    new = build()
     assert new.path == first.path and new.train.tolist() != train
     assert first.train.tolist() == train  # who has opened the old one can read on
 
@@ -160,11 +163,10 @@ prepare(sys.argv[1], load_tokenizer(sys.argv[2]), sys.argv[3], workers=2)
 """
 
 
-def test_killed_and_started_again(source, tok, tokenizers_dir, tmp_path, monkeypatch):
-    whole = prepare(source, tok, tmp_path / "whole")
-    args = [source, str(tokenizers_dir / "gpt2"), str(tmp_path)]
-    process = subprocess.Popen([sys.executable, "-c", KILLED, *args], cwd=REPO, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+def test_killed_and_started_again(build, source, tokenizers_dir, tmp_path, monkeypatch):
+    whole = build("whole")
+    process = subprocess.Popen([sys.executable, "-c", KILLED, source, tokenizers_dir / "gpt2", tmp_path],
+                               cwd=REPO, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout.readline() == "progress.json\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -175,18 +177,16 @@ def test_killed_and_started_again(source, tok, tokenizers_dir, tmp_path, monkeyp
 
     encoded, encode = [], Tokenizer.encode_array
     monkeypatch.setattr(Tokenizer, "encode_array", lambda *args: encoded.append(args) or encode(*args))
-    again = prepare(source, tok, tmp_path)
-    assert files_of(again) == files_of(whole) and again.meta == whole.meta
+    assert content_of(build()) == content_of(whole)
     assert 0 < len(encoded) < 1700  # what had been done was not done twice
     assert not part.exists() and not list(tmp_path.glob("**/.distil*"))
 
 
-def test_killed_at_any_other_moment(source, tok, tmp_path, monkeypatch):
+def test_killed_at_any_other_moment(build, monkeypatch):
     """An exception at each place where a kill could leave something behind."""
-    whole = prepare(source, tok, tmp_path / "whole")
-    old = prepare(source, tok, tmp_path, max_tokens=5000)
-    stamp = (old.path / "meta.json").stat().st_mtime_ns
-    places = [(os, "fsync"), (os, "replace"), (corpus.shutil, "rmtree"), (Path, "rename")]
+    whole = build("whole")
+    old = build(max_tokens=5000)
+    stamp = stamp_of(old)
     monkeypatch.setattr(corpus, "SAVE_SECONDS", 0)
 
     class Killed(BaseException):
@@ -195,72 +195,61 @@ def test_killed_at_any_other_moment(source, tok, tmp_path, monkeypatch):
     def die(*args, **kwargs):
         raise Killed
 
-    for place, name in places:
+    for place, name in ((os, "fsync"), (os, "replace"), (corpus.shutil, "rmtree"), (Path, "rename")):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(place, name, die)
-            prepare(source, tok, tmp_path)
+            build()
         if name != "rename":  # until the new one is complete, the old one stays in use
-            assert (old.path / "meta.json").stat().st_mtime_ns == stamp
-            assert (prepare(source, tok, tmp_path, max_tokens=5000).train == old.train).all()
-    assert files_of(prepare(source, tok, tmp_path)) == files_of(whole)
+            assert stamp_of(old) == stamp and (build(max_tokens=5000).train == old.train).all()
+    assert content_of(build()) == content_of(whole)
 
 
-@pytest.fixture
-def half_a_build(source, tok, tmp_path):
-    """Break off a build because the disk is full. Returns its folder."""
-    calls = itertools.count()
+def test_a_full_disk(build, source, tmp_path):
+    """What was done is not lost, but half a corpus of other data is of no use."""
+    for change in (lambda: None, lambda: write(source, make_texts(2000, seed=1))):
+        calls = itertools.count()
 
-    def full(number):
-        if next(calls) >= 7:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        def full(number, calls=calls):
+            if next(calls) >= 7:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "SAVE_SECONDS", 0)
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(InputError, match="No space left on device"):
-            prepare(source, tok, tmp_path)
-    part, = tmp_path.glob("*.part")
-    return part
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(corpus, "SAVE_SECONDS", 0)
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(InputError, match="No space left on device"):
+                build()
+        part, = tmp_path.glob("*.part")
+        assert json.loads((part / "progress.json").read_text())["documents"] > 200
 
-
-def test_a_full_disk(half_a_build, source, tok, tmp_path):
-    done = json.loads((half_a_build / "progress.json").read_text())
-    assert done["documents"] > 200  # nothing lost
-    assert files_of(prepare(source, tok, tmp_path)) == files_of(prepare(source, tok, tmp_path / "whole"))
-
-
-def test_half_a_corpus_of_other_data_is_not_gone_on_with(half_a_build, source, tok, tmp_path):
-    write(Path(source), make_texts(2000, seed=1))
-    assert files_of(prepare(source, tok, tmp_path)) == files_of(prepare(source, tok, tmp_path / "whole"))
+        change()
+        made = build()
+        assert content_of(made) == content_of(build("whole"))
+        corpus.shutil.rmtree(made.path)
 
 
-def test_many_at_once_build_once(source, tok, tmp_path, monkeypatch):
-    builds, build = [], corpus.build
-    monkeypatch.setattr(corpus, "build", lambda *args: (builds.append(1), time.sleep(0.2), build(*args)))
-    threads = [threading.Thread(target=prepare, args=(source, tok, tmp_path / "c")) for _ in range(4)]
+def test_many_at_once_build_once(build, tmp_path, monkeypatch):
+    builds, slowly = [], corpus.build
+    monkeypatch.setattr(corpus, "build", lambda *args: (builds.append(1), time.sleep(0.2), slowly(*args)))
+    threads = [threading.Thread(target=build, args=("c",)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(builds) == 1
-    made = prepare(source, tok, tmp_path / "c")
-    assert made.meta["complete"] and list((tmp_path / "c").iterdir()) == [made.path]
+    made = build("c")
+    assert len(builds) == 1 and made.meta["complete"] and list((tmp_path / "c").iterdir()) == [made.path]
 
 
 def test_a_start_that_failed_leaves_nothing_behind(tok, tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\nnot JSON\n')
-    with pytest.raises(InputError, match="line 2"):
-        prepare(tmp_path / "x.jsonl", tok, tmp_path / "new" / "corpora")
-    assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
     (tmp_path / "mine").mkdir()
-    with pytest.raises(InputError, match="line 2"):
-        prepare(tmp_path / "x.jsonl", tok, tmp_path / "mine")
-    assert list((tmp_path / "mine").iterdir()) == []  # and a folder of the user's stays
+    for folder in ("new/corpora", "mine"):
+        with pytest.raises(InputError, match="line 2"):
+            prepare(tmp_path / "x.jsonl", tok, tmp_path / folder)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "x.jsonl"]  # the user's folder stays
 
 
-def test_unwritable_folder(tok, source, tmp_path):
+def test_unwritable_folder(build, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="file"):
-        prepare(source, tok, tmp_path / "file")
-    with pytest.raises(InputError, match="cannot be written .*Not a directory"):
-        prepare(source, tok, tmp_path / "file" / "a" / "b")
+    for folder in ("file", "file/a/b"):
+        with pytest.raises(InputError, match="cannot be written .*(Not a directory|File exists)"):
+            build(folder)
