@@ -26,42 +26,39 @@ def message_of(function, *args):
 
 
 def read_all(path):
-    return [*read_tensors(path)]
+    return dict(read_tensors(path))
 
 
-def serve(hub, name, **files):
-    """Put files into a repository of the stand-in Hub: serve(hub, "a/b", config='{}') -> config.json."""
-    folder = hub.root / "models" / name
+def put(folder, **files):
+    """Write files into a folder: put(folder, config={}) -> config.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    for stem, text in files.items():
-        (folder / f"{stem}.json").write_text(text)
+    for stem, content in files.items():
+        (folder / f"{stem}.json").write_text(json.dumps(content))
     return folder
 
 
-# --- Folders ----------------------------------------------------------------------------------------------
-
+# ------------------------------------------------------------------------------------ folders
 def test_files_of_a_folder(hub, tmp_path, monkeypatch):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    (tmp_path / "model" / "vocab.json").mkdir()
+    folder = put(tmp_path / "model", config={})
+    (folder / "vocab.json").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in (tmp_path / "model", str(tmp_path / "model"), "~/model"):
-        assert fetch(name, "config.json", "merges.txt") == [tmp_path / "model" / "config.json", None]
+    for name in (folder, str(folder), "~/model"):
+        assert fetch(name, "config.json", "merges.txt") == [folder / "config.json", None]
     for missing in ("model.safetensors", "vocab.json"):
-        message = message_of(need, tmp_path / "model", missing)
-        assert f"has no {missing}: not a complete model folder" in message
+        assert f"has no {missing}: not a complete model folder" in message_of(need, folder, missing)
 
-    serve(hub, "someone/lora", adapter_config="{}")
-    (tmp_path / "model" / "adapter_config.json").write_text("{}")
-    for name in (tmp_path / "model", "someone/lora"):
+    put(hub.root / "models/someone/lora", adapter_config={})
+    put(folder, adapter_config={})
+    for name in (folder, "someone/lora"):
         assert "is a LoRA adapter" in message_of(need, name, "model.safetensors")
 
 
 def test_what_can_only_be_a_path_is_missing_at_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub_module, "download", lambda *args: pytest.fail(f"the Hub was asked: {args}"))
-    (tmp_path / "demo" / "teacher").mkdir(parents=True)
-    (tmp_path / "weights.bin").write_bytes(b"")
+    for folder in ("demo/teacher", "EleutherAI/pythia-70m", "gpt-2"):
+        Path(folder).mkdir(parents=True)
+    Path("weights.bin").touch()
     for name in (tmp_path / "nowhere", "./nowhere", "nowhere/", "out", "~/nowhere", "a/b/c", r"runs\one",
                  "/" + "x" * 5000):
         assert message_of(fetch, name, "config.json").startswith(f"no folder {str(name):.200}")
@@ -70,21 +67,18 @@ def test_what_can_only_be_a_path_is_missing_at_once(tmp_path, monkeypatch):
     assert "an empty name" in message_of(fetch, "", "config.json")
 
     # Names of models on the Hub differ in their numbers; an empty folder of that name may be ours.
-    (tmp_path / "EleutherAI" / "pythia-70m").mkdir(parents=True)
-    (tmp_path / "gpt-2").mkdir()
     for name in ("gpt2", "EleutherAI/pythia-160m", "EleutherAI/pythia-70m", "EleutherAI/pythia-70m@step3000"):
         check_hub_name(name)
 
 
 def test_an_empty_folder_is_not_taken_for_the_model(hub, tmp_path, monkeypatch):
     """`--teacher someone/model --out someone/model`: --out is made and locked before the teacher is read."""
-    serve(hub, "someone/model", config='{"a": 1}')
+    put(hub.root / "models/someone/model", config={"a": 1})
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "someone" / "model").mkdir(parents=True)
-    (tmp_path / "someone" / "model" / ".distil-lock").write_text("")
+    (put(tmp_path / "someone/model") / ".distil-lock").touch()
     assert read_json(need("someone/model", "config.json")) == {"a": 1}
     assert "is an empty folder" in message_of(fetch, "./someone/model", "config.json")
-    (tmp_path / "someone" / "model" / "config.json").write_text('{"a": 2}')
+    put(tmp_path / "someone/model", config={"a": 2})
     assert read_json(need("someone/model", "config.json")) == {"a": 2}
 
 
@@ -94,30 +88,32 @@ def test_what_may_not_be_read_is_not_called_damaged_or_missing():
         path = Path(folder, "model.safetensors")
         save_file({"x": torch.ones(2)}, path)
         path.chmod(0)
-        for mode, read, name in ((0o755, read_all, path), (0o644, need, folder)):  # without x no file opens
-            Path(folder).chmod(mode)
+        for mode, read, *args in ((0o755, read_all, path), (0o644, need, folder, "config.json")):
+            Path(folder).chmod(mode)  # without x no file opens
             if user == 0:
                 os.seteuid(65534)  # root may read everything
             try:
-                message = message_of(read, name, *["config.json"] * (read is need))
+                assert message_of(read, *args) == f"{args[0]} could not be read: Permission denied"
             finally:
                 os.seteuid(user)
-            assert message == f"{name} could not be read: Permission denied"
 
 
-# --- The Hub ----------------------------------------------------------------------------------------------
-
+# ------------------------------------------------------------------------------------ the Hub
 def test_files_of_the_hub(hub):
-    folder = serve(hub, "someone/model", config='{"a": 1}')
+    folder = put(hub.root / "models/someone/model", config={"a": 1})
+    put(hub.root / "models/someone/model@step3", config={"a": 3})
     (folder / "weights.bin").write_bytes(bytes(range(256)) * 1000)
     path, missing = fetch("someone/model", "config.json", "other.json")
-    assert path.read_text() == '{"a": 1}' and missing is None
+    assert read_json(path) == {"a": 1} and missing is None
+    assert read_json(need("someone/model@step3", "config.json")) == {"a": 3}
     assert not [name for name in hub.requests if "weights" in name]
 
-    assert "other.json of someone/model is not on the Hub" in message_of(need, "someone/model", "other.json")
-    message = message_of(fetch, "someone/else", "config.json")
-    assert "someone/else is neither a folder here nor a model on the Hub" in message
-    assert "not a name that a model on the Hub could have" in message_of(fetch, "some one", "config.json")
+    for name, file, message in (
+            ("someone/model", "other.json", "other.json of someone/model is not on the Hub"),
+            ("someone/model@step4", "config.json", "is on the Hub, but not with this revision"),
+            ("someone/else", "config.json", "else is neither a folder here nor a model on the Hub"),
+            ("some one", "config.json", "not a name that a model on the Hub could have")):
+        assert message in message_of(need, name, file)
     hub.gated.add("someone/model")
     assert "HF_TOKEN" in message_of(fetch, "someone/model", "weights.bin")
     hub.gated.clear()
@@ -130,15 +126,6 @@ def test_files_of_the_hub(hub):
     except InputError:
         path, = fetch("someone/model", "weights.bin")
     assert not hub.cut and path.read_bytes() == bytes(range(256)) * 1000
-
-
-def test_a_revision(hub):
-    serve(hub, "someone/model", config='{"step": "last"}')
-    serve(hub, "someone/model@step3", config='{"step": 3}')
-    assert read_json(need("someone/model@step3", "config.json")) == {"step": 3}
-    assert read_json(need("someone/model", "config.json")) == {"step": "last"}
-    assert "someone/model@step4 is on the Hub, but not with this revision" in message_of(
-        fetch, "someone/model@step4", "config.json")
 
 
 SCRIPT = """
@@ -166,11 +153,12 @@ def run_script(hub, **settings):
 
 def test_without_network_models_come_from_the_cache(hub):
     """Nobody waits, the user is told once, and a model that is not in the cache is refused."""
-    serve(hub, "someone/used", config='{"a": 1}')
-    serve(hub, "someone/used@step3", config='{"a": 3}')
+    used = hub.root / "models/someone/used"
+    put(used, config={"a": 1})
+    put(used.with_name("used@step3"), config={"a": 3})
     fetch("someone/used", "config.json")
     fetch("someone/used@step3", "config.json")
-    serve(hub, "someone/used", config='{"a": 2}')
+    put(used, config={"a": 2})
 
     said, notes = run_script(hub, HF_ENDPOINT="http://127.0.0.1:9")
     assert said[0] == "someone/used {'a': 1} [None]", notes
@@ -188,37 +176,32 @@ def test_without_network_models_come_from_the_cache(hub):
 
 def test_why_the_hub_is_silent(hub, tmp_path):
     """Addresses, tokens and proxies that cannot work: the reason and the settings in use are in the line."""
-    silent = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     for reason, settings in {
-            "Connection refused (set: HF_ENDPOINT)": silent,
-            "missing an 'http://' or 'https://'": silent | {"HF_ENDPOINT": "huggingface"},
-            "Invalid IPv6 URL (set: HF_ENDPOINT)": silent | {"HF_ENDPOINT": "http://["},
-            "proxy URL": silent | {"HTTP_PROXY": "htp://x"},
-            "'ascii' codec can't encode": silent | {"HF_TOKEN": "hf_\u201cabc\u201d"}}.items():
+            "Connection refused (set: HF_ENDPOINT)": {},
+            "missing an 'http://' or 'https://'": {"HF_ENDPOINT": "huggingface"},
+            "Invalid IPv6 URL (set: HF_ENDPOINT)": {"HF_ENDPOINT": "http://["},
+            "proxy URL": {"HTTP_PROXY": "htp://x"},
+            "'ascii' codec can't encode": {"HF_TOKEN": "hf_\u201cabc\u201d"}}.items():
+        settings = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), **settings}
         said, stderr = run_script(hub, **settings)
         assert "the Hub cannot be reached: " in said[-1] and reason in said[-1], (reason, said, stderr)
         assert "abc" not in said[-1]  # a token is a secret
 
 
-# --- Weights ----------------------------------------------------------------------------------------------
-
+# ------------------------------------------------------------------------------------ weights
 def test_shards_are_files_beside_their_index(tmp_path):
-    folder = tmp_path / "model"
-    folder.mkdir()
+    folder = put(tmp_path / "model")
     for name in ("a.bin", "b.bin", "../outside.bin"):
         torch.save({"x": torch.ones(2)}, folder / name)
-    index = folder / "pytorch_model.bin.index.json"
 
     def files(*names):
-        index.write_text(json.dumps({"weight_map": dict(zip("xyz", names, strict=False))}))
+        put(folder, **{"pytorch_model.bin.index": {"weight_map": dict(enumerate(names))}})
         return weight_files(folder)
 
     assert files("b.bin", "a.bin", "b.bin") == [folder / "a.bin", folder / "b.bin"]
-    for name in ("../outside.bin", str(tmp_path / "outside.bin"), r"..\outside.bin", "a.json", ""):
-        assert f"{index} is not an index of weights" in message_of(files, "a.bin", name)
+    for name in ("../outside.bin", str(tmp_path / "outside.bin"), r"..\outside.bin", "a.json", "", 7):
+        assert "pytorch_model.bin.index.json is not an index of weights" in message_of(files, name)
     assert "has no c.bin" in message_of(files, "a.bin", "c.bin")
-    index.write_text('{"weight_map": {"x": 7}}')
-    assert f"{index} is not an index of weights, or is damaged" in message_of(weight_files, folder)
 
 
 class Code:
@@ -239,16 +222,17 @@ def test_files_that_hold_something_else_than_weights(tmp_path):
             assert "pytorch_model.bin is not a file of weights, or is damaged" in message_of(read_all, path)
 
 
-def saved(path, tensors):
-    """Write tensors in each of the forms that we read, and yield the files."""
-    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path / "a.safetensors")
-    torch.save(tensors, path / "new.bin")
-    torch.save(tensors, path / "old.bin", _use_new_zipfile_serialization=False)
-    with zipfile.ZipFile(path / "new.bin") as stored, zipfile.ZipFile(
-            path / "packed.bin", "w", zipfile.ZIP_DEFLATED) as packed:  # mapped, it would be read as noise
+def saved(folder, tensors):
+    """Write tensors in each of the forms that we read: the files."""
+    files = [folder / name for name in ("a.safetensors", "new.bin", "old.bin", "packed.bin")]
+    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, files[0])
+    torch.save(tensors, files[1])
+    torch.save(tensors, files[2], _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(files[1]) as stored, zipfile.ZipFile(
+            files[3], "w", zipfile.ZIP_DEFLATED) as packed:  # mapped, it would be read as noise
         for name in stored.namelist():
             packed.writestr(name, stored.read(name))
-    return [path / name for name in ("a.safetensors", "new.bin", "old.bin", "packed.bin")]
+    return files
 
 
 def test_tensors_are_read_as_they_are(tmp_path):
@@ -259,11 +243,11 @@ def test_tensors_are_read_as_they_are(tmp_path):
         "half": torch.ones(2, 2, dtype=torch.float16),
         "view": numbers[3:5], "transposed": numbers.view(2, 3).t(), "expanded": numbers.expand(1, 6)}
     for path in saved(tmp_path, tensors):
-        read = dict(read_tensors(path))
+        read = read_all(path)
         assert list(read)[0] == "large" and read.keys() == tensors.keys()  # so that the peak of memory is low
         for name, tensor in tensors.items():
             assert read[name].dtype == tensor.dtype
             assert torch.equal(read[name].nan_to_num(), tensor.nan_to_num())
 
     torch.save({"x": torch.nn.Parameter(torch.ones(3))}, tmp_path / "new.bin")
-    assert not dict(read_tensors(tmp_path / "new.bin"))["x"].requires_grad
+    assert not read_all(tmp_path / "new.bin")["x"].requires_grad
