@@ -8,6 +8,7 @@
 Read in this order:
   ARMS               what is kept of the teacher's answer, and the loss that learns from it
   losses_from        a loss that forgets the rest of the answer
+  noise              how far that moves the gradient of one micro-batch
   calibration_error  is a model right as often as it claims?
   figures            all that is measured on the held-out text
 
@@ -18,11 +19,14 @@ its own. Losses are in nats per token on the modules that the demo holds out.
 Shapes: B sequences, L tokens of each, N = B * L, n tokens with a target, K kept tokens, V vocabulary.
 Reference: Guo et al. 2017, On Calibration of Modern Neural Networks (arXiv 1706.04599).
 """
+import shlex
+
 import torch
 from torch.nn import functional as F
 
-from extras.atlas import BASE, FIRST_DEMO, SEEDS
-from extras.study import Study, arms, average, spread, trained
+import distill
+from extras.atlas import BASE, FIRST_DEMO, FIRST_STUDENT, SEEDS
+from extras.study import Study, arms, average, show_loss, spread, trained
 from support.chunked_loss import chunked_loss
 from support.cli import run_cli
 from support.ranks import autocast
@@ -82,12 +86,16 @@ def plan():
             runs |= {f"T {temperature}, {arm}, seed {seed}": flags for arm in ARMS}
             if seed == 0:
                 runs |= {f"T {temperature}, 12 draws, lr {lr}": f"{flags} --lr {lr}" for lr in RATES}
+    for temperature in TEMPERATURES:
+        flags = f"{BASE} {FIRST_STUDENT} --precision fp32 --temperature {temperature}"
+        runs |= {f"noise: T {temperature}, {arm}": flags for arm in ARMS if ARMS[arm]}
     return runs
 
 
 def one_run(name, flags):
     arm = name.split(", ")[1]
-    return trained(flags, figures, ARMS[arm] and losses_from(*ARMS[arm]))
+    losses_of = losses_from(*ARMS[arm]) if ARMS[arm] else None
+    return noise(flags, losses_of) if name.startswith("noise") else trained(flags, figures, losses_of)
 
 
 def losses_from(keep, loss_function):
@@ -100,6 +108,34 @@ def losses_from(keep, loss_function):
         kept = Draws(*keep(p), torch.special.entr(p).sum(-1), clm)
         return chunked_loss(loss_function, student_hidden, student_head, kept, None, targets, settings)
     return losses_of
+
+
+def noise(flags, losses_of, n_draws=8):
+    """How far the gradient of one micro-batch is from that of the whole answer, relative to its size, for the
+    student's hidden states and for its head: the root mean square over `n_draws` draws. The student is the
+    one before training, the text is held out."""
+    args = distill.parse_args(shlex.split(flags))
+    tokenizer, teacher, student = distill.load_models(args, torch.device("cpu"))
+    corpus = distill.load_corpus(args, tokenizer)
+    ids, targets = next(held_out_batches(corpus, args, "cpu"))
+    with torch.no_grad():
+        teacher_hidden = teacher.hidden(ids).flatten(0, 1)
+        student_hidden = student.hidden(ids).flatten(0, 1)
+
+    def gradients(losses_of, seed=0):
+        torch.manual_seed(seed)
+        inputs = [x.detach().clone().requires_grad_() for x in (student_hidden, student.head_weight)]
+        losses = losses_of(*inputs, teacher_hidden, teacher.head_weight, targets.flatten(),
+                           distill.LossSettings.of(args))
+        return torch.autograd.grad(losses.loss, inputs)
+
+    right = gradients(distill.losses_of)
+    found = [gradients(losses_of, seed) for seed in range(n_draws)]
+    result = {}
+    for part, exact, *others in zip(("hidden", "head"), right, *found, strict=True):
+        squares = torch.stack([(g - exact).square().sum() for g in others])
+        result[part] = (squares.mean().sqrt() / exact.norm()).item()
+    return result
 
 
 # ------------------------------------------------------------------------------------ what is measured
@@ -161,7 +197,8 @@ def summary(batches):
 # ------------------------------------------------------------------------------------ the table
 def arms_table(rows):
     """For each arm the mean over its seeds, and the range of the losses."""
-    lines = [line(arm, seeds) for arm, seeds in arms(rows).items() if "lr" not in arm]
+    rows = {name: row for name, row in rows.items() if "seed" in name}
+    lines = [line(arm, seeds) for arm, seeds in arms(rows).items()]
     lines.sort(key=lambda found: found["learns from"].split(",")[0])
     teachers = [row["teacher"] for row in rows.values()]  # the same in all rows
     return [*lines, line("the teacher itself", teachers[:1])]
@@ -178,6 +215,15 @@ def rates_table(rows):
         for temperature in TEMPERATURES]
 
 
+def noise_table(rows):
+    """For each arm and temperature, the noise in hidden states and head."""
+    return [
+        {"kept": arm, **{f"T = {temperature}": f"{row['hidden']:.2f}, {row['head']:.2f}"
+                         for temperature in TEMPERATURES
+                         if (row := rows.get(f"noise: T {temperature}, {arm}"))}}
+        for arm in ARMS if ARMS[arm]]
+
+
 COLUMNS = {
     "same top-1": "same_top_1", "confidence": "confidence", "right": "right", "ECE, text": "ece_text",
     "ECE, teacher": "ece_teacher"}
@@ -188,8 +234,12 @@ def line(arm, seeds):
     return {"learns from": arm, "held-out loss": spread(seeds), "KL to teacher": spread(seeds, "kl"), **means}
 
 
-STUDY = Study("cache_study", __doc__, plan(), one_run, {"arms": arms_table, "rates": rates_table},
-              page="teacher-cache")
+def show(row):
+    return f"{row['hidden']:.2f}, {row['head']:.2f}" if "hidden" in row else show_loss(row)
+
+
+TABLES = {"arms": arms_table, "rates": rates_table, "noise": noise_table}
+STUDY = Study("cache_study", __doc__, plan(), one_run, TABLES, page="teacher-cache", show=show)
 
 if __name__ == "__main__":
     run_cli(STUDY.main)

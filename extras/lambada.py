@@ -23,6 +23,7 @@ Shapes: B windows, L tokens in a window.
 import ast
 import copy
 import functools
+import itertools
 import json
 import keyword
 import re
@@ -410,6 +411,30 @@ def changes_table(rows):
     return lines
 
 
+def ladder_table(rows):
+    """What 64 steps of each size changed, from each warm start: with the teacher, with the text alone."""
+    lines = []
+    for start, size in itertools.product(STARTS, SIZES):
+        name = "ladder: {}, x{}, start {}, seed {}"
+        seeds = [seed for seed in SEEDS
+                 if all(name.format(arm, size, start, seed) in rows for arm in LADDER_ARMS)]
+        if not seeds:
+            continue
+        published, alone = ([rows[name.format(arm, size, start, seed)]["states"]["64"] for seed in seeds]
+                            for arm in LADDER_ARMS)
+        before = np.array(rows[f"start {start}, student"]["states"]["0"]["items"])
+        less = {name: column(published, name) - column(alone, name) for name in ("items", "loss", "copy names")}
+        lines.append({
+            "warm start": start, "tokens a step": f"{1024 * size:,}", "seeds": len(seeds),
+            "LAMBADA, published": interval(column(published, "items") - before),
+            "LAMBADA, text alone": interval(column(alone, "items") - before),
+            "published less text alone": interval(less["items"]),
+            "text, less": spread(less["loss"], "+.3f"),
+            "names copied, less": spread(less["copy names"], "+.3f"),
+        })
+    return lines
+
+
 def draw(rows):
     """Change of LAMBADA and of text over steps, with the teacher and without."""
     axes = new_figure().subplots()
@@ -488,8 +513,8 @@ def show(row):
     return f"perplexity {state['perplexity']:.2f}, LAMBADA {state['lambada perplexity']:.0f}"
 
 
-STUDY = Study("lambada", __doc__, PLAN, one_run, {"copying": copying_table, "changes": changes_table},
-              {"lambada.png": draw}, show=show)
+TABLES = {"copying": copying_table, "changes": changes_table, "ladder": ladder_table}
+STUDY = Study("lambada", __doc__, PLAN, one_run, TABLES, {"lambada.png": draw}, show=show)
 
 
 def main(argv=None):
