@@ -212,10 +212,10 @@ def ordinary_tokens(model):
 
 # ------------------------------------------------------------------------------------ tokenizer.json
 PARTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "post_processor": "processors"}
-OFF = [None, False, ""]
+OFF = [None, False]
 SUPPORTED = {  # settings of a tokenizer.json that decide ids, and their values in GPT-2's and GPT-NeoX's form
     "model": {"type": [None, "BPE"], "dropout": OFF, "ignore_merges": OFF, "byte_fallback": OFF,
-              "continuing_subword_prefix": OFF, "end_of_word_suffix": OFF},
+              "continuing_subword_prefix": [None, ""], "end_of_word_suffix": [None, ""]},
     "normalizer": {"type": ["NFC"]},
     "pre_tokenizer": {"type": ["ByteLevel"], "add_prefix_space": [False], "use_regex": [None, True]},
     "post_processor": {"type": ["ByteLevel", "TemplateProcessing"]},
