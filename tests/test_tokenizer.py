@@ -2,6 +2,7 @@
 import copy
 import json
 import random
+import shutil
 import sys
 import unicodedata
 
@@ -10,7 +11,7 @@ from conftest import REPO
 from tokenizers import Tokenizer as Reference
 
 from support.cli import InputError
-from support.tokenizer import Tokenizer, apply_merges, load_tokenizer, shared_vocabulary
+from support.tokenizer import Tokenizer, load_tokenizer, shared_vocabulary
 
 FORMS = pytest.mark.parametrize("form", ["gpt2", "neox"])
 
@@ -198,13 +199,6 @@ def test_shared_vocabulary(spec, tokenizers_dir):
 
 
 # ------------------------------------------------------------------------------------ merges
-def test_apply_merges():
-    ranks = {("l", "l"): 0, ("h", "e"): 1, ("he", "ll"): 2}
-    assert apply_merges("hello", ranks) == (["hell", "o"], 2)
-    assert apply_merges("lllll", ranks) == (["ll", "ll", "l"], 0)
-    assert apply_merges("x", ranks) == (["x"], -1) and apply_merges("", ranks) == ([], -1)
-
-
 def test_entries_that_no_merge_makes(spec):
     """They have an id, and texts have others; as in the library."""
     for text in ("\u0120covidfoo", "covid", "\u00e9", "\u4e2d", "two words", "[PAD]"):
@@ -324,14 +318,6 @@ def test_what_would_give_other_ids_is_refused(spec, tmp_path, said, place, value
     assert said in str(error.value) and f"{tmp_path}/tokenizer.json" in str(error.value)
 
 
-def test_damaged_files(tmp_path):
-    """More such files are in test_mutations.py."""
-    for content in (b"{", b"[]", b"[" * 100_000, b"\xff\xfe{\x00}\x00"):
-        (tmp_path / "tokenizer.json").write_bytes(content)
-        with pytest.raises(InputError, match="tokenizer.json is not a tokenizer"):
-            load_tokenizer(tmp_path)
-
-
 def test_ids_and_merges_in_another_order(spec):
     reversed_ = {**spec["model"], "merges": spec["model"]["merges"][::-1]}
     with pytest.raises(ValueError, match="in another order"):
@@ -358,31 +344,23 @@ def old_files(spec, tmp_path):
 
 def test_vocab_json_and_merges_txt(old_files, tok, hub):
     assert load_tokenizer(old_files).fingerprint == tok.fingerprint
-    (hub.root / "models" / "someone").mkdir(parents=True, exist_ok=True)
-    old_files.rename(hub.root / "models" / "someone" / "old")
-    assert load_tokenizer("someone/old").fingerprint == tok.fingerprint
-
-
-def test_vocab_json_and_merges_txt_with_more_tokens(old_files, tok):
     (old_files / "added_tokens.json").write_text('{"<|user|>": 601, "[PAD]": 600}')
     named = {"pad_token": "[PAD]", "additional_special_tokens": [{"content": "<|user|>", "lstrip": False}]}
     (old_files / "special_tokens_map.json").write_text(json.dumps(named))
-    ours = load_tokenizer(old_files)
-    assert ours.special == {"<|endoftext|>": 599, "[PAD]": 600, "<|user|>": 601}
-    assert shared_vocabulary(ours, tok) == 600
+    (hub.root / "models" / "someone").mkdir(parents=True, exist_ok=True)
+    shutil.copytree(old_files, hub.root / "models" / "someone" / "old")
+    for name in (old_files, "someone/old"):
+        assert load_tokenizer(name).special == {"<|endoftext|>": 599, "[PAD]": 600, "<|user|>": 601}
+        assert shared_vocabulary(load_tokenizer(name), tok) == 600
+
+    for name, content, said in (
+            ("special_tokens_map.json", "{}", "ordinary added token with content .* is not supported"),
+            ("tokenizer_config.json", '{"add_prefix_space": true}', "add_prefix_space True"),
+            ("special_tokens_map.json", '{"pad_token": ' + "[" * 9999, "special_tokens_map.json is not")):
+        (old_files / name).write_text(content)
+        with pytest.raises(InputError, match=said):
+            load_tokenizer(old_files)
     (old_files / "special_tokens_map.json").unlink()
-    with pytest.raises(InputError, match="ordinary added token with content .* is not supported"):
-        load_tokenizer(old_files)
-
-
-def test_damaged_old_files(old_files):
-    (old_files / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
-    with pytest.raises(InputError, match="add_prefix_space True"):
-        load_tokenizer(old_files)
-    (old_files / "tokenizer_config.json").unlink()
-
-    (old_files / "special_tokens_map.json").write_text('{"pad_token": ' + "[" * 900 + "]" * 900 + "}")
-    load_tokenizer(old_files).save(old_files / "saved")
     (old_files / "merges.txt").unlink()
     with pytest.raises(InputError, match="has no tokenizer.json"):
         load_tokenizer(old_files)
