@@ -423,7 +423,8 @@ def ladder_table(rows):
         published, alone = ([rows[name.format(arm, size, start, seed)]["states"]["64"] for seed in seeds]
                             for arm in LADDER_ARMS)
         before = np.array(rows[f"start {start}, student"]["states"]["0"]["items"])
-        less = {name: column(published, name) - column(alone, name) for name in ("items", "loss", "copy names")}
+        less = {name: column(published, name) - column(alone, name)
+                for name in ("items", "loss", "copy names")}
         lines.append({
             "warm start": start, "tokens a step": f"{1024 * size:,}", "seeds": len(seeds),
             "LAMBADA, published": interval(column(published, "items") - before),
