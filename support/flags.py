@@ -123,7 +123,8 @@ def make_parser(doc, loss_settings):
 
     add = parser.add_argument_group("loss").add_argument
     add("--temperature", type=temperature, metavar="T",
-        help="softens both distributions: a higher T gives unlikely tokens more weight (Hinton et al. 2015)")
+        help="softens both distributions: a higher T gives unlikely tokens more weight (Hinton et al. 2015); "
+             "1 with --teacher-cache, unless you or the recipe name one")
     add("--kd-weight", type=weight, metavar="W", help="weight of T^2 * KL(teacher || student)")
     add("--clm-weight", type=weight, metavar="W",
         help="weight of the usual loss on the next token of the text; 1 without a teacher. A little of it "
@@ -229,6 +230,8 @@ def parse_args(doc, loss_settings, argv=None):
         settings.update(student=None, student_layers=None)
     if given.get("teacher") == "none" and "clm_weight" not in RECIPES[recipe]:
         settings["clm_weight"] = 1.0
+    if "teacher_cache" in given and "temperature" not in RECIPES[recipe]:
+        settings["temperature"] = 1.0  # at which draws are least noisy: docs/teacher-cache.md
     if "steps" in given:
         settings["epochs"] = None
     args = argparse.Namespace(**{**settings, **given})

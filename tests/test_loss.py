@@ -235,7 +235,9 @@ def test_the_formula_has_the_numbers():
         "loss = 0.9 * 2² * KL(student || teacher, T = 2)")
     assert said("--divergence", "jsd", "--cos-weight", "3").endswith(
         "JSD(teacher, student, T = 2) + 0.1 * CLM + 3 * (1 - cos)")
-    assert "12 draws" in said("--teacher-cache", "c")
+    assert "1² * KL(teacher || student, T = 1, 12 draws)" in said("--teacher-cache", "c")
+    assert "T = 2, 12 draws" in said("--teacher-cache", "c", "--temperature", "2")
+    assert "T = 2, 12 draws" in distill.parse_args("--recipe distilgpt2 --teacher-cache c".split()).objective
     alone = distill.parse_args("--teacher none --student gpt2".split())
     assert alone.objective == "loss = 1 * CLM"
 
