@@ -243,7 +243,7 @@ def exactness(folder, args):
     args.batch_size, args.seq_len = 1, min(64, args.seq_len)  # float64 takes its time
     peer = PEERS[args.peer]
     student, loss_of_peer = prepare(folder, args)
-    exact_student = copy.deepcopy(student).cpu().double()
+    exact_student = copy.deepcopy(student).cpu().double()  # the same class, so its gradients pair up
     loss = loss_of_peer() / (args.seq_len if peer.is_sum else 1)
     loss.backward()
 
