@@ -32,9 +32,7 @@ import sysconfig
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import mutators
 import numpy as np
@@ -365,31 +363,25 @@ def use_finished(folder):
 
 
 # ------------------------------------------------------------------------------------ all of them
-class Subject(NamedTuple):
-    make: Callable  # (folder): write good files
-    damaged: str  # a pattern: the files of which one is damaged
-    use: Callable  # (folder): read them, and find the result right
-
-
-SUBJECTS = {
-    "config of GPT-2": Subject(lambda folder: tiny(GPT2).save(folder), "config.json", use_model),
-    "config of GPT-NeoX": Subject(lambda folder: tiny(GPTNeoX).save(folder), "config.json", use_model),
-    "weights of GPT-2": Subject(lambda folder: tiny(GPT2).save(folder), "*.safetensors", use_model),
-    "weights of GPT-NeoX": Subject(lambda folder: tiny(GPTNeoX).save(folder), "*.safetensors", use_model),
-    "pytorch_model.bin": Subject(save_as_bin, "*.bin", use_model),
-    "shards": Subject(save_as_shards, "*.index.json", use_model),
-    "tokenizer of GPT-2": Subject(tokenizer_file("gpt2"), "*", use_tokenizer),
-    "tokenizer of GPT-NeoX": Subject(tokenizer_file("neox"), "*", use_tokenizer),
-    "vocab and merges": Subject(old_tokenizer_files, "*", use_tokenizer),
-    **{name: Subject(text_file(f"a{name}"), "*", use_text)
+SUBJECTS = {  # make(folder) writes good files; a pattern of those that are damaged; use(folder) reads them
+    "config of GPT-2": (lambda folder: tiny(GPT2).save(folder), "config.json", use_model),
+    "config of GPT-NeoX": (lambda folder: tiny(GPTNeoX).save(folder), "config.json", use_model),
+    "weights of GPT-2": (lambda folder: tiny(GPT2).save(folder), "*.safetensors", use_model),
+    "weights of GPT-NeoX": (lambda folder: tiny(GPTNeoX).save(folder), "*.safetensors", use_model),
+    "pytorch_model.bin": (save_as_bin, "*.bin", use_model),
+    "shards": (save_as_shards, "*.index.json", use_model),
+    "tokenizer of GPT-2": (tokenizer_file("gpt2"), "*", use_tokenizer),
+    "tokenizer of GPT-NeoX": (tokenizer_file("neox"), "*", use_tokenizer),
+    "vocab and merges": (old_tokenizer_files, "*", use_tokenizer),
+    **{name: (text_file(f"a{name}"), "*", use_text)
        for name in (".txt", ".jsonl", ".json", ".parquet", ".jsonl.gz")},
-    "corpus": Subject(finished_corpus, "*/*", use_corpus),
-    "half a corpus": Subject(half_a_corpus, "*/*", use_half),
-    "teacher's cache": Subject(cache_files, "*/*", use_cache),
-    "settings of a run": Subject(half_a_run, "out/args.json", use_run),
-    "log of a run": Subject(half_a_run, "out/log.csv", use_run),
-    "state of a run": Subject(half_a_run, "out/train_state.pt", use_run),
-    "finished run": Subject(finished_run, "out/*.json", use_finished),
+    "corpus": (finished_corpus, "*/*", use_corpus),
+    "half a corpus": (half_a_corpus, "*/*", use_half),
+    "teacher's cache": (cache_files, "*/*", use_cache),
+    "settings of a run": (half_a_run, "out/args.json", use_run),
+    "log of a run": (half_a_run, "out/log.csv", use_run),
+    "state of a run": (half_a_run, "out/train_state.pt", use_run),
+    "finished run": (finished_run, "out/*.json", use_finished),
 }
 
 
