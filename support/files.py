@@ -107,7 +107,7 @@ def if_possible(remove):
 
 def take_lock(path, what, wait):
     """The file `path`, open and locked. Nothing is written to it."""
-    for _ in range(1000):
+    for attempt in range(1000):
         # Another process may remove the file when it is done, and the folder that it had made for it.
         with contextlib.suppress(FileNotFoundError):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,9 @@ def take_lock(path, what, wait):
                     raise InputError(f"{in_use}; wait for it, or choose another one")
                 note(f"{in_use}; waiting for it")
                 lock(file, blocking=True)
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # a lock on a removed file is none
+            # A lock on a removed file protects nothing. Some network file systems number files anew each
+            # time that they are asked.
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)) or attempt == 999:
                 return file
     raise OSError(f"{path} cannot be created")
 

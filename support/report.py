@@ -138,7 +138,7 @@ def about_control(args):
 
 
 # ------------------------------------------------------------------------------------ the end
-def close(args, networks, corpus, tokenizer, ranks, draw, bar=None):
+def close(args, networks, corpus, tokenizer, ranks, draw, bar):
     """Score all models on the same held-out text, write the card and results.json, and say what came out.
 
     networks: {"teacher": ..., "student": ..., "control": ...}, of which only the student has to be there.
@@ -147,8 +147,7 @@ def close(args, networks, corpus, tokenizer, ranks, draw, bar=None):
     models = [*networks.values()]
     context = autocast(args, ranks.device)
     scores = score_held_out(models, corpus, tokenizer.vocab_size, args, context, bar)  # (M, 6, W)
-    if bar is not None:
-        bar.close()
+    bar.close()
 
     rows = dict(zip(networks, table_rows(models, scores, corpus), strict=True))
     if not args.compile:  # which would compile each length of a text anew

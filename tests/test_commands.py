@@ -1,5 +1,4 @@
 """The README's commands as users type them, with a stand-in for the Hub that has narrow models."""
-import itertools
 import json
 import os
 import re
@@ -22,15 +21,6 @@ SMALL = ["--steps", "2", "--seq-len", "32", "--batch-size", "2", "--grad-accum",
          "--precision", "fp32", "--device", "cpu", "--eval-tokens", "500"]
 
 
-def publish(hub, name, model, tokenizer):
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, std=0.2)
-    folder = hub.root / "models" / name
-    model.save(folder)
-    (folder / "tokenizer.json").write_bytes((tokenizer / "tokenizer.json").read_bytes())
-
-
 def articles(n, topic):
     return [f"Article {i} about {topic}. " + f"The {topic} of part {i} is {i * i}. " * (3 + i % 20)
             for i in range(n)]
@@ -45,18 +35,21 @@ def world(tmp_path_factory, tokenizers_dir):
     torch.manual_seed(0)
 
     def gpt2(n_layer):
-        return GPT2(GPT2.config(vocab_size=600, context=64, width=32, n_layer=n_layer, n_head=2,
-                               eos=599))
+        return GPT2(GPT2.config(vocab_size=600, context=64, width=32, n_layer=n_layer, n_head=2, eos=599))
 
     def pythia(n_layer, width, vocab_size):
-        return GPTNeoX(GPTNeoX.config(vocab_size=vocab_size, context=64, width=width, n_layer=n_layer,
-                                      n_head=2))
+        return GPTNeoX(GPTNeoX.config(
+            vocab_size=vocab_size, context=64, width=width, n_layer=n_layer, n_head=2))
 
-    publish(hub, "gpt2", gpt2(12), tokenizers_dir / "gpt2")
-    publish(hub, "gpt2-xl", gpt2(48), tokenizers_dir / "gpt2")
-    publish(hub, "distilgpt2", gpt2(6), tokenizers_dir / "gpt2")
-    publish(hub, "EleutherAI/pythia-160m", pythia(4, 48, 656), tokenizers_dir / "neox")
-    publish(hub, "EleutherAI/pythia-70m", pythia(2, 32, 640), tokenizers_dir / "neox")
+    models = {"gpt2": gpt2(12), "gpt2-xl": gpt2(48), "distilgpt2": gpt2(6),
+              "EleutherAI/pythia-160m": pythia(4, 48, 656), "EleutherAI/pythia-70m": pythia(2, 32, 640)}
+    for name, model in models.items():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                torch.nn.init.normal_(parameter, std=0.2)
+        model.save(hub.root / "models" / name)
+        form = "neox" if "pythia" in name else "gpt2"
+        shutil.copy(tokenizers_dir / form / "tokenizer.json", hub.root / "models" / name)
 
     def rows(name, column_of_texts):
         path = hub.root / "datasets" / name
@@ -67,13 +60,13 @@ def world(tmp_path_factory, tokenizers_dir):
     rows("EleutherAI/the_pile_deduplicated/data/train-00000-of-00001.parquet", articles(300, "pile"))
     wiki = [line for i in range(60)
             for line in ("", f" = Title {i} = \n", "", f" Text {i} says {i * i} . \n" * 5)]
-    splits = ("train", "validation", "test")
-    configs = [f"wikitext-{size}-raw-v1" for size in ("2", "103")]
-    for config, split in itertools.product(configs, splits):
-        rows(f"Salesforce/wikitext/{config}/{split}-00000-of-00001.parquet", wiki)
-    configs = [{"config_name": config,
-                "data_files": [{"split": split, "path": f"{config}/{split}-*"} for split in splits]}
-               for config in configs]
+    configs = []
+    for config in ("wikitext-2-raw-v1", "wikitext-103-raw-v1"):
+        data_files = [{"split": split, "path": f"{config}/{split}-00000-of-00001.parquet"}
+                      for split in ("train", "validation", "test")]
+        configs.append({"config_name": config, "data_files": data_files})
+        for file in data_files:
+            rows(f"Salesforce/wikitext/{file['path']}", wiki)
     (hub.root / "datasets" / "Salesforce" / "wikitext" / "README.md").write_text(
         "---\n" + json.dumps({"configs": configs}) + "\n---\n")
     rows("EleutherAI/lambada_openai/data/test-00000-of-00001.parquet", articles(20, "words"))
@@ -119,8 +112,7 @@ SHORTER = {
     "extras.plot": [],
 }
 ELSEWHERE = ("pip install", "venv", "pytest", "lm_eval", "hf upload", "extras.atlas", "extras.bench",
-             "extras.cache_study", "extras.play", "extras.lab", "extras.speculate",
-             "extras.check_loss")
+             "extras.cache_study", "extras.play", "extras.lab", "extras.speculate", "extras.check_loss")
 
 
 def short(line):
@@ -183,8 +175,8 @@ def opens_in_transformers(out):
     ours, tokenizer = load(out), load_tokenizer(out)
     text = "The part of  Article 7\n    is\t49. <|endoftext|> é"
     ids = tokenizer.encode(text)
-    assert AutoTokenizer.from_pretrained(out)(text.replace("<|endoftext|>", ""))["input_ids"] \
-        == tokenizer.encode(text.replace("<|endoftext|>", ""))
+    plain = text.replace("<|endoftext|>", "")
+    assert AutoTokenizer.from_pretrained(out)(plain)["input_ids"] == tokenizer.encode(plain)
     ids = torch.tensor([ids])
     assert torch.allclose(ours(ids), theirs(ids).logits, atol=1e-5)
     written = theirs.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
