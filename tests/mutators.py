@@ -167,7 +167,7 @@ def odd_json(draw, old):
         at = draw.randint(0, len(old))
         letter = draw.choice("a\u00e9 \n\ud800/.")
         return draw.choice([old[:at], old + " ", old[:at] + letter + old[at:], [old]])
-    return draw.choice(ODD)
+    return copy.deepcopy(draw.choice(ODD))  # what is damaged next may be inside it
 
 
 # ------------------------------------------------------------------------------------ tensors
