@@ -20,6 +20,7 @@ Shapes: B sequences, L tokens of each, N = B * L, n tokens with a target, V voca
 """
 import contextlib
 import functools
+import itertools
 import sysconfig
 from pathlib import Path
 
@@ -29,9 +30,9 @@ from torch.nn import functional as F
 
 from data import load_tokenizer
 from distill import text_alone
+from extras import atlas
 from extras.atlas import BASE, CONTROL, DEMO, SEEDS, SHARED
-from extras.atlas import held_out as held_out_figures
-from extras.study import Study, trained, write_text
+from extras.study import Study, arms, average, spread, trained, write_text
 from model import load
 from sample import draw
 from support.chunked_loss import chunked_loss
@@ -55,16 +56,30 @@ WRITTEN = f"{SHARED} --kd-weight 0 --clm-weight 1"
 
 
 # ------------------------------------------------------------------------------------ the plan
+HARD_ARMS = {"argmax": HARD, "draw": HARD, "written": WRITTEN}
+HARD_RATES = ("3.5e-4", "7e-4", "1.4e-3")
+UNSEEN_ARMS = {"student": f"{DEMO} {UNSEEN}", "control": f"{CONTROL} {UNSEEN}",
+               "careful control": f"{CAREFUL} {UNSEEN}"}
+UNSEEN_RATES = {"student": ("5e-4", "1e-3", "2e-3"), "control": ("2.5e-4", "5e-4", "1e-3"),
+                "careful control": ("2.5e-4", "5e-4", "1e-3")}
+BEST = {  # the rates that were best with seed 0
+    "argmax": "7e-4", "draw": "7e-4", "written": "7e-4",
+    "student": "1e-3", "control": "5e-4", "careful control": "5e-4"}
+
+
 def plan():
+    """Each arm at several rates with seed 0; the others at the best rate; then less text at that rate."""
     runs = {}
-    for arm, flags in (("argmax", HARD), ("draw", HARD), ("written", WRITTEN)):
-        runs |= {f"hard: {arm}, lr {lr}": f"{flags} --lr {lr}" for lr in ("3.5e-4", "7e-4", "1.4e-3")}
-    for arm, flags, rates in (("student", DEMO, "5e-4 2e-3"), ("control", CONTROL, "2.5e-4 1e-3"),
-                              ("careful control", CAREFUL, "2.5e-4 1e-3")):
-        runs[f"unseen: {arm}, seed 0"] = f"{flags} {UNSEEN} --seed 0"
-        runs |= {f"unseen: {arm}, lr {lr}": f"{flags} {UNSEEN} --lr {lr}" for lr in rates.split()}
-    for arm, flags in (("student", DEMO), ("control", CONTROL)):
-        runs |= {f"headline: {arm}, seed {seed}": f"{flags} --seed {seed}" for seed in SEEDS}
+    for question, found, rates in (("hard", HARD_ARMS, dict.fromkeys(HARD_ARMS, HARD_RATES)),
+                                   ("unseen", UNSEEN_ARMS, UNSEEN_RATES)):
+        for arm, flags in found.items():
+            runs |= {f"{question}: {arm}, lr {lr}": f"{flags} --lr {lr}" for lr in rates[arm]}
+        for arm, seed in itertools.product(found, SEEDS[1:]):
+            runs[f"{question}: {arm}, seed {seed}"] = f"{found[arm]} --lr {BEST[arm]} --seed {seed}"
+    for seed, size, (arm, flags) in itertools.product(SEEDS, SIZES, UNSEEN_ARMS.items()):
+        runs[f"scarce: {arm}, {size}, seed {seed}"] = f"{flags} --lr {BEST[arm]} --seed {seed}"
+    for seed, (arm, flags) in itertools.product(SEEDS, {"student": DEMO, "control": CONTROL}.items()):
+        runs[f"headline: {arm}, seed {seed}"] = f"{flags} --seed {seed}"
     return {name: f"{BASE} {flags}" for name, flags in runs.items()}
 
 
@@ -89,7 +104,7 @@ def change(rest, teacher, student, corpus):
 
 def figures(args, teacher, student, corpus, tokenizer):
     """The held-out loss at the end, and the best of those on the way: where somebody who looks would stop."""
-    found = held_out_figures(args, teacher, student, corpus, tokenizer)
+    found = atlas.held_out(args, teacher, student, corpus, tokenizer)
     on_the_way = [row["loss"] for row in read_held_out(args.out)]
     return {**found, "best": min([found["loss"], *on_the_way]), "different_tokens": len(corpus.train)}
 
@@ -150,11 +165,101 @@ def module_losses(args, teacher, student, corpus, tokenizer):
             "idlelib, lib2to3": [losses(text) for _, text in package("idlelib", "lib2to3") if text],
             "test": [losses(text) for name, text in package("test") if text and stable_hash(name) % 4 == 0],
         }
-    return {**held_out_figures(args, teacher, student, corpus, tokenizer), "modules": modules}
+    return {**atlas.held_out(args, teacher, student, corpus, tokenizer), "modules": modules}
 
 
 # ------------------------------------------------------------------------------------ tables
-TABLES = {}
+def seeds_of(rows, question, arm):
+    """The rows of an arm at its best rate, by seed."""
+    names = [f"{question}: {arm}, lr {BEST[arm]}", *(f"{question}: {arm}, seed {seed}" for seed in SEEDS[1:])]
+    return [rows[name] for name in names if name in rows]
+
+
+def line(title, seeds, **more):
+    return {"learns from": title, **more, "seeds": len(seeds), "held-out loss": spread(seeds),
+            "KL to teacher": f"{average(seeds, 'kl'):.4f}",
+            "same top-1": f"{average(seeds, 'same_top_1'):.3f}"}
+
+
+def hard_table(rows):
+    """Single tokens against the whole distribution; text and distribution are arms of the atlas."""
+    of_atlas = arms(atlas.STUDY.rows())
+    lines = [line("the text", of_atlas["control 1200 steps"], rate="5e-4")]
+    for arm in HARD_ARMS:
+        if seeds := seeds_of(rows, "hard", arm):
+            lines.append(line(arm, seeds, rate=BEST[arm]))
+    lines.append(line("soft: the distribution, T = 1", of_atlas["T 1"], rate="1e-3"))
+    lines.append(line("soft, T = 2", of_atlas["forward"], rate="1e-3"))
+    return lines
+
+
+def rates_table(rows):
+    """All rates that were tried, with seed 0: held-out losses."""
+    lines = []
+    for question, rates in (("hard", dict.fromkeys(HARD_ARMS, HARD_RATES)), ("unseen", UNSEEN_RATES)):
+        for arm, tried in rates.items():
+            found = {lr: rows.get(f"{question}: {arm}, lr {lr}") for lr in tried}
+            losses = [f"{lr}: {row['loss']:.4f}" for lr, row in found.items() if row]
+            lines.append({"question": question, "arm": arm, "held-out loss by rate": ", ".join(losses)})
+    return lines
+
+
+def scarce_table(rows):
+    """Student and controls on unseen text, by the number of different tokens of it."""
+    lines = []
+    for size in (*SIZES, "all"):
+        cells = {"different tokens": size}
+        for arm in UNSEEN_ARMS:
+            seeds = arms(rows).get(f"scarce: {arm}, {size}", [])
+            if size == "all":
+                seeds = seeds_of(rows, "unseen", arm)
+            if seeds:
+                cells["teacher"] = f"{seeds[0]['teacher_loss']:.3f}"
+                cells["passes"] = f"{512 * seeds[0]['steps'] / seeds[0]['different_tokens']:.1f}"
+                cells[f"{arm}, at the end"] = f"{average(seeds):.3f}"
+                cells[f"{arm}, at its best"] = spread(seeds, "best")
+        lines.append(cells)
+    return lines
+
+
+def headline_table(rows):
+    """Teacher, student and control on packages that nothing was chosen on."""
+    pairs = [[rows.get(f"headline: {arm}, seed {seed}") for arm in ("student", "control")] for seed in SEEDS]
+    pairs = [pair for pair in pairs if all(pair)]
+    lines = []
+    for names in pairs[0][0]["modules"] if pairs else ():
+        nats = np.array([[model["modules"][names] for model in pair] for pair in pairs])  # (S, 2, n, 3)
+        lines.append({"package": names, "modules": nats.shape[2],
+                      "tokens": f"{nats[0, 0, :, 0].sum():,.0f}", **headline(nats)})
+    return lines
+
+
+def headline(nats, draws=2000):
+    """nats (S seeds, 2 models, n modules, 3): tokens, nats of the teacher, nats of the model; the models are
+    student and control -> their losses, and what the teacher was worth. The 95% intervals draw modules and
+    seeds again."""
+    n_seeds, _, n_modules, _ = nats.shape
+    rng = np.random.default_rng(0)
+    seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), draws)  # (draws, S)
+    modules = rng.multinomial(n_modules, np.full(n_modules, 1 / n_modules), draws)  # (draws, n)
+    seeds = np.vstack([np.ones(n_seeds), seeds])  # as they are; then drawn again
+    modules = np.vstack([np.ones(n_modules), modules])
+
+    sums = np.einsum("ds,dn,smnk->dmk", seeds, modules, nats)  # (1 + draws, 2, 3)
+    teacher = sums[:, 0, 1] / sums[:, 0, 0]
+    student, control = (sums[:, :, 2] / sums[:, :, 0]).T
+    gain = control - student
+    share = gain / (control - teacher)
+
+    def shown(values, form):
+        low, high = np.percentile(values[1:], (2.5, 97.5))
+        return f"{values[0]:{form}} ({low:{form}} to {high:{form}})"
+
+    return {"teacher": f"{teacher[0]:.3f}", "student": f"{student[0]:.3f}", "control": f"{control[0]:.3f}",
+            "student better by": shown(gain, ".3f"), "of the gap": shown(share, ".1%")}
+
+
+TABLES = {"rates": rates_table, "scarce": scarce_table, "hard": hard_table, "headline": headline_table}
 STUDY = Study("questions", __doc__, plan(), one_run, TABLES)
 
 if __name__ == "__main__":
