@@ -159,15 +159,18 @@ def losses_of(student_hidden, student_head, teacher_hidden, teacher_head, target
     """All terms of the loss of a micro-batch, as Losses: sums over the counted tokens.
 
     student_hidden (N, C_s), teacher_hidden (N, C_t): final hidden states; student_head (V, C_s), teacher_head
-    (V, C_t). Without a teacher both of its parts are None. A loss of hidden states is added here.
+    (V, C_t). Without a teacher both of its parts are None.
     """
     loss_function = text_alone if teacher_hidden is None else LOSSES[settings.divergence]
     losses = chunked_loss(
         loss_function, student_hidden, student_head, teacher_hidden, teacher_head, targets, settings)
+    if teacher_hidden is None:
+        return losses
 
-    if settings.cos_weight:
-        cos = cosine_distance(student_hidden, teacher_hidden, targets)
-        losses = losses._replace(loss=losses.loss + settings.cos_weight * cos, cos=cos.detach())
+    for name, (_, hidden_loss) in HIDDEN_LOSSES.items():
+        if weight := getattr(settings, name):
+            term = hidden_loss(student_hidden, teacher_hidden, targets)
+            losses = losses._replace(loss=losses.loss + weight * term, cos=losses.cos + term.detach())
     return losses
 
 
@@ -175,6 +178,10 @@ def cosine_distance(student_hidden, teacher_hidden, targets):
     """Sum of 1 - cos(student's, teacher's final hidden state) over counted tokens (Sanh et al. 2019)."""
     distance = 1 - F.cosine_similarity(student_hidden.float(), teacher_hidden.float(), dim=-1)  # (N,)
     return distance.masked_fill(targets == -100, 0.0).sum()
+
+
+# Losses of hidden states: {field of LossSettings with its weight: (its name in the formula, the loss)}.
+HIDDEN_LOSSES = {"cos_weight": ("(1 - cos)", cosine_distance)}
 
 
 def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head, targets, **settings):
@@ -198,7 +205,8 @@ def objective(args):
         loss_function = text_alone
     else:
         loss_function = LOSSES[args.divergence]
-    formula = loss_function.formula + " + {cos_weight:g} * (1 - cos)"
+    hidden = [f"{{{weight}:g}} * {name}" for weight, (name, _) in HIDDEN_LOSSES.items()]
+    formula = " + ".join([loss_function.formula, *hidden])
     terms = formula.format(**vars(args)).split(" + ")
     return "loss = " + " + ".join(term for term in terms if not term.startswith("0 * "))
 

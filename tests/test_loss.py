@@ -242,5 +242,21 @@ def test_the_formula_has_the_numbers():
     assert alone.objective == "loss = 1 * CLM"
 
 
+def test_a_loss_of_hidden_states_is_an_entry_of_a_table(monkeypatch):
+    """It is trained, logged and named; without a teacher, as in the control, it is left out."""
+    def squares(student_hidden, teacher_hidden, targets):
+        return (student_hidden - teacher_hidden).square().mean(-1)[targets != -100].sum()
+
+    monkeypatch.setitem(distill.HIDDEN_LOSSES, "cos_weight", ("MSE", squares))
+    args = distill.parse_args("--teacher gpt2 --student-layers 6 --cos-weight 3".split())
+    assert args.objective.endswith(" + 0.1 * CLM + 3 * MSE")
+
+    hidden, head, targets = torch.ones(5, 4), torch.ones(7, 4), torch.tensor([1, 2, 3, -100, 4])
+    without = distill.losses_of(hidden, head, 3 * hidden, head, targets, LossSettings())
+    found = distill.losses_of(hidden, head, 3 * hidden, head, targets, LossSettings(cos_weight=3.0))
+    assert found.cos == 16 and found.loss == without.loss + 48
+    assert distill.losses_of(hidden, head, None, None, targets, LossSettings(cos_weight=3.0)).cos == 0
+
+
 def test_defaults_of_the_loss_are_those_of_the_command_line():
     assert LossSettings.of(distill.parse_args("--teacher gpt2 --student-layers 6".split())) == LossSettings()
