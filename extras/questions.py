@@ -62,6 +62,7 @@ UNSEEN_ARMS = {"student": f"{DEMO} {UNSEEN}", "control": f"{CONTROL} {UNSEEN}",
                "careful control": f"{CAREFUL} {UNSEEN}"}
 UNSEEN_RATES = {"student": ("5e-4", "1e-3", "2e-3"), "control": ("2.5e-4", "5e-4", "1e-3"),
                 "careful control": ("2.5e-4", "5e-4", "1e-3")}
+SCARCE_ARMS = ("student", "careful control")
 BEST = {  # the rates that were best with seed 0
     "argmax": "7e-4", "draw": "7e-4", "written": "7e-4",
     "student": "1e-3", "control": "5e-4", "careful control": "5e-4"}
@@ -76,8 +77,8 @@ def plan():
             runs |= {f"{question}: {arm}, lr {lr}": f"{flags} --lr {lr}" for lr in rates[arm]}
         for arm, seed in itertools.product(found, SEEDS[1:]):
             runs[f"{question}: {arm}, seed {seed}"] = f"{found[arm]} --lr {BEST[arm]} --seed {seed}"
-    for seed, size, (arm, flags) in itertools.product(SEEDS, SIZES, UNSEEN_ARMS.items()):
-        runs[f"scarce: {arm}, {size}, seed {seed}"] = f"{flags} --lr {BEST[arm]} --seed {seed}"
+    for seed, size, arm in itertools.product(SEEDS, SIZES, SCARCE_ARMS):
+        runs[f"scarce: {arm}, {size}, seed {seed}"] = f"{UNSEEN_ARMS[arm]} --lr {BEST[arm]} --seed {seed}"
     for seed, (arm, flags) in itertools.product(SEEDS, {"student": DEMO, "control": CONTROL}.items()):
         runs[f"headline: {arm}, seed {seed}"] = f"{flags} --seed {seed}"
     return {name: f"{BASE} {flags}" for name, flags in runs.items()}
