@@ -38,7 +38,7 @@ from support.chunked_loss import Losses, chunked_loss
 from support.cli import InputError, run_cli
 from support.flags import RECIPES
 from support.ranks import Ranks, autocast, keep_memory, pick_device, pick_precision, stop_at_once, to_device
-from support.run import Run, claim, published, read_settings, refuse_other_content
+from support.run import Run, claim, hash_of_code, published, read_settings, refuse_other_content
 from support.teacher_cache import draws_loss
 from support.tokenizer import shared_vocabulary
 
@@ -205,6 +205,7 @@ def objective(args):
         loss_function = text_alone
     else:
         loss_function = LOSSES[args.divergence]
+    args.loss_code = hash_of_code(loss_function, text_alone, losses_of)  # an edited loss makes another run
     hidden = [f"{{{weight}:g}} * {name}" for weight, (name, _) in HIDDEN_LOSSES.items()]
     formula = " + ".join([loss_function.formula, *hidden])
     terms = formula.format(**vars(args)).split(" + ")

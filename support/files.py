@@ -47,8 +47,11 @@ def replaced(path):
             temporary.chmod(folder.stat().st_mode & 0o666)
         os.replace(temporary, path)
     except (OSError, SafetensorError, RuntimeError) as error:
-        # On a full disk torch.save raises a RuntimeError over the system's error. Other ones are bugs.
+        # On a full disk torch.save raises a RuntimeError over the system's error, and after Ctrl-C over the
+        # SystemExit. Other ones are bugs.
         cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, SystemExit):
+            raise cause from None
         if not isinstance(cause, (OSError, SafetensorError)):
             raise
         reason = getattr(cause, "strerror", None) or cause

@@ -289,6 +289,10 @@ def contradictions(args):
         f"--batch-size {args.batch_size} and --seq-len {args.seq_len}: a micro-batch of {tokens:,} tokens; "
         f"take at most {LARGEST_MICRO_BATCH:,}, and more --grad-accum": tokens > LARGEST_MICRO_BATCH,
     }
+    for role, model in (("teacher", args.teacher), ("student", args.student)):
+        for verb, folder in (("is", args.out), ("contains", os.path.join(args.out, "control"))):
+            found[f"--out {args.out} {verb} the {role}: choose another --out"] = (
+                model not in (None, "none") and Path(model).resolve() == Path(folder).resolve())
     if args.on_policy:  # what the student writes has a teacher's answer, no right next token, and two halves
         found |= {
             "--on-policy asks the teacher about the student's text; --teacher none has none": no_teacher,

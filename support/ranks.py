@@ -198,9 +198,9 @@ def autocast(args, device):
 
 # ------------------------------------------------------------------------------------ stopping
 @contextlib.contextmanager
-def stop_signals(aloud=True, at_once=False):
+def stop_signals(aloud=True, at_once=False, way_on=str):
     """A list that fills when a signal asks to stop. The second one ends the process where it is, in one line;
-    with at_once the first one does."""
+    with at_once the first one does. way_on() says what the line adds: how to go on."""
     asked = []
 
     def handle(number, frame):
@@ -208,7 +208,7 @@ def stop_signals(aloud=True, at_once=False):
         asked.append(number)
         text = "stopping after this micro-batch; once more stops immediately"
         if is_last:
-            text = f"stopped by {signal.Signals(number).name}"
+            text = f"stopped by {signal.Signals(number).name}{way_on()}"
         if aloud:
             with contextlib.suppress(OSError):
                 os.write(2, f"\n{text}\n".encode())  # print could interrupt itself

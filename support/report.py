@@ -1,18 +1,20 @@
 """Everything that a run of distill.py says to its user, in 80 columns, in this order:
 
   print_plan            what is about to happen
-  warn_of_unknown_text  whether the teacher should first be tuned on this text
+  warn_of_unknown_text  how well the teacher knows this text, and whether it should first be tuned on it
   open_progress         one bar for everything that the command will do
   about_control         the second training begins
   close                 the tables, what they mean, what the models write, what to do next; it also writes
                         results.json for other programs, and the model card (README.md)
   show_again            the same without the texts, for a run that was finished earlier
 """
+import argparse
 import copy
 import json
 import math
 import platform
 import shlex
+import sys
 import textwrap
 import time
 from functools import partial
@@ -26,8 +28,16 @@ from support import ROOT
 from support.cli import format_table, one_line, open_bar, reading, say
 from support.files import replaced
 from support.flags import CONTROLS_TRIED, control_of, runs_of
-from support.ranks import autocast
-from support.run import CHANGES_NOTHING, RESULTS, published, read_log, read_settings, seconds_of
+from support.ranks import autocast, stop_at_once
+from support.run import (
+    CHANGES_NOTHING,
+    RESULTS,
+    published,
+    read_held_out,
+    read_log,
+    read_settings,
+    seconds_of,
+)
 from support.scoring import difference, held_out_batches, score_held_out, table_rows, validate
 
 WIDTH = 80
@@ -100,27 +110,42 @@ def warn_of_unknown_text(args, teacher, corpus, tokenizer):
     The demo's teacher needs 1.2 bits for each byte of Python modules that it has not seen, 2.2 for English,
     and more than 3 for shell scripts. This warns above 2.
     """
-    its_text = read_settings(args.teacher).get("data")  # if the teacher comes from a run
-    has_been_tuned = its_text is not None and Path(its_text).resolve() == Path(args.data).resolve()
-    if teacher is None or not args.kd_weight or args.resume or has_been_tuned:
+    if teacher is None:
         return
     few = SimpleNamespace(**vars(args) | {"eval_tokens": ENOUGH_TOKENS, "batch_size": 1})
     row, = validate([teacher], corpus, tokenizer.vocab_size, few, autocast(args, teacher.head_weight.device))
     bits = row["bits per byte"]
-    if bits <= ENOUGH_BITS:
+    say(f"teacher    needs {bits:.2f} bits per byte of this text ({ENOUGH_BITS:g} or more: tune it first)")
+    if bits < ENOUGH_BITS or not args.kd_weight or args.resume or has_been_tuned(args):
         return
 
-    tuned = "tuned-teacher" if is_at_home() else str(Path("tuned-teacher").resolve())
-    tune = ["distill.py", "--teacher", "none", "--student", full_path(args.teacher), "--data",
-            full_path(args.data), "--data-folder", full_path(args.data_folder), "--out", tuned]
+    tuned = "tuned-teacher"
+    tune = [sys.argv[0], "--teacher", "none", "--student", args.teacher, "--data", args.data,
+            "--data-folder", args.data_folder, "--out", tuned]
     for name in ("text_column", "packing", "seq_len", "batch_size", "grad_accum", "steps"):
         tune += ["--" + name.replace("_", "-"), str(getattr(args, name))]
     say("\n" + filled(
         f"warning    The teacher needs {bits:.2f} bits for each byte of this text. It would need about 1 for "
-        "a text that it knows, so it may have little to teach. This trains it on the text first:"))
-    say(command(*tune))
-    say(filled(f"Then repeat your command with --teacher {shlex.quote(tuned)} --recipe {args.recipe} and "
-               "another --out.") + "\n")
+        "a text that it knows, so it may have little to teach. This trains it on the text first, and then "
+        "repeats your command with it:"))
+    say(command(*tune, here=True))
+    again = this_command(teacher=tuned, recipe=args.recipe, out=f"{Path(args.out)}-2")
+    say(command(*again, here=True) + "\n")
+
+
+def has_been_tuned(args):
+    """Whether the teacher comes from a run on this text."""
+    its_text = read_settings(args.teacher).get("data")
+    return its_text is not None and Path(its_text).resolve() == Path(args.data).resolve()
+
+
+def this_command(**changes):
+    """The words of the command that runs, with some flags changed."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in changes:
+        parser.add_argument(f"--{name}")
+    _, others = parser.parse_known_args(sys.argv[1:])
+    return [sys.argv[0], *others, *(word for name in changes for word in (f"--{name}", changes[name]))]
 
 
 # ------------------------------------------------------------------------------------ during the training
@@ -138,12 +163,14 @@ def about_control(args):
 
 
 # ------------------------------------------------------------------------------------ the end
+@stop_at_once(way_on=lambda: "; the same command with --resume scores the models")
 def close(args, networks, corpus, tokenizer, ranks, draw, bar):
     """Score all models on the same held-out text, write the card and results.json, and say what came out.
 
     networks: {"teacher": ..., "student": ..., "control": ...}, of which only the student has to be there.
     draw: sample.draw, which chooses the tokens of the texts.
     """
+    bar.set_description("scoring", refresh=False)
     models = [*networks.values()]
     context = autocast(args, ranks.device)
     scores = score_held_out(models, corpus, tokenizer.vocab_size, args, context, bar)  # (M, 6, W)
@@ -160,7 +187,8 @@ def close(args, networks, corpus, tokenizer, ranks, draw, bar):
         "settings": {name: value for name, value in vars(args).items() if name not in CHANGES_NOTHING},
         "rows": rows,
         "differences": gaps,
-        "verdict": verdict(args, gaps),
+        "verdict": verdict(args, gaps, got_worse(args, rows, gaps)) if "teacher" in rows else
+                   before_and_after(args, rows["student"]["loss"]),
     }
     write_card(args, ranks, results)
     without_infinity = json.loads(json.dumps(results), parse_constant=lambda name: None)
@@ -196,6 +224,8 @@ def summary(results):
         for columns in (QUALITY, SIZE))
     if "teacher" in results["rows"]:
         size += "\n" + filled(ABOUT_ACCEPTANCE)
+        if (T := results["settings"]["temperature"]) != 1:
+            quality += f"\nKL to teacher is at T = 1; the kl in log.csv is at T = {T:g}."
     return "\n\n".join(filter(None, [quality, results["verdict"], size]))
 
 
@@ -205,28 +235,31 @@ WORTH = {  # by the sign of control - student
     0: "On this text no gain from the teacher shows.",
     -1: "Text alone was worth more than this teacher.",
 }
-PASSED = ("A model can pass the teacher if it was trained on text of this kind and the teacher was not; then "
-          "there is no gap to close.")
-NO_CONTROL = ("Only a control tells how much of that came from the teacher: this command with --resume "
-              "--control trains one.")
-NOISE = ("± is two standard errors on this held-out text; the student's loss by itself is only known to ± "
-         "{:.3f}. A different seed adds noise of its own.")
+PASSED = "The {} has trained on this text and the teacher has not, so it can be better here."
+NO_CONTROL = ("Whether the teacher helped, only a control can tell: repeat the command with --resume "
+              "--control.")
+NOISE = ("± is two standard errors on this held-out text. Other held-out text would move every loss by up to "
+         "{:.3f}, but all of them together. A different seed adds noise of its own{}.")
 TOO_SHORT = "The held-out text is too short to know its noise, so everything counts as a tie: take more text."
 
 
-def verdict(args, gaps):
+def verdict(args, gaps, worse):
     """The table in words; what lies within the noise of the held-out text is a tie.
 
     gaps: {"control - student": (nats, two standard errors), ...}; "student" is the student's own loss.
+    worse: what got_worse has found.
     """
-    if "student - teacher" not in gaps:
-        return ""
     signs = {name: sign(gap) for name, gap in gaps.items()}
     said = []
     caveat = NO_CONTROL
     if "control - student" in gaps:
-        said = [compared(gaps, "student", "control"), WORTH[signs["control - student"]]]
+        said = [compared(gaps, "student", "control")]
+        if not worse or signs["control - student"] != 1:
+            said.append(WORTH[signs["control - student"]])
         caveat = effort(args)
+    for role, sentence in worse.items():
+        is_too_large = role == "control" and signs["control - student"] == 1
+        said.append(sentence + (", so this gain is too large." if is_too_large else "."))
 
     # Where the student is between control and teacher, or which of the two has passed the teacher.
     if all(signs.get(name) == 1 for name in ("control - student", "student - teacher", "control - teacher")):
@@ -238,12 +271,50 @@ def verdict(args, gaps):
         said.append(compared(gaps, "teacher", "student"))
         if signs.get("control - teacher") == -1:
             said.append(compared(gaps, "teacher", "control"))
-        if -1 in (signs["student - teacher"], signs.get("control - teacher")):
-            said.append(PASSED)
+        passed = [name for name in ("student", "control") if signs.get(f"{name} - teacher") == -1]
+        if passed and not has_been_tuned(args):
+            said.append(PASSED.format(passed[0]))
 
     noise = gaps["student"][1]
-    about_noise = NOISE.format(noise) if math.isfinite(noise) else TOO_SHORT
+    seeds = ", about 0.004 in the demo" if args.is_demo else ""
+    about_noise = NOISE.format(noise, seeds) if math.isfinite(noise) else TOO_SHORT
     return filled(" ".join(said)) + "\n" + filled(f"{caveat} {about_noise}")
+
+
+def got_worse(args, rows, gaps):
+    """{role: sentence} for the runs whose held-out loss was better on the way, beyond the noise."""
+    _, noise = gaps.get("control - student", gaps["student - teacher"])
+    said = {}
+    for run in runs_of(args):
+        end = rows[run.role]["loss"]
+        best = min(on_the_way(run), key=lambda row: row["loss"], default={"loss": end})
+        if end - best["loss"] > noise:
+            said[run.role] = (f"The {run.role} got worse after step {best['step']:,.0f}, where it had "
+                              f"{best['loss']:.3f}: it has read the text too often")
+    return said
+
+
+CLEARLY = 0.01  # nats
+
+
+def before_and_after(args, end):
+    """Whether a training without a teacher helped. end: its loss."""
+    rows = on_the_way(args)
+    if not rows or rows[0]["step"]:  # an older version has begun the run
+        return ""
+    best = min(rows, key=lambda row: row["loss"])
+    said = f"Held-out loss: before {rows[0]['loss']:.3f}, after {end:.3f}"
+    if end - best["loss"] < CLEARLY:
+        return said + "."
+    why = f"it was {best['loss']:.3f} after step {best['step']:,.0f}" if best["step"] else (
+        "training made it worse")
+    return f"{said}: {why}; take fewer --steps."
+
+
+def on_the_way(args):
+    """The rows of held-out.csv, if they are losses on the text of the table."""
+    is_same = read_settings(args.out).get("eval_tokens") == args.eval_tokens
+    return read_held_out(args.out) if is_same else []
 
 
 def sign(gap):
@@ -421,10 +492,10 @@ def next_steps(args, results):
         steps["compare them token by token, on a page"] = ["-m", "extras.play", out]
     if args.recipe == "demo" and args.data == "stdlib":
         steps["do the same with your own text"] = ["distill.py", "--data", "my_texts/", "--out", "mine"]
-    elif args.recipe != "demo":
-        steps["measure perplexity on WikiText-2"] = ["eval_ppl.py", *others[:1], out]
+    elif args.recipe != "demo" and args.data != "stdlib":
+        steps["measure perplexity on WikiText-2"] = ["eval_ppl.py", *others[:1], out, "--data", "wikitext-2"]
 
-    lines = [f"The student is in {out}, and transformers opens it:",
+    lines = [f"The student is in the folder {out}/, and transformers opens it:",
              f"  AutoModelForCausalLM.from_pretrained({out!r})",
              "Next:"]
     for title, words in steps.items():
@@ -441,9 +512,10 @@ def full_path(name):
     return str(name) if is_at_home() or not Path(name).exists() else str(Path(name).resolve())
 
 
-def command(*words):
-    """A Python command to paste into a shell, which starts in the project's folder; broken at 80 columns."""
-    start = [] if is_at_home() else ["cd", shlex.quote(str(ROOT)), "&&"]
+def command(*words, here=False):
+    """A Python command to paste into a shell, which starts in the project's folder; broken at 80 columns.
+    here: it starts where this one did."""
+    start = [] if here or is_at_home() else ["cd", shlex.quote(str(ROOT)), "&&"]
     lines = [" "]
     for word in [*start, "python", *map(shlex.quote, words)]:
         if len(f"{lines[-1]} {word} \\") > WIDTH:

@@ -14,6 +14,8 @@ folder when it saves for the first time, after its first step. Until then an old
 import contextlib
 import csv
 import hashlib
+import inspect
+import itertools
 import json
 import math
 import os
@@ -46,9 +48,11 @@ RUN_FILES = {"args.json", *LOGS, "train_state.pt", *MODEL_FILES, "README.md", "g
 # Settings that may differ between a run and its resumption: what is learned does not depend on them.
 CHANGES_NOTHING = {"recipe", "role", "out", "resume", "resume_if_there", "overwrite", "device", "data_folder",
                    "workers", "compile", "control", "control_lr", "control_batch_size", "eval_interval",
-                   "eval_tokens", "save_interval", "is_demo"}
+                   "eval_tokens", "save_interval", "is_demo", "loss_code"}
 NAMES = {"teacher", "student", "data", "teacher_cache"}  # may differ if the content is the same
 LENGTH = {"steps", "epochs", "warmup", "schedule"}  # may differ if `rates` are the same
+BEHIND = {"learning rates": sorted(LENGTH), "hash of the text": ["data"], "hash of the teacher": ["teacher"],
+          "hash of the first student": ["student"]}  # the flags to name where these differ
 
 
 # ------------------------------------------------------------------------------------ whose folder it is
@@ -75,7 +79,10 @@ def look(args):
 
     for run in runs_of(args):
         here = files_of_run(run.out)
-        if here and read_settings(run.out).get("role") != run.role:
+        role = read_settings(run.out).get("role")
+        if role == "control" and run.role == "student":
+            raise InputError(f"{run.out} is the control of {Path(run.out).parent}: choose another --out")
+        if here and role != run.role:
             fix = ", or --no-control" if run.role == "control" else ""
             raise InputError(f"{run.out} contains {here[0]}, but no args.json that a {run.role}'s run has "
                              f"written: choose another --out{fix}")
@@ -93,7 +100,7 @@ def is_finished(args):
     """Whether all that this run leaves is in its folder; InputError if another run is there."""
     then = read_settings(args.out)
     if then:
-        refuse_differences(args.out, then, identity(args))
+        refuse_differences(args, then)
     length = "epochs" if args.epochs else "steps"
     is_as_long = all(then.get(name) == getattr(args, name) for name in (length, "eval_tokens"))
     wanted = MODEL_FILES if args.role == "control" else (*MODEL_FILES, "README.md", RESULTS)
@@ -155,24 +162,38 @@ def rates(args):
     return f"{args.schedule}{over}, after {math.ceil(args.warmup * args.steps)} steps of warm-up"
 
 
-def refuse_differences(folder, then, now):
-    """InputError unless a run that was begun with the settings `then` may go on with those of `now`."""
+def refuse_differences(args, then, content=None):
+    """InputError unless the run that was begun with the settings `then` may go on with these."""
+    now = identity(args, content)
     differ = [name for name, value in sorted(now.items()) if then.get(name) != value]
     if len(differ) > 1 and "objective" in differ:
         differ.remove("objective")  # it follows from the other settings, unless someone has edited the loss
+    now = vars(args) | now
     shown = []
-    for name in differ:
+    for name in itertools.chain(*([*BEHIND.get(name, ()), name] for name in differ)):
         flag = name if " " in name or name == "objective" else "--" + name.replace("_", "-")
-        shown.append(f"{flag} was {then.get(name)!r:.99}, now {now[name]!r:.99}")
+        if then.get(name) != now[name]:
+            shown.append(f"{flag} was {then.get(name)!r:.99}, now {now[name]!r:.99}")
+    if not shown and then.get("loss_code") not in (None, now.get("loss_code")):  # None: of an older version
+        shown.append("the loss in distill.py has been edited since")
     if shown:
-        raise InputError(f"{folder} contains a run with other settings: {'; '.join(shown)}. Give the same "
-                         "ones to go on with it, choose another --out NAME, or replace it with --overwrite")
+        folder = Path(args.out)
+        is_done = (folder.parent if args.role == "control" else folder).joinpath(RESULTS).exists()
+        kind, fix = ("finished run", "Choose") if is_done else (
+            "run", "Give the same ones to go on with it, choose")
+        raise InputError(f"{folder} contains a {kind} with other settings: {'; '.join(shown)}. {fix} another "
+                         "--out NAME, or replace it with --overwrite")
+
+
+def hash_of_code(*functions):
+    """Changes when someone edits one of them. A function of a notebook may have no source."""
+    with contextlib.suppress(OSError, TypeError):
+        return hashlib.sha256("".join(map(inspect.getsource, functions)).encode()).hexdigest()[:16]
 
 
 def refuse_other_content(args, corpus, student, teacher):
     """InputError unless the finished run in args.out had this text and these models."""
-    now = identity(args, content_of(args, corpus, student, teacher))
-    refuse_differences(args.out, read_settings(args.out), now)
+    refuse_differences(args, read_settings(args.out), content_of(args, corpus, student, teacher))
 
 
 # ------------------------------------------------------------------------------------ around the loop
@@ -194,6 +215,7 @@ class Run:
         content = content_of(args, corpus, student, teacher)  # before the student changes
         self.settings = vars(args) | content  # saved in args.json, and with the state
         self.first_step = restore(args, content, student, optimizer) if args.resume else 0
+        self.saved_step = self.first_step
         self.has_folder = False  # until its first save
         self.stack = contextlib.ExitStack()
 
@@ -204,9 +226,11 @@ class Run:
             self.bar.initial += done
             self.bar.last_print_n += done
         self.loss_before = None
-        if self.args.eval_interval and self.first_step == 0:
+        if self.first_step:
+            self.say(f"resume     after {self.saved()}")
+        elif self.args.eval_interval or self.args.teacher == "none":  # the end says whether training helped
             self.loss_before = self.held_out_loss(0)
-        self.stop = self.stack.enter_context(stop_signals(self.ranks.is_first))
+        self.stop = self.stack.enter_context(stop_signals(self.ranks.is_first, way_on=self.way_on))
         self.started = time.perf_counter()
         return self
 
@@ -229,12 +253,20 @@ class Run:
         if step > self.first_step:
             self.save(step)
         self.bar.close()  # nothing is drawn below the last line
-        if step or self.args.role == "control":
-            self.say(f"stopped after step {step}; the same command with --resume goes on from there")
-        else:
-            self.say("stopped before the first step was done, so nothing was saved")
+        self.say("stopped" + self.way_on())
         number = self.stop[0] if self.stop else signal.SIGTERM  # if it was another rank that was asked
         sys.exit(128 + number)
+
+    def saved(self):
+        """The step that --resume would go on after, in words."""
+        whose = "the control's " if self.args.role == "control" else ""
+        return f"{whose}step {self.saved_step:,} of {self.args.steps:,}"
+
+    def way_on(self):
+        """What to add to "stopped"."""
+        if self.saved_step or self.args.role == "control":
+            return f"; the same command with --resume goes on after {self.saved()}"
+        return " before the first step was done, so nothing was saved"
 
     def check(self, step, mean_losses, gradient_norm, lr):
         """InputError if the loss or its gradient is not finite."""
@@ -256,7 +288,7 @@ class Run:
             self.save(done)  # the folder becomes this run's; a full disk shows now, not after hours
             if self.loss_before:
                 self.log("held-out.csv", self.loss_before)
-        self.bar.set_postfix_str(figures(mean_losses), refresh=False)
+        self.bar.set_description(figures(mean_losses), refresh=False)  # in front: the end may be cut off
         self.log("log.csv", {"step": done, **mean_losses._asdict(), "lr": lr, "grad_norm": gradient_norm,
                              "tokens": int(tokens), "tokens_per_second": max(1, round(tokens / seconds))})
 
@@ -271,7 +303,7 @@ class Run:
         """Once in a command, how much memory a step takes; the control's steps take less."""
         n_bytes = peak_memory(self.ranks.device)
         if n_bytes and self.args.role == "student" and not self.bar.disable:
-            self.say(f"memory     {n_bytes / 1e9:.2f} GB at most, up to the end of the first step")
+            self.say(f"memory     {n_bytes / 1e9:.2f} GB so far")
 
     def held_out_loss(self, done):
         """A row of held-out.csv, after `done` steps. The first process scores the student for all."""
@@ -300,6 +332,7 @@ class Run:
             if not self.has_folder:
                 sync(file)  # what can fail, as on a full disk, fails before anything is deleted
                 self.take_over()
+        self.saved_step = step
 
     def take_over(self):
         """Once: args.json says whose folder it is from now on, and an old run goes."""
@@ -341,10 +374,10 @@ class Run:
 
 
 def figures(losses):
-    """What the bar shows: "loss 1.203, CLM 3.881, teacher's 3.040"; of text alone, "loss 3.881"."""
-    shown = f"loss {losses.loss:.3f}"
+    """What the bar shows: "loss 1.20 CLM 3.88 teacher 3.04"; of text alone, "loss 3.88"."""
+    shown = f"loss {losses.loss:.2f}"
     if losses.teacher_clm:
-        shown += f", CLM {losses.clm:.3f}, teacher's {losses.teacher_clm:.3f}"
+        shown += f" CLM {losses.clm:.2f} teacher {losses.teacher_clm:.2f}"
     return shown
 
 
@@ -376,7 +409,7 @@ def restore(args, content, student, optimizer):
     with reading(path, "a state to go on from (put a copy back, or start again with --overwrite)"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         step = int(state["step"])
-        refuse_differences(args.out, state["settings"], identity(args, content))
+        refuse_differences(args, state["settings"], content)
         if step > args.steps:
             raise InputError(f"--resume: {args.out} has made {step} steps, more than --steps {args.steps}")
 
@@ -445,14 +478,19 @@ def read_log(path):
     A log can end in half a row after a kill, or be missing; it is only a record, so nothing depends on it.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
+        header, *lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except (OSError, ValueError):
+        return []
+
+    columns = header.split(",")
+    if not {"step", "loss"} <= {*columns}:
         return []
 
     rows = []
     for line in lines:
-        with contextlib.suppress(ValueError):  # the header, half a row, or a line of someone else
-            row = dict(zip(LOGS[Path(path).name], map(float, line.split(",")), strict=True))
+        with contextlib.suppress(ValueError):  # half a row, or a line of someone else
+            row = dict.fromkeys(LOGS[Path(path).name], 0.0)  # of what an older version did not write
+            row |= dict(zip(columns, map(float, line.split(",")), strict=True))
             # A run stops before it writes NaN or infinity, so these are damage, too.
             finite = all(map(math.isfinite, row.values()))
             positive = min(row.get("tokens", 1), row.get("tokens_per_second", 1)) > 0

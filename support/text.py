@@ -236,7 +236,8 @@ def find_files(root):
     notes = [listed(Counter(ending(file) for file in train + val)), about]
     notes += [f"left out: {listed(left_out)}"] if +left_out else []
     if not train:
-        raise InputError(f"{root} has no .txt, .md, .jsonl, .parquet or source file to train on; {notes[-1]}")
+        there = notes[-1] or "it is empty"
+        raise InputError(f"{root} has no .txt, .md, .jsonl, .parquet or source file to train on; {there}")
     return train, val, f"{root}: {'; '.join(filter(None, notes))}"
 
 

@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -20,7 +21,7 @@ from workshop import call, difference, flags, weights
 
 import distill
 from model import load
-from support import files
+from support import files, report
 from support import run as run_module
 from support.chunked_loss import Losses
 from support.cli import InputError, open_bar
@@ -155,10 +156,12 @@ def test_folders_that_are_not_a_runs_are_refused(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     a_control = json.dumps({"recipe": 1, "teacher": 2, "kd_weight": 3, "role": "control"})
-    for name, text in (("README.md", "precious"), ("args.json", '{"a": 1}'), ("args.json", a_control)):
+    for name, text, said in (("README.md", "precious", "contains README.md, but no args.json"),
+                             ("args.json", '{"a": 1}', "contains args.json, but no args.json"),
+                             ("args.json", a_control, f"is the control of {tmp_path}")):
         (out / name).write_text(text)
         for how in ({}, {"overwrite": True}, {"resume": True}, {"resume_if_there": True}):
-            with unchanged(out, f"contains {name}, but no args.json", "choose another --out"):
+            with unchanged(out, said, "choose another --out"):
                 train(out, **how)
         (out / name).unlink()
     train(out)
@@ -188,7 +191,7 @@ def test_a_finished_run_is_not_replaced_unasked(out):
     for changes, said in (({"seed": 1}, "--seed was"), ({"recipe": "demo", "lr": 1.0}, "settings: --lr was"),
                           ({"objective": "edited", "kd_weight": 0.4}, "settings: --kd-weight was"),
                           ({"objective": "edited"}, "objective was 'loss', now 'edited'")):
-        with unchanged(out, said, "--out NAME", "--overwrite"):
+        with unchanged(out, "a finished run", said, "Choose another --out NAME", "--overwrite"):
             train(out, **changes)
     for changes in ({"steps": 5}, {"control": True}):  # there is more to do
         with unchanged(out, "--resume goes on with it", "--overwrite", "--out NAME"):
@@ -275,26 +278,46 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path):
     assert train(out, **same) is None, "one command that starts, goes on, and is done"
 
 
-def test_a_signal_saves_and_ends(tmp_path, capsys):
-    """At the end of the micro-batch, with the signal's code; the first step has to be done."""
+def test_a_signal_saves_and_ends(tmp_path, monkeypatch, capfd):
+    """At the end of the micro-batch, with the signal's code; the first step has to be done. A second one
+    during a save ends it there, in one line, and leaves the state of before."""
     whole = train(tmp_path / "whole")
-    for number, step in ((signal.SIGINT, 0), (signal.SIGTERM, 1), (signal.SIGHUP, 3)):
-        out = tmp_path / number.name
+    honest = torch.save
+
+    class Slow:
+        """A file during whose first write the second signal comes."""
+        def __init__(self, file):
+            self.file = file
+            self.flush = file.flush
+
+        def write(self, data):
+            if asked.count(None) == 1:
+                asked.append(os.kill(os.getpid(), signal.SIGINT))
+            return self.file.write(data)
+
+    for number, step, saved, twice in ((signal.SIGINT, 0, 0, False), (signal.SIGTERM, 1, 1, False),
+                                       (signal.SIGHUP, 3, 3, False), (signal.SIGINT, 2, 1, True)):
+        out = tmp_path / f"{number.name} {step}"
         asked = []
 
-        def ask(student, number=number, asked=asked):
+        def ask(student, number=number, asked=asked, twice=twice):
             if not asked:
                 asked.append(os.kill(os.getpid(), number))
+                if twice:
+                    patch.setattr(torch, "save", lambda state, file: honest(state, Slow(file)))
 
-        with pytest.raises(SystemExit) as stopped:
+        with pytest.raises(SystemExit) as stopped, monkeypatch.context() as patch:
             train(out, save_interval=100, at={step: ask})
         assert stopped.value.code == 128 + number
-        said = f"after step {step}; the same command with --resume" if step else "nothing was saved"
-        assert said in capsys.readouterr().out
+        said = f"the same command with --resume goes on after step {saved} of 4\n"
+        ended = capfd.readouterr()
+        assert (ended.err if twice else ended.out).endswith(said if step else "so nothing was saved\n")
         assert out.exists() == bool(step)
-        assert not step or state_of(out)["step"] == step
+        assert not step or state_of(out)["step"] == saved
+        assert not [*out.glob(".distil*")]
         assert same_bits(train(out, resume_if_there=True), whole)
         assert steps_in_log(out) == [1, 2, 3, 4]
+        assert (f"resume     after step {saved} of 4\n" in capfd.readouterr().out) == bool(step)
 
 
 def test_only_the_same_run_goes_on(tmp_path, monkeypatch):
@@ -308,11 +331,15 @@ def test_only_the_same_run_goes_on(tmp_path, monkeypatch):
             raise AssertionError("it is refused before any model is loaded")
 
     for how in ({"resume": True}, {}):  # a finished run is compared as well
-        with unchanged(out, "hash of the text was 'text A', now 'text B'"):
-            train(out, OTHER_TEXT, **how)
-        with unchanged(out, "hash of the teacher was"):
+        with unchanged(out, "settings: --data was 'some/text', now '/'; hash of the text was 'text A', now"):
+            train(out, OTHER_TEXT, data="/", **how)
+        with unchanged(out, "settings: hash of the teacher was"):
             train(out, network=Net(2), **how)
         train(out, **how)
+    assert train(out, resume=True, steps=5, loss_code="new"), "it was begun by an older version"
+    for how in ({}, {"resume": True}):
+        with unchanged(out, "settings: the loss in distill.py has been edited since."):
+            train(out, steps=5, loss_code="edited", **how)
 
     student = {"student": "small", "student_layers": None}
     interrupted(tmp_path / "two", 3, **student)
@@ -353,7 +380,7 @@ def test_a_longer_run_has_the_bits_of_one_that_was_as_long_from_the_start(tmp_pa
 
     train(tmp_path / "cosine", schedule="cosine")
     for how in ({}, {"resume": True}):
-        with unchanged(tmp_path / "cosine", "rates was 'cosine over 4 steps", "now 'cosine over 9 steps"):
+        with unchanged(tmp_path / "cosine", "settings: --steps was 4, now 9; learning rates was 'cosine"):
             train(tmp_path / "cosine", schedule="cosine", steps=9, **how)
 
 
@@ -377,9 +404,9 @@ def test_a_resumed_bar_counts_from_where_the_run_was(tmp_path):
         assert bar.n == bar.initial == bar.last_print_n == 2 * 2
         run.after_micro_batch(2)
         run.finish_step(2, Losses(1.2034, 0.5, 3.881, 0.0, 3.04, 10), 10, 1.0, 1.0)
-        assert bar.n == 5 and bar.postfix == "loss 1.203, CLM 3.881, teacher's 3.040"
+        assert bar.n == 5 and str(bar).startswith("loss 1.20 CLM 3.88 teacher 3.04: "), "not cut off"
         run.finish_step(3, Losses(3.0, 0.0, 3.0, 0.0, 0.0, 5), 10, 1.0, 1.0)
-        assert bar.postfix == "loss 3.000", "text alone has one loss"
+        assert str(bar).startswith("loss 3.00: "), "text alone has one loss"
 
 
 # ------------------------------------------------------------------------------------ damage
@@ -465,6 +492,12 @@ def test_a_log_is_only_a_record(tmp_path, capsys):
         assert [row["step"] for row in read_log(path)] == [1, 3], (column, cell)
     assert run_module.seconds_of(read_log(path)) == 2
 
+    older = [column for column in COLUMNS if column != "cos"]
+    path.write_text("\n".join(",".join(row) for row in ([*older, "more"], "1" * 10, "2" * 10)))
+    assert [(row["step"], row["clm"], row["cos"]) for row in read_log(path)] == [(1, 1, 0), (2, 2, 0)]
+    path.write_text("step,cos\n1,2\n")
+    assert read_log(path) == []
+
 
 def test_held_out_losses_have_a_file_of_their_own(tmp_path, monkeypatch):
     """A row for each validation, also before the first step; a resumed run makes some again, once."""
@@ -478,6 +511,8 @@ def test_held_out_losses_have_a_file_of_their_own(tmp_path, monkeypatch):
     assert rows == [(0, 1), (1, 2), (2, 3), (3, 5), (4, 6)]
     train(out, overwrite=True, seed=1)
     assert read_held_out(out) == [], "the old run's go with it"
+    train(out, overwrite=True, teacher="none")
+    assert [row["step"] for row in read_held_out(out)] == [0], "whether training helped is always known"
 
 
 def test_what_is_not_finite_is_named(tmp_path):
@@ -535,7 +570,8 @@ def test_longer_and_killed_runs_with_a_control_have_the_same_bits(
         assert call(patch, capsys, longer).code == 130
     assert steps_in_log(out / "control") == [1, 2, 3, 4]
     assert not (out / "results.json").exists(), "the table has no control"
-    distil(out, steps=5, resume=True, **settings)
+    printed = distil(out, steps=5, resume=True, **settings)
+    assert re.findall(r"resume +(.*)", printed) == ["after step 5 of 5", "after the control's step 4 of 5"]
     for folder in ("", "control"):
         assert difference(weights(out / folder), weights(tmp_path / "whole" / folder)) == 0
         assert steps_in_log(out / folder) == [1, 2, 3, 4, 5]
@@ -566,19 +602,22 @@ def test_a_full_disk_is_one_line_and_resume_gets_out(distil, refused, tmp_path, 
 
 def test_signals_outside_of_the_loop(workshop, tmp_path, monkeypatch, capfd):
     """One line, the shell's exit code, at once; and nothing is left by a run that made no step."""
-    for number, moment in ((signal.SIGINT, "load_models"), (signal.SIGHUP, "load_corpus"),
-                           (signal.SIGTERM, "export")):
+    for number, place, moment in (
+            (signal.SIGINT, distill, "load_models"), (signal.SIGHUP, distill, "load_corpus"),
+            (signal.SIGTERM, distill, "export"), (signal.SIGINT, report, "texts")):
         def slow(*_, number=number):
             os.kill(os.getpid(), number)
             time.sleep(5)
 
         with monkeypatch.context() as patch:
-            patch.setattr(distill, moment, slow)
+            patch.setattr(place, moment, slow)
             started = time.monotonic()
             code, _, error = call(patch, capfd, flags(workshop, tmp_path / moment / "out"))
         assert code == 128 + number and time.monotonic() - started < 4
-        assert error.strip().splitlines()[-1] == f"stopped by {number.name}" and "Traceback" not in error
-        assert (tmp_path / moment).exists() == (moment == "export")
+        way_on = "; the same command with --resume scores the models" * (moment == "texts")
+        assert error.strip().splitlines()[-1] == f"stopped by {number.name}{way_on}"
+        assert "Traceback" not in error
+        assert (tmp_path / moment).exists() == (moment in ("export", "texts"))
 
 
 def test_odd_names_work(distil, refused, tmp_path, monkeypatch):
@@ -592,6 +631,20 @@ def test_odd_names_work(distil, refused, tmp_path, monkeypatch):
     for name in ("", "/", ".", "x" * 5000, "a\nb\udcff/README.md/out"):
         refused(name, "--out")
     assert content(tmp_path) == here
+
+
+def test_models_that_the_run_would_replace(distil, refused, tmp_path):
+    """Neither its teacher nor its student, whatever their names are; nor are they its control."""
+    out = tmp_path / "out"
+    distil(out, control=True)
+    before = content(out)
+    (tmp_path / "link").symlink_to(out)
+    for role, others in (("teacher", {"student-layers": "1"}), ("student", {"student-layers": None})):
+        for model, verb in ((out, "is"), (tmp_path / "link", "is"), (out / "control", "contains")):
+            refused(out, f"--out {out} {verb} the {role}: choose another --out", overwrite=True,
+                    **others | {role: model})
+    refused(out / "control", f"{out / 'control'} is the control of {out}: choose another --out")
+    assert content(out) == before
 
 
 def test_several_processes_without_torchrun(refused, tmp_path, monkeypatch):
