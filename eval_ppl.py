@@ -44,12 +44,14 @@ from support.cli import (
     format_table,
     lookalike,
     new_parser,
+    note,
     open_bar,
     run_cli,
     user_path,
 )
 from support.hub import hub_error
 from support.ranks import pick_device
+from support.report import filled
 from support.scoring import SCORES, compare, ratio, score
 from support.text import HUB_DATA, HUB_NAME, ROWS, TEXT, ending, open_data, read_file, text_of
 from support.tokenizer import load_tokenizer
@@ -166,8 +168,9 @@ def read_texts(data, protocol, column):
     if (path / "meta.json").is_file():
         return [Corpus(path)]
 
-    if data == "stdlib":
-        texts = [text for split, text in open_data(data).documents if split == "val"]
+    if data == "stdlib" or path.is_dir():
+        note(f"of {data} only the held-out part is scored")
+        texts = [text for split, text in open_data(data, column).documents if split == "val"]
     elif path.is_file():
         texts = list(read_file(path, column))
         if ending(path) not in ROWS or not column:
@@ -184,24 +187,22 @@ def read_texts(data, protocol, column):
 
 
 def read_test_set(data, column):
-    """The texts of the test split of a data set on the Hub, or in a folder."""
-    repo, revision, config = data, None, None
-    if not Path(data).exists():
-        # Do not ask the Hub, which can take half a minute, for a name that looks local or misspelt.
-        name = re.fullmatch(HUB_NAME, data)
-        near = lookalike(data, [*TEST_SETS, "stdlib"])
-        if not name or near or ending(data) in (*ROWS, *TEXT):
-            hint = f": did you mean {near}?" if near else ""
-            raise InputError(f"{data} is neither a file here nor a data set on the Hub{hint}")
-        repo, revision, config = name.groups()
+    """The texts of the test split of a data set on the Hub."""
+    # Do not ask the Hub, which can take half a minute, for a name that looks local or misspelt.
+    name = re.fullmatch(HUB_NAME, data)
+    near = lookalike(data, [*TEST_SETS, "stdlib"])
+    if not name or near or ending(data) in (*ROWS, *TEXT):
+        hint = f": did you mean {near}?" if near else ""
+        raise InputError(f"{data} is neither a file here nor a data set on the Hub{hint}")
 
+    repo, revision, config = name.groups()
     from datasets import load_dataset
     try:
         values = list(load_dataset(repo, config, split="test", revision=revision)[column])
     except Exception as error:
-        if Path(data).is_dir() or "Unknown split" in str(error):
-            raise InputError(f"{data} could not be read as a data set with a test split: name a file in it, "
-                             "or the corpus in corpora/ that a run has made of it") from error
+        if "Unknown split" in str(error):
+            raise InputError(f"{data} has no test split: name a file of it, or the corpus in corpora/ that a "
+                             "run has made of it") from error
         raise hub_error(data, error) from error
     return [text_of({column: value}, column, data) for value in values]
 
@@ -288,6 +289,7 @@ def figures(scores, windows, protocol, several):
     counts = {unit: count for unit, count in counts.items() if count.any()}  # words of a corpus are unknown
 
     result = {f"{unit}s": round(count.sum().item()) for unit, count in counts.items()}
+    result["loss_in_nats_per_token"] = ratio(nll, tokens)
     for unit, count in counts.items():
         mean, error = ratio(nll, count)
         result[f"perplexity_per_{unit}"] = mean.exp(), mean.exp() * error
@@ -308,16 +310,29 @@ def figures(scores, windows, protocol, several):
 
 def report(results, args):
     """The settings, and a table with a column for each model."""
-    settings = ", ".join(f"{name} {value}" for name, value in vars(args).items() if name != "models")
+    settings = ", ".join(f"{name} {value}" for name, value in vars(args).items()
+                         if name != "models" and value not in (None, False))
     explanation, *_ = PROTOCOLS[args.protocol].__doc__.split("\n\n")
+    error = "± is one standard error, with windows as independent; distill.py prints two."
     names = max(results.values(), key=len)  # the model with the most figures has all of them
     rows = []
     for name in names:
-        cells = {model: values.get(name, "-") for model, values in results.items()}
+        cells = {model: shown(values.get(name, "-")) for model, values in results.items()}
         rows.append({"": name.replace("_", " "), **cells})
-    explanation = "\n".join(line.strip() for line in explanation.splitlines())
-    return (f"{settings}\n{explanation}\n± is one standard error, with windows as independent.\n\n"
-            f"{format_table(rows)}")
+    above = [filled(" ".join(text.split())) for text in (settings, explanation, error)]
+    return "\n".join([*above, "", format_table(rows)])
+
+
+def shown(figure):
+    """A figure in five digits, or in four if it is large; counts are left alone.
+
+    (24.76871, 0.32154) -> "24.769 ± 0.322", 123456.7 -> "1.235e+05"
+    """
+    if isinstance(figure, int | str):
+        return figure
+    numbers = figure if isinstance(figure, tuple) else (figure,)
+    decimals = 5 - len(f"{numbers[0]:.0f}")
+    return " ± ".join(format(number, f".{decimals}f" if decimals > 0 else ".4g") for number in numbers)
 
 
 def to_json(results, args):
@@ -334,8 +349,8 @@ def parse_args(argv=None):
     add("models", nargs="+", type=user_path, metavar="MODEL",
         help="folders, or names on the Hub such as gpt2; the KL is to the first one with the same tokenizer")
     add("--data", type=user_path, metavar="DATA",
-        help="wikitext-2 (wikitext-103 has the same test set), lambada, stdlib (its held-out part), a file, "
-             "a corpus in corpora/ (its held-out part), or the test split of a data set on the Hub as "
+        help="wikitext-2 (wikitext-103 has the same test set), lambada, a file, the held-out part of stdlib, "
+             "of a folder of texts or of a corpus in corpora/, or the test split of a data set on the Hub as "
              "owner/name[@revision][:config]. If you leave it out, folders are scored on stdlib and other "
              "models on wikitext-2, but --protocol pages on wikitext-2 and lambada on lambada")
     add("--text-column", default="text", metavar="NAME",

@@ -149,8 +149,8 @@ def main():
         raise InputError("no student in out/ yet: run `python distill.py` first, or pass --model gpt2")
 
     for name in dict.fromkeys([args.model, *args.compare]):
-        print(f"--- {name}")
-        for text in continuations(name, args):
+        for i, text in enumerate(continuations(name, args), 1):
+            print(f"--- {name}" + (f", {i} of {args.num}" if args.num > 1 else ""))
             print(args.prompt + text + "\n")
 
 

@@ -1,8 +1,8 @@
 """Name the mistake in anybody's distillation loss, in seconds, without training.
 
-    python -m extras.check_loss my_loss.py:loss                    on logits (N, V)
-    python -m extras.check_loss my_loss.py:loss --form sequences   on logits (B, L, V)
-    python -m extras.check_loss my_loss.py:kl --temperature 2 --kd-weight 1 --clm-weight 0
+    python -m extras.check_loss my_loss.py:loss                   on (N, V)
+    python -m extras.check_loss my_loss.py:loss --form sequences  on (B, L, V)
+    python -m extras.check_loss my_loss.py:kl --kd-weight 1 --clm-weight 0
     python -m extras.check_loss distill.py:plain_loss
 
 Read in this order:
@@ -18,6 +18,7 @@ docs/wrong-losses.md says where each was found and what it does to a student.
 Exit code: 0 the loss is right, 1 it is not, 2 it could not be checked.
 Shapes: B sequences, L tokens in each, N = B * L, V vocabulary. T is the temperature.
 """
+import difflib
 import functools
 import inspect
 import itertools
@@ -173,7 +174,10 @@ def load_function(where):
         raise InputError(f"{where}: expected path/to/file.py:function")
     functions = {known: value for known, value in load_module(path).items() if inspect.isfunction(value)}
     if name not in functions:
-        raise InputError(f"{path} has no function {name!r}; it has {', '.join(functions) or 'none'}")
+        own = [known for known, value in functions.items() if value.__module__ == "<run_path>"]
+        near = difflib.get_close_matches(name, own, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(own) or 'none'}"
+        raise InputError(f"{path} has no function {name!r}; {hint}")
     return functions[name]
 
 
@@ -501,7 +505,12 @@ def main():
                              f"--{name.replace('_', '-')}")
 
     shifts = args.form in ("shifts", "outputs")
-    findings, facts = check(loss, fixed, args.divergence, args.accumulate, shifts)
+    try:
+        findings, facts = check(loss, fixed, args.divergence, args.accumulate, shifts)
+    except InputError as error:
+        if args.form == "tokens" and "the loss raised" in str(error):
+            raise InputError(f"{error}; is it --form sequences?") from error
+        raise
     for finding in findings:
         print(f"wrong: {finding}")
     if not findings:

@@ -1,6 +1,6 @@
 """A lab: write distillation yourself, in five functions, and be told which mistake you made.
 
-    python -m extras.lab             check the functions below, then train with your loss and with ours
+    python -m extras.lab             check the functions below, train with your loss
     python -m extras.lab --steps 0   only check
     python -m extras.lab my_lab.py   the same with a copy of this file
 
@@ -154,7 +154,8 @@ def check_student(student_of):
             source = name.replace("blocks.1.", "blocks.3.")
             if not torch.equal(tensor, before[source]):
                 like = [other for other in before if torch.equal(tensor, before[other])]
-                return [f"{name} should be the teacher's {source}; it is {' '.join(like) or 'none of them'}"]
+                found = f", but of {' '.join(like)}" if like else ""
+                return [f"{name} is not a copy of the teacher's {source}{found}"]
         with torch.no_grad():
             for parameter in student.parameters():
                 parameter.add_(1)
@@ -204,7 +205,7 @@ def main():
     parser = new_parser(__doc__, "python -m extras.lab [FILE] [options]")
     parser.add_argument("file", nargs="?", type=user_path, default=__file__, help="a copy of the lab")
     parser.add_argument("--steps", type=checked(int, "0 or more", lambda n: n >= 0), default=100, metavar="N",
-                        help="of the demo to train at the end; 0: do not train")
+                        help="train the demo for N steps at the end; 0: do not")
     args = parser.parse_args()
 
     functions = {name: load_function(f"{args.file}:{name}") for name in CHECKS}

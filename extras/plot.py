@@ -9,7 +9,7 @@
 Read in this order:
   draw_loss                         one run: losses of student, teacher (the bar to reach) and control
   draw_runs, compare                several runs: by step and by second, and a table of what sets them apart
-  verdicts                          several seeds: which student is better, or that nobody can tell
+  verdicts                          several seeds: which student is better, or that the seeds cannot tell
   distributions, draw_distribution  the teacher at three temperatures; the student before and after
   read_columns, read_results        where the numbers come from
 
@@ -32,7 +32,16 @@ import torch
 from data import load_tokenizer
 from distill import first_student
 from model import load
-from support.cli import InputError, checked, format_table, new_parser, reading, run_cli, user_path
+from support.cli import (
+    InputError,
+    checked,
+    format_table,
+    lookalike,
+    new_parser,
+    reading,
+    run_cli,
+    user_path,
+)
 from support.files import replaced
 from support.run import CHANGES_NOTHING, COLUMNS, read_held_out, read_log, read_settings
 
@@ -167,15 +176,20 @@ def draw_runs(folders):
     """Two Axes, by step and by second of training, with the CLM of each run.
 
     A line is its training text, dots are held-out text, and a diamond is its last figure on held-out text.
+    Shown is the range after a tenth of the steps: with the high losses before that, runs look alike.
     """
     figure = new_figure()
     both = figure.subplots(1, 2, sharey=True)
     looks = itertools.cycle(itertools.product(("-", "--", ":"), (BLUE, ORANGE, GREEN, PURPLE)))
 
     lines = []
+    in_range = []
     for folder, (dashes, colour) in zip(folders, looks, strict=False):
         log = read_columns(folder)
         result = read_results(folder).get("student", {})
+        start = len(log["step"]) // 10
+        in_range += [*running_mean(log["clm"])[start:], *([result["loss"]] if "loss" in result else [])]
+        in_range += [loss for step, loss in held_out(folder, log["step"]) if step >= log["step"][start]]
         for axes, x in zip(both, (log["step"], log["seconds"]), strict=True):
             line, = axes.plot(x, running_mean(log["clm"]), dashes, color=colour, linewidth=1.2)
             axes.plot(*held_out(folder, x).T, "o", color=colour, markersize=4, zorder=3)
@@ -183,7 +197,9 @@ def draw_runs(folders):
                 axes.plot(x[-1], result["loss"], "D", color=colour, markersize=6, clip_on=False, zorder=3)
         lines.append(line)
 
-    both[0].set(xlabel="steps", ylabel="student's CLM, nats per token")
+    margin = 0.05 * np.ptp(in_range) + 0.001
+    both[0].set(xlabel="steps", ylabel="student's CLM, nats per token",
+                ylim=(min(in_range) - margin, max(in_range) + margin))
     both[1].set(xlabel="seconds of training")
     for axes in both:
         axes.set_xlim(left=0)
@@ -200,18 +216,23 @@ def draw_runs(folders):
     return both
 
 
+ABOUT_RUNS = "last: mean over the last steps, on the training text. KL to teacher: at T = 1."
+
+
 def compare(folders):
-    """A table of runs: the flags in which they differ, how long they took, where they ended."""
+    """A table with a column for each run: flags in which they differ, how long they took, where they ended.
+
+    The KL of the training text is at the run's own T, so it is left out if T differs.
+    """
     settings = [read_settings(folder) for folder in folders]
     # Names that are no flags say what is behind the names of text and teacher.
     differ = [name for name in what_differs(settings, {"steps", "objective"}) if name.isidentifier()]
 
-    rows = []
+    columns = {}
     for folder, found in zip(folders, settings, strict=True):
         log = read_columns(folder)
         result = read_results(folder).get("student", {})
-        rows.append({
-            "run": str(folder),
+        columns[str(folder)] = {
             **{name: str(found.get(name, "-")) for name in differ},
             "steps": f"{log['step'][-1]:,.0f}",
             "seconds": f"{log['seconds'][-1]:,.0f}",
@@ -219,8 +240,10 @@ def compare(folders):
             "last KL": f"{running_mean(log['kl'])[-1]:.4f}" if log["kl"].any() else "-",
             **{f"held-out {name}": f"{result[name]:.4f}" if name in result else "-"
                for name in ("loss", "KL to teacher", "same top-1")},
-        })
-    return format_table(rows)
+        }
+    names = [name for name in columns[str(folder)] if name != "last KL" or "temperature" not in differ]
+    rows = [{"run": name} | {run: column[name] for run, column in columns.items()} for name in names]
+    return f"{format_table(rows)}\n{ABOUT_RUNS}"
 
 
 def what_differs(settings, ignored):
@@ -233,8 +256,14 @@ def what_differs(settings, ignored):
     return [name for name in sorted(values) if len(values[name]) > 1]
 
 
+ABOUT_VERDICTS = ("On held-out text; ± is 2 standard deviations over seeds. BETTER and WORSE need\n"
+                  "3 seeds and a larger difference than that.")
+ONE_SEED = ("one seed each, or none in common: differences that another seed could make\n"
+            "(about 0.01 in the demo) mean nothing")
+
+
 def verdicts(folders):
-    """A table that says BETTER, WORSE or CANNOT TELL, or "" where no two seeds can be compared.
+    """A table that says BETTER, WORSE or CANNOT TELL, or a line if no pair of runs has two seeds in common.
 
     Runs that differ in nothing but the seed are a group. In each group the student is compared with its
     control, and each group with the first. A seed sets the order of the text, so both have the same luck:
@@ -247,7 +276,7 @@ def verdicts(folders):
 
     groups = {}  # name -> {role: {seed: loss on held-out text}}
     for folder, found in zip(folders, settings, strict=True):
-        name = ", ".join(f"{flag} {found.get(flag)}" for flag in differ) or "student"
+        name = ", ".join(str(found.get(flag)) for flag in differ) or "student"
         losses = groups.setdefault(name, {"student": {}, "control": {}})
         for role, result in read_results(folder).items():
             if role in losses and "loss" in result:
@@ -260,14 +289,15 @@ def verdicts(folders):
 
     rows = []
     for pair, (losses, reference) in pairs.items():
-        gains = [reference[seed] - losses[seed] for seed in losses.keys() & reference.keys()]
-        if len(gains) > 1:
-            gain = statistics.fmean(gains)
-            noise = 2 * statistics.stdev(gains)
-            word = "CANNOT TELL" if abs(gain) <= noise else "BETTER" if gain > 0 else "WORSE"
-            rows.append({"on held-out text": pair, "seeds": len(gains), "loss lower by": f"{gain:+.4f}",
-                         "2 sd of that": f"{noise:.4f}", "verdict": word})
-    return format_table(rows)
+        differences = [losses[seed] - reference[seed] for seed in losses.keys() & reference.keys()]
+        if len(differences) > 1:
+            mean = statistics.fmean(differences)
+            noise = 2 * statistics.stdev(differences)
+            is_clear = len(differences) > 2 and abs(mean) > noise  # with two, chance passes in one of five
+            rows.append({", ".join(differ): pair, "seeds": len(differences),
+                         "loss minus the other's": f"{mean:+.4f} ± {noise:.4f}",
+                         "verdict": ("BETTER" if mean < 0 else "WORSE") if is_clear else "CANNOT TELL"})
+    return f"{format_table(rows)}\n{ABOUT_VERDICTS}" if rows else ONE_SEED
 
 
 # ------------------------------------------------------------------------------------ one next token
@@ -394,11 +424,11 @@ def parse_args(argv=None):
     add = parser.add_argument_group("what is drawn").add_argument
     add("runs", nargs="*", type=user_path, default=["out"], metavar="RUN",
         help="folders that distill.py made (default: out); several are drawn into one picture, with a table; "
-             "if there are several seeds of each, also with a verdict")
+             "if there are three seeds of each, also with a verdict")
     add("--distribution", nargs="?", const=DEFAULT_PROMPT, metavar="PROMPT",
-        help=f"of one run, what may follow PROMPT (if you name none: {DEFAULT_PROMPT!r}); \\n in it is a "
-             "line break; end it without a space, as most tokens begin with one. If the run's teacher is "
-             "a folder, call this where you called distill.py")
+        help=f"of one run, what may follow PROMPT (if you name none: {DEFAULT_PROMPT.strip()!r} after four "
+             "spaces); \\n in it is a line break; end it without a space, as most tokens begin with one. If "
+             "the run's teacher is a folder, call this where you called distill.py")
     add = parser.add_argument_group("where to").add_argument
     add("--save", type=checked(user_path, "a name that ends in .png, .svg or .pdf",
                                lambda path: Path(path).suffix in (".png", ".svg", ".pdf")), metavar="PATH",
@@ -412,13 +442,16 @@ def parse_args(argv=None):
 def main():
     args = parse_args()
     first = args.runs[0]
+    for folder in args.runs:
+        if not Path(folder).is_dir():
+            near = lookalike(folder)
+            raise InputError(f"there is no folder {folder}" + (f"; did you mean {near}?" if near else ""))
     if args.distribution is not None:
         name = "distribution"
         axes, _ = draw_distribution(first, args.distribution.replace("\\n", "\n"))
     elif len(args.runs) > 1:
         name = "runs"
-        for table in filter(None, (compare(args.runs), verdicts(args.runs))):
-            print(table + "\n")
+        print(f"{compare(args.runs)}\n\n{verdicts(args.runs)}\n")
         axes, _ = draw_runs(args.runs)
     else:
         name = "loss"

@@ -161,7 +161,9 @@ class Parser(argparse.ArgumentParser):
         message = re.sub(r"^argument (\S+?)(/\S+)?: ", r"\1 ", message)
         if message.startswith("unrecognized"):
             unknown = re.findall(r"(?<!\S)--?[\w-]+", message)
-            near = [difflib.get_close_matches(flag, self._option_string_actions, n=1) for flag in unknown]
+            flags = [*self._option_string_actions]
+            near = [[flag for flag in flags if flag.startswith(start)]
+                    or difflib.get_close_matches(start, flags, n=1) for start in unknown]
             names = [match for matches in near for match in matches]
             message += f" (did you mean {', '.join(names)}?)" if names else ""
         raise InputError(f"{message}; see --help")
@@ -220,9 +222,11 @@ def user_path(text):
 def lookalike(name, known=()):
     """The name of something here, or one of the names `known`, that a misspelt name probably means; or None.
 
-    "demo/techer" -> "demo/teacher"
+    "demo/techer" -> "demo/teacher", "my_text/a.txt" -> "my_texts/a.txt"
     """
     folder, slash, last = str(name).rstrip("/").rpartition("/")
+    if folder and not os.path.isdir(folder) and os.path.isdir(os.path.dirname(folder) or "."):
+        folder = lookalike(folder) or folder
     try:
         here = [entry.name for entry in Path(folder + slash).iterdir()]
     except OSError:

@@ -25,6 +25,7 @@ PATIENCE = 5  # seconds until the Hub counts as silent
 NO_NETWORK = ("plain `python distill.py` needs no Hub, nor do --teacher demo/teacher --student-layers 3 and "
               "text of your own")
 NETWORK_SETTINGS = ("HF_ENDPOINT", "HF_TOKEN", "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
+WITHOUT_OWNER = r"(distil)?gpt2(-medium|-large|-xl)?"  # on the Hub all other names are owner/name
 SHARD = r"[\w.-]{1,200}\.(safetensors|bin)"  # no "../" and no absolute path, which could name any file
 HUB_ERRORS = {  # class of an error of the Hub's clients -> what it means here; the first match counts
     "GatedRepoError": "is gated: accept its terms on the Hub, then set HF_TOKEN",
@@ -79,15 +80,16 @@ def check_hub_name(name):
     if not name or os.path.isfile(folder):
         raise InputError(f"{name or 'an empty name'} is not a model: give its folder, or its name on the Hub")
 
-    is_path = re.match(r"[./~]|out(/|$)|.*/$|.*\\|.*/.*/", name)
+    is_path = (re.match(r"[./~]|out/|.*/$|.*\\|.*/.*/", name)
+               or "/" not in name and not re.fullmatch(WITHOUT_OWNER, name))
     if is_path and os.path.isdir(folder):
         raise InputError(f"{name} is an empty folder, not a model")
     near = lookalike(folder)
     is_slip = (near not in (None, folder) and "/" in name
                and re.findall(r"\d+", near) == re.findall(r"\d+", name))
     if is_path or is_slip:
-        hint = f"; did you mean {near}?" if near else ""
-        raise InputError(f"no folder {name}{hint}")
+        hint = "; models on the Hub are called owner/name" if "/" not in name else ""
+        raise InputError(f"no folder {name}" + (f"; did you mean {near}?" if near else hint))
 
 
 # ------------------------------------------------------------------------------------ the Hub

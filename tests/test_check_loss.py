@@ -172,6 +172,10 @@ def nan(s, t, y):
 def of_the_teacher(s, t, y):
     return fixed(t, t, y)
 
+def per_sequence(s, t, y):
+    B, L, V = s.shape
+    return fixed(s, t, y)
+
 def two_numbers(s, t, y):
     return s.sum(-1)
 '''
@@ -215,7 +219,10 @@ def test_errors_are_one_clear_line(examine):
             (("broken.py:loss",), "broken.py cannot be imported: ModuleNotFoundError"),
             (("mines.py:fixed",), "did you mean mine.py?"),
             (("mine.py",), "expected path/to/file.py:function"),
-            (("mine.py:gone",), "has no function 'gone'; it has shifts"),
+            (("mine.py:gone",), "has no function 'gone'; it has shifts, forgets_to, outputs, fixed"),
+            ((f"{ROOT}/distill.py:plain_los",), "has no function 'plain_los'; did you mean plain_loss?"),
+            ((f"{ROOT}/extras/lab.py:gone",), "it has kl_of_tokens, mixture, distillation_loss, step"),
+            (("mine.py:per_sequence", *FIXED), "; is it --form sequences?"),
             (("mine.py:fixed",), "say which value it uses, with --temperature"),
             (("mine.py:positional", *FIXED), "missing a required argument: 'alpha'"),
             (("mine.py:nan", *FIXED), "NaN"),

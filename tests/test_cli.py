@@ -207,7 +207,8 @@ def test_flags_take_and_refuse(parser):
             ("--seed 10", "--seed 10: must be 0 to 9"), ("--seed 1.5", "--seed 1.5: must be 0 to 9"),
             ("--seed " + "9" * 10_000, "--seed " + "9" * 40 + ": must be 0 to 9"),
             ("--share nan", "--share nan: must be 0 to 1"), ("--sede 3", "did you mean --seed?"),
-            ("--seed", "--seed expected one argument"), ("--fas", "did you mean --fast?")]:
+            ("--seed", "--seed expected one argument"), ("--fas", "did you mean --fast?"),
+            ("--s 4", "did you mean --seed, --share?")]:
         with pytest.raises(InputError) as error:
             parser.parse_args(argv.split())
         assert message in str(error.value) and "\n" not in str(error.value)
@@ -242,6 +243,7 @@ def test_misspelt_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, near in {
             "demo/techer": "demo/teacher", "demo/techer/": "demo/teacher", "my_text.txt": "my_texts.txt",
+            "dmo/teacher": "demo/teacher", "a/b/c/d": None,
             "lambda": "lambada", "EleutherAI/pythia-70m": None, "gpt2": None, "owner/lambda": None}.items():
         assert lookalike(name, ["lambada", "stdlib"]) == near, name
     assert user_path("~/x") == str(Path.home() / "x") and user_path("a~b/~") == "a~b/~"

@@ -187,7 +187,7 @@ def test_sample_from_the_hub(world, run):
     done = run("sample.py", "--model", "gpt2", "--compare", "distilgpt2", "--prompt", "The part",
                "--tokens", "5", "--num", "2")
     assert done.returncode == 0, done.stderr
-    assert re.findall(r"^--- (\S+)", done.stdout, re.M) == ["gpt2", "distilgpt2"]
+    assert re.findall(r"^--- (.+), 1 of 2$", done.stdout, re.M) == ["gpt2", "distilgpt2"]
     assert done.stdout.count("The part") == 4
     missing = run("sample.py", "--model", "nobody/nothing")
     assert missing.returncode == 2 and missing.stderr.startswith("error: nobody/nothing is neither")

@@ -214,10 +214,15 @@ def test_what_else_is_data(tmp_path, monkeypatch, datasets):
     (tmp_path / "long.jsonl").write_text(lines * 200_000)  # several blocks
     assert eval_ppl.read_texts(str(tmp_path / "long.jsonl"), "pages", "") == [lines * 200_000]
 
+    (tmp_path / "folder").mkdir()
+    for name in ("train", "valid"):
+        (tmp_path / "folder" / f"{name}.txt").write_text(name)
+    assert eval_ppl.read_texts(str(tmp_path / "folder"), "sliding", "text") == ["valid"], "as distill.py"
+
     old = "EleutherAI/lambada_openai@old:default"
     assert eval_ppl.read_texts(old, "lambada", "text") == ["Only one"]
     pairs = [("val", "a"), ("train", "b"), ("val", "c")]
-    monkeypatch.setattr(eval_ppl, "open_data", lambda data: Namespace(documents=iter(pairs)))
+    monkeypatch.setattr(eval_ppl, "open_data", lambda data, column: Namespace(documents=iter(pairs)))
     assert eval_ppl.read_texts("stdlib", "blocks", "text") == ["a\n\nc"]
 
 
@@ -379,13 +384,23 @@ def test_the_table_says_what_it_is(monkeypatch, capsys, zoo, datasets):
     monkeypatch.setattr(sys, "argv", ["eval_ppl.py", str(zoo / "gpt2"), "--protocol=pages", "--device=cpu"])
     eval_ppl.main()
     out = capsys.readouterr().out
-    assert out.startswith(f"data {eval_ppl.WIKITEXT}, ")
-    assert all(f", {setting}, " in out for setting in ("protocol pages", "context 64", "stride 64"))
-    assert "WikiText is detokenised" in out and "±" in out
+    words = " ".join(out.split())
+    assert words.startswith(f"data {eval_ppl.WIKITEXT}, ") and max(map(len, out.splitlines())) <= 80
+    assert all(f", {setting}, " in words for setting in ("protocol pages", "context 64", "stride 64"))
+    assert "WikiText is detokenised" in words and "±" in words
     for name in ("parameters", "megabytes", "tokens", "words", "bytes", "tokens per second"):
         assert re.search(rf"^\| {name} +\| +[\d,]+ \|$", out, re.M), name
-    for name in ("perplexity per token", "perplexity per word", "perplexity per byte", "bits per byte"):
+    for name in ("loss in nats per token", "perplexity per token", "perplexity per byte", "bits per byte"):
         assert re.search(rf"^\| {name} +\| +[\d.]+ ± [\d.]+ \|$", out, re.M), name
+
+    for figure, text in ((1234, 1234), ("-", "-"), (0.24954, "0.2495"), (math.inf, "inf"),
+                         ((24.76871, 0.32154), "24.769 ± 0.322"), ((11016.53, 153.26), "1.102e+04 ± 153.3")):
+        assert eval_ppl.shown(figure) == text
+    args = eval_ppl.parse_args(["gpt2", "--protocol", "sliding", "--data", "a/long/name/of/a.txt"])
+    results = {name: {"perplexity_per_word": (987.65432, 12.34567)} for name in
+               ("demo/teacher", "out", "out/control")}
+    lines = eval_ppl.report(results, args).splitlines()
+    assert max(map(len, lines)) <= 80 and "987.65 ± 12.35" in lines[-1]
 
 
 def test_a_diverged_model_has_no_perplexity(measure, zoo, tmp_path, book):
@@ -473,7 +488,8 @@ BAD_INPUT = [
     ("gpt2 --data WORDS --protocol blocks", "too short: no window for blocks, --context 64"),
     ("gpt2 --data LATIN1", "is not UTF-8 text: see its byte 9"),
     ("gpt2 --data OBJECT", "is not a list of JSON objects"),
-    ("gpt2 --data FOLDER", "could not be read as a data set with a test split: name a file in it"),
+    ("gpt2 --data FOLDER", "has no .txt, .md, .jsonl, .parquet or source file"),
+    ("nope --data WORDS", "no folder nope"),
     ("gpt2 --data OTHER", "did you mean"),
     ("gpt2 --data wikitext-9", "neither a file here nor a data set on the Hub: did you mean wikitext-2?"),
     ("gpt2 --data missing/text.ndjson", "missing/text.ndjson is neither a file here nor a data set"),

@@ -56,13 +56,15 @@ def test_files_of_a_folder(hub, tmp_path, monkeypatch):
 def test_what_can_only_be_a_path_is_missing_at_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub_module, "download", lambda *args: pytest.fail(f"the Hub was asked: {args}"))
-    for folder in ("demo/teacher", "EleutherAI/pythia-70m", "gpt-2"):
+    for folder in ("demo/teacher", "EleutherAI/pythia-70m", "gpt-2", "tuned"):
         Path(folder).mkdir(parents=True)
     Path("weights.bin").touch()
     for name in (tmp_path / "nowhere", "./nowhere", "nowhere/", "out", "~/nowhere", "a/b/c", r"runs\one",
                  "/" + "x" * 5000):
         assert message_of(fetch, name, "config.json").startswith(f"no folder {str(name):.200}")
     assert message_of(fetch, "demo/techer", "a.json") == "no folder demo/techer; did you mean demo/teacher?"
+    assert message_of(fetch, "tunde", "a.json") == "no folder tunde; did you mean tuned?"
+    assert message_of(fetch, "nope", "a.json") == "no folder nope; models on the Hub are called owner/name"
     assert "weights.bin is not a model: give its folder" in message_of(fetch, "weights.bin", "config.json")
     assert "an empty name" in message_of(fetch, "", "config.json")
 
@@ -112,7 +114,7 @@ def test_files_of_the_hub(hub):
             ("someone/model", "other.json", "other.json of someone/model is not on the Hub"),
             ("someone/model@step4", "config.json", "is on the Hub, but not with this revision"),
             ("someone/else", "config.json", "else is neither a folder here nor a model on the Hub"),
-            ("some one", "config.json", "not a name that a model on the Hub could have")):
+            ("some one/model", "config.json", "not a name that a model on the Hub could have")):
         assert message in message_of(need, name, file)
     hub.gated.add("someone/model")
     assert "HF_TOKEN" in message_of(fetch, "someone/model", "weights.bin")

@@ -145,10 +145,10 @@ def test_wrong_students_are_told_so():
         return student
 
     for function, told in ((shared, "share tensors"),
-                           (unloaded, "norm.weight should be the teacher's norm.weight"),
+                           (unloaded, "norm.weight is not a copy of the teacher's norm.weight"),
                            (lambda teacher, layers: teacher, "a new model"),
                            (lambda teacher, layers: model.student_from(teacher, [0, 2]),
-                            "should be the teacher's blocks.3"),
+                            "weight, but of blocks.2."),
                            (lambda teacher, layers: model.student_from(teacher, [0, 1, 3]), "3 blocks"),
                            (lambda teacher, layers: layers[9], "it raised IndexError")):
         found = examine(function, "student_of")

@@ -193,6 +193,8 @@ def test_runs_by_step_and_by_second(three):
         assert dots == [[0, 5.0], [20 / speed, 3.5], [40 / speed, 3.25]]
         diamonds = [tuple(line.get_xydata()[0]) for line in axes.lines if line.get_marker() == "D"]
         assert diamonds == [(ends[0], 3.25), (ends[1], 2.75)], "held-out losses of those that have one"
+        low, high = axes.get_ylim()
+        assert low < 2 and 3.5 < high < 4, "the range after a tenth of the steps"
 
     # matplotlib leaves out names that begin with _, and typesets what is between two dollar signs.
     figure = by_step.figure
@@ -200,22 +202,29 @@ def test_runs_by_step_and_by_second(three):
     figure.draw_without_rendering()
 
 
-def test_the_table_of_runs(three):
+def test_the_table_of_runs(three, monkeypatch):
+    """A column for each run, in 80 columns. KLs on the training text are at T, so only at one T alike."""
     write_log(three[0] / "control", 60, teacher=False)
-    header, _, warm, cold, new, control = cells(plot.compare([*three, three[0] / "control"]))
-    assert header == ["run", "seed", "temperature", "steps", "seconds", "last CLM", "last KL",
-                      "held-out loss", "held-out KL to teacher", "held-out same top-1"]
-    assert warm[1:5] == ["0", "2.0", "60", "15"] and warm[7:] == ["3.2500", "0.1250", "0.5000"]
-    assert cold[1:5] == ["3", "4.0", "80", "20"] and cold[7:] == ["2.7500", "0.1250", "0.5000"]
-    assert new[1:5] == ["-", "-", "20", "5"] and new[7:] == ["-", "-", "-"]
-    assert control[6:] == ["-", "3.7500", "0.6250", "0.5000"], "from the results of its student"
+    monkeypatch.chdir(three[0].parent)
+    folders = ["_warm", "cold $x^$", r"new$\frac", "_warm/control"]
+    *table, about = plot.compare(folders).splitlines()
+    assert max(map(len, [*table, about])) <= 80 and "T = 1" in about
+    names, warm, cold, new, control = zip(*cells("\n".join(table)), strict=True)
+    assert [*names[2:]] == ["seed", "temperature", "steps", "seconds", "last CLM", "held-out loss",
+                            "held-out KL to teacher", "held-out same top-1"]
+    assert warm[2:6] == ("0", "2.0", "60", "15") and warm[7:] == ("3.2500", "0.1250", "0.5000")
+    assert cold[2:6] == ("3", "4.0", "80", "20") and cold[7:] == ("2.7500", "0.1250", "0.5000")
+    assert new[2:6] == ("-", "-", "20", "5") and new[7:] == ("-", "-", "-")
+    assert control[7:] == ("3.7500", "0.6250", "0.5000"), "from the results of its student"
     last = (78, 79, 80)  # the twentieth of 80 steps around the last one: two before it
-    assert float(cold[5]) == pytest.approx(np.mean([4 / math.sqrt(i) + i % 3 - 0.5 for i in last]), abs=1e-4)
-    assert float(cold[6]) == pytest.approx(np.mean([1 / i for i in last]), abs=1e-4)
+    assert float(cold[6]) == pytest.approx(np.mean([4 / math.sqrt(i) + i % 3 - 0.5 for i in last]), abs=1e-4)
+
+    kl, = (row[1:] for row in cells(plot.compare(folders[1:])) if row[0] == "last KL")
+    assert float(kl[0]) == pytest.approx(np.mean([1 / i for i in last]), abs=1e-4) and kl[2] == "-"
 
 
 def test_verdicts_over_seeds(tmp_path, monkeypatch, capsys):
-    """The difference of each pair with one seed, against twice its standard deviation."""
+    """The difference of each pair with one seed, against twice its standard deviation, from 3 seeds on."""
     losses = {"1": (3.0, 3.2, 3.1), "2": (2.9, 3.1, 3.0), "4": (3.15, 3.1, 3.3), "8": (3.5, 3.71, 3.6)}
     folders = []
     for T, found in losses.items():
@@ -225,19 +234,27 @@ def test_verdicts_over_seeds(tmp_path, monkeypatch, capsys):
             finish(folders[-1], "--temperature", T, "--seed", seed, "--workers", seed + 1, loss=loss,
                    text="one")
 
-    found = {row[0]: row[1:] for row in cells(plot.verdicts(folders))[2:]}
-    assert len(found) == 4 + 3
-    assert [found[f"temperature {T}.0 against temperature 1.0"] for T in "248"] == [
-        ["3", "+0.1000", "0.0000", "BETTER"],
-        ["3", "-0.0833", "0.3215", "CANNOT TELL"],
-        ["3", "-0.5033", "0.0115", "WORSE"]]
-    assert found["temperature 1.0 against its control"] == ["3", "+0.6500", "0.2000", "BETTER"]
+    def verdicts(folders):
+        text = plot.verdicts(folders)
+        assert max(map(len, text.splitlines())) <= 80
+        return {row[0]: row[1:] for row in cells(text) if len(row) > 1}
 
-    assert "student against its control |     3" in plot.verdicts(folders[:3])
-    assert plot.verdicts([folders[0], folders[3]]) == "", "one seed of each"
-    assert plot.verdicts([folders[0], folders[4]]) == "", "no seed in common"
+    found = verdicts(folders)
+    assert found.pop("temperature") == ["seeds", "loss minus the other's", "verdict"]
+    assert len(found) == 1 + 4 + 3
+    assert [found[f"{T}.0 against 1.0"] for T in "248"] == [
+        ["3", "-0.1000 ± 0.0000", "BETTER"],
+        ["3", "+0.0833 ± 0.3215", "CANNOT TELL"],
+        ["3", "+0.5033 ± 0.0115", "WORSE"]]
+    assert found["1.0 against its control"] == ["3", "-0.6500 ± 0.2000", "BETTER"]
+    two_seeds = verdicts([*folders[:2], *folders[3:5]])
+    assert two_seeds["2.0 against 1.0"] == ["2", "-0.1000 ± 0.0000", "CANNOT TELL"]
+
+    assert verdicts(folders[:3])["student against its control"][0] == "3"
+    assert plot.verdicts([folders[0], folders[3]]) == plot.ONE_SEED
+    assert plot.verdicts([folders[0], folders[4]]) == plot.ONE_SEED, "no seed in common"
     finish(folders[1], "--temperature", 1, "--seed", 1, text="another")
-    assert plot.verdicts(folders[:2]) == "", "another text"
+    assert plot.verdicts(folders[:2]) == plot.ONE_SEED, "another text"
     monkeypatch.setattr(sys, "argv", ["plot", *map(str, folders[3:9])])
     plot.main()
     assert "BETTER |" in capsys.readouterr().out
@@ -346,9 +363,10 @@ def test_bad_folders_and_files(tmp_path, folder, finished, main):
         assert code == 2 and error.startswith("error: ") and error.count("\n") == 1
         return error
 
-    nowhere = tmp_path / "nowhere"
-    assert f"{nowhere / 'log.csv'}: steps so far: 0" in refused(nowhere)
-    assert f"{nowhere / 'args.json'}: there are no settings" in refused(nowhere, "--distribution")
+    assert f"there is no folder {tmp_path / 'nowhere'}\n" in refused(tmp_path / "nowhere")
+    assert f"there is no folder {folder}t; did you mean {folder}?" in refused(f"{folder}t")
+    assert f"{tmp_path / 'log.csv'}: steps so far: 0" in refused(tmp_path)
+    assert f"{tmp_path / 'args.json'}: there are no settings" in refused(tmp_path, "--distribution")
     assert "must be a name that ends in .png" in refused(folder, "--save", tmp_path / "picture")
     assert "--distribution draws one run" in refused(folder, folder, "--distribution")
     refused(folder, "--save", folder / "log.csv" / "loss.png")

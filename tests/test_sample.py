@@ -93,6 +93,11 @@ def test_a_text_ends_with_its_document(write, monkeypatch):
     assert write("--prompt", "a ")[1] == f"--- {TEACHER}\na yes\n\n"
 
 
+def test_several_texts_are_numbered(write):
+    headings = [line for line in write("--num", "2")[1].splitlines() if line.startswith("---")]
+    assert headings == [f"--- {TEACHER}, 1 of 2", f"--- {TEACHER}, 2 of 2"]
+
+
 def test_a_name_given_twice_writes_once(write):
     assert write("--compare", TEACHER)[1].count("--- ") == 1
 
@@ -110,11 +115,13 @@ BAD_INPUT = [
     (["--prompt", "a\ud800"], "is not UTF-8 text"),
     (["--prompt", "-"], "--prompt - is not UTF-8 text: see its byte 2"),
     (["--model", "out"], "run `python distill.py` first"),
+    (["--model", "outt"], "no folder outt; did you mean out?"),
 ]
 
 
 def test_bad_input(write, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
     for argv, message in BAD_INPUT:
         code, out, errors = write(*argv, stdin=b"ab\xff")
         assert (code, out) == (2, ""), argv

@@ -1,6 +1,7 @@
 """extras/speculate.py writes what the teacher alone would write."""
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,6 +109,12 @@ def test_the_command(workshop, tmp_path, monkeypatch, capsys):
     assert [row[0].strip() for row in rows] == ["none", "out", "out/control"]
     assert rows[1][1].strip() == "100.0%" and float(rows[1][2]) == 5.0
     assert float(rows[2][2]) < 2
+    assert "the rest of the draft is thrown away" in " ".join(printed.split())
+
+    moments = iter((0, 2, 2, 4, 4, 5, 5, 9))  # none twice, out, out/control
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "time", SimpleNamespace(perf_counter=moments.__next__))
+        assert command()[1].splitlines()[-1].startswith("slower here: drafts of out/control cost more")
 
     code, printed = command("--tokens", "100")
     assert code == 2 and "fewer --tokens" in printed
