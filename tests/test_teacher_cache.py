@@ -402,7 +402,7 @@ def test_a_second_run_uses_the_cache(workshop, distil, tmp_path, monkeypatch):
     kl = [float(row["kl"]) for row in log_rows(tmp_path / "b")]
     assert sum(kl[-5:]) < 0.95 * sum(kl[:5])
     assert content(tmp_path / "cache") == before
-    assert "KL(teacher || student, T = 2, 4 draws)" in printed
+    assert "KL(teacher || student, T = 1, 4 draws)" in printed
     assert {float(row["kl"]) for row in log_rows(tmp_path / "b" / "control")} == {0}
 
 
