@@ -1,9 +1,6 @@
 """Where does a teacher pay off? A plan of 179 runs of the demo, and the page made of their results.
 
-    python -m extras.atlas                  makes the missing runs; can be stopped
-    python -m extras.atlas --only control   only runs whose name contains "control"
-    python -m extras.atlas --list           prints the plan and the results so far
-    python -m extras.atlas --page           makes the tables and pictures anew
+    python -m extras.atlas   makes the missing runs; can be stopped
 
 Read in this order:
   plan              the runs, as data: a name, and the flags that BASE lacks

@@ -1,9 +1,6 @@
 """What may be kept of a teacher's answers? Draws from them, or the likeliest tokens, at three temperatures.
 
-    python -m extras.cache_study                  makes the missing runs; can be stopped
-    python -m extras.cache_study --only "seed 1"  only runs whose name contains this
-    python -m extras.cache_study --list           prints the plan and the results so far
-    python -m extras.cache_study --page           makes the tables of its page anew
+    python -m extras.cache_study   makes the missing runs; can be stopped
 
 Read in this order:
   ARMS               what is kept of the teacher's answer, and the loss that learns from it

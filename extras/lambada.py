@@ -1,8 +1,8 @@
 """What distilling does to LAMBADA and to copying: DistilPythia's open question, asked of small models.
 
-    python -m extras.lambada                trains what is missing; also --only, --list and --page
+    python -m extras.lambada   makes the missing runs; can be stopped
     python -m extras.lambada ask EleutherAI/pythia-70m pythia/control pythia
-                                            puts the same questions to models that you have
+                               puts the same questions to models that you have
 
 LAMBADA's last word can mostly be copied from its passage, and distillation is known to weaken the heads that
 copy (arXiv 2509.01649). So: a teacher that copies, a student that copies a little, the published objective,

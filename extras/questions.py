@@ -1,9 +1,6 @@
 """Should I distil? Questions before a run, asked of small models: unseen text, little text, hard labels.
 
-    python -m extras.questions                    makes the missing runs; can be stopped
-    python -m extras.questions --only scarce      only runs whose name contains "scarce"
-    python -m extras.questions --list             prints the plan and the results so far
-    python -m extras.questions --page             makes the tables of its page anew
+    python -m extras.questions   makes the missing runs; can be stopped
 
 Read in this order:
   plan             the runs; what each question expects was written into docs/questions.md before them

@@ -1,8 +1,6 @@
 """Mistakes of public distillation code: each one as a loss, and what it does to a student.
 
-    python -m extras.wrong_losses                  makes the runs that are missing; it can be stopped
-    python -m extras.wrong_losses --only top-K     only runs whose name contains "top-K"
-    python -m extras.wrong_losses --page           writes the table of docs/wrong-losses.md anew
+    python -m extras.wrong_losses   makes the missing runs; can be stopped
 
 Read in this order:
   the mistakes  one function each; the right loss is distill.plain_loss; MISTAKES holds all of them by name
