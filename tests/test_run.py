@@ -285,14 +285,15 @@ def test_a_signal_saves_and_ends(tmp_path, monkeypatch, capfd):
     honest = torch.save
 
     class Slow:
-        """A file during whose first write the second signal comes."""
+        """A file during whose second write the second signal comes."""
         def __init__(self, file):
             self.file = file
             self.flush = file.flush
 
         def write(self, data):
-            if asked.count(None) == 1:
-                asked.append(os.kill(os.getpid(), signal.SIGINT))
+            asked.append("written")
+            if len(asked) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
             return self.file.write(data)
 
     for number, step, saved, twice in ((signal.SIGINT, 0, 0, False), (signal.SIGTERM, 1, 1, False),
@@ -302,7 +303,8 @@ def test_a_signal_saves_and_ends(tmp_path, monkeypatch, capfd):
 
         def ask(student, number=number, asked=asked, twice=twice):
             if not asked:
-                asked.append(os.kill(os.getpid(), number))
+                asked.append("once")
+                os.kill(os.getpid(), number)
                 if twice:
                     patch.setattr(torch, "save", lambda state, file: honest(state, Slow(file)))
 
@@ -528,8 +530,8 @@ def test_what_is_not_finite_is_named(tmp_path):
 
 
 # ------------------------------------------------------------------------------------ by the command
-def test_the_same_command_again_shows_the_table(workshop, distil, refused, tmp_path):
-    """Nothing is written, and a card that was edited stays; but it has to be the same teacher."""
+def test_the_same_command_again_shows_the_table(workshop, distil, refused, tmp_path, monkeypatch):
+    """Nothing is written, and a card that was edited stays; but it has to be the same teacher and loss."""
     out = tmp_path / "out"
     first = distil(out, control=True)
     (out / "README.md").write_text("by hand")
@@ -540,6 +542,14 @@ def test_the_same_command_again_shows_the_table(workshop, distil, refused, tmp_p
         printed = distil(out, control=True, **how)
         assert row in printed and "finished" in printed
         assert content(out) == before
+
+    def edited(*inputs):
+        return distill.plain_loss(*inputs)
+
+    edited.formula = distill.plain_loss.formula
+    with monkeypatch.context() as patch:
+        patch.setitem(distill.LOSSES, "forward", edited)
+        refused(out, "the loss in distill.py has been edited since", control=True)
 
     other = load(tmp_path / "teacher")
     other.blocks[1].mlp.down.bias.data[0] += 1

@@ -226,6 +226,8 @@ def test_what_is_read_of_a_folder(tmp_path, capsys):
 
     fill(tmp_path / "empty", ["a.csv", ".c.txt"])
     assert "source file to train on; left out: 1 hidden, 1 .csv" in refusal(read, tmp_path / "empty")
+    (tmp_path / "nothing").mkdir()
+    assert refusal(read, tmp_path / "nothing").endswith("source file to train on; it is empty")
 
 
 def test_names_of_splits_count_if_every_file_has_one(tmp_path, capsys):
