@@ -29,15 +29,7 @@ from support.cli import format_table, one_line, open_bar, reading, say
 from support.files import replaced
 from support.flags import CONTROLS_TRIED, control_of, runs_of
 from support.ranks import autocast, stop_at_once
-from support.run import (
-    CHANGES_NOTHING,
-    RESULTS,
-    published,
-    read_held_out,
-    read_log,
-    read_settings,
-    seconds_of,
-)
+from support.run import CHANGES_NOTHING, RESULTS, published, read_log, read_settings, seconds_of
 from support.scoring import difference, held_out_batches, score_held_out, table_rows, validate
 
 WIDTH = 80
@@ -314,7 +306,7 @@ def before_and_after(args, end):
 def on_the_way(args):
     """The rows of held-out.csv, if they are losses on the text of the table."""
     is_same = read_settings(args.out).get("eval_tokens") == args.eval_tokens
-    return read_held_out(args.out) if is_same else []
+    return read_log(Path(args.out, "held-out.csv")) if is_same else []
 
 
 def sign(gap):

@@ -297,8 +297,8 @@ STEPS = 5
 
 
 def settings(folder, *more):
-    argv = f"--teacher none --student x --steps {STEPS} --seq-len 4 --precision fp32 --device cpu --workers 1"
-    argv += " --save-interval 1"
+    argv = f"--teacher gpt2 --student gpt2 --steps {STEPS} --seq-len 4 --precision fp32 --device cpu"
+    argv += " --workers 1 --save-interval 1"
     args = flags.parse_args("", LossSettings(), [*argv.split(), "--out", str(folder / "out"), *more])
     flags.check(args)
     args.objective = "loss = CLM"
