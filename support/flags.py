@@ -228,7 +228,7 @@ def parse_args(doc, loss_settings, argv=None):
     settings = {**defaults, **RECIPES[recipe]}
     if given.keys() & {"student", "student_layers"}:  # the user's student replaces the recipe's
         settings.update(student=None, student_layers=None)
-    if given.get("teacher") == "none" and "clm_weight" not in RECIPES[recipe]:
+    if given.get("teacher") == "none":
         settings["clm_weight"] = 1.0
     if "teacher_cache" in given and "temperature" not in RECIPES[recipe]:
         settings["temperature"] = 1.0  # at which draws are least noisy: docs/teacher-cache.md
