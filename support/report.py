@@ -254,7 +254,8 @@ def verdict(args, gaps, worse):
         said.append(sentence + (", so this gain is too large." if is_too_large else "."))
 
     # Where the student is between control and teacher, or which of the two has passed the teacher.
-    if all(signs.get(name) == 1 for name in ("control - student", "student - teacher", "control - teacher")):
+    is_between = all(signs.get(name) == 1 for name in ("control - student", "student - teacher"))
+    if is_between and not worse:
         whole = gaps["control - teacher"]
         closed = gaps["control - student"][0] / whole[0]
         said.append(f"The student closes {closed:.0%} of the gap between control and teacher, which is "

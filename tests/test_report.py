@@ -219,6 +219,7 @@ def test_a_model_that_got_worse_is_said(tmp_path):
     student = "The student got worse after step 600, where it had 3.300: it has read the text too often."
     worth = "what the teacher was worth"
     assert f"{control}, so this gain is too large." in said(3.32, 3.932) and worth not in said(3.32, 3.932)
+    assert "closes" not in said(3.45, 3.932), "a share of a gap that is too large"
     assert student in said(3.4, 3.7) and worth not in said(3.4, 3.7) and "control got" not in said(3.4, 3.7)
     assert f"{control}. " in said(3.9, 3.932) and "no gain from the teacher" in said(3.9, 3.932)
     assert worth in said(3.32, 3.73) and "got worse" not in said(3.32, 3.73)
