@@ -54,8 +54,8 @@ WRITTEN = f"{SHARED} --kd-weight 0 --clm-weight 1"
 
 # ------------------------------------------------------------------------------------ the plan
 HARD_ARMS = {"argmax": HARD, "draw": HARD, "written": WRITTEN}
-HARD_RATES = {"argmax": ("9e-5", "1.75e-4", "3.5e-4", "7e-4", "1.4e-3"),
-              "draw": ("3.5e-4", "7e-4", "1.4e-3"), "written": ("3.5e-4", "7e-4", "1.4e-3")}
+FOUR_RATES = ("1.75e-4", "3.5e-4", "7e-4", "1.4e-3")
+HARD_RATES = {"argmax": ("9e-5", *FOUR_RATES), "draw": FOUR_RATES, "written": FOUR_RATES}
 UNSEEN_ARMS = {"student": f"{DEMO} {UNSEEN}", "control": f"{CONTROL} {UNSEEN}",
                "careful control": f"{CAREFUL} {UNSEEN}"}
 UNSEEN_RATES = {"student": ("5e-4", "1e-3", "2e-3"), "control": ("2.5e-4", "5e-4", "1e-3"),

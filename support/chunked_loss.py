@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from support.cli import InputError
+
 CPU_ELEMENTS = 2**20  # of logits that the loss function sees at a time on a CPU
 
 
@@ -119,6 +121,9 @@ def loss_and_gradient(loss_function, s, answers, y, settings, full_size):
         s = s.float().requires_grad_()
         t = answers.float() if isinstance(answers, torch.Tensor) else answers
         loss, kl, clm = loss_function(s, t, y, settings)
+        if loss.dim():
+            raise InputError(f"{loss_function.__name__} returns a loss of shape {tuple(loss.shape)}, but it "
+                             "has to be one number: is a .sum() missing?")
         gradient, = torch.autograd.grad(loss, s)
 
     sums = torch.stack((loss, kl, clm, teacher_clm_of(t, y).to(loss)))

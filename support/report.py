@@ -107,7 +107,8 @@ def warn_of_unknown_text(args, teacher, corpus, tokenizer):
     few = SimpleNamespace(**vars(args) | {"eval_tokens": ENOUGH_TOKENS, "batch_size": 1})
     row, = validate([teacher], corpus, tokenizer.vocab_size, few, autocast(args, teacher.head_weight.device))
     bits = row["bits per byte"]
-    say(f"teacher    needs {bits:.2f} bits per byte of this text ({ENOUGH_BITS:g} or more: tune it first)")
+    knows = "it knows such text" if bits < ENOUGH_BITS else "tune it first"
+    say(f"teacher    needs about {bits:.2f} bits per byte of this text: {knows}")
     if bits < ENOUGH_BITS or not args.kd_weight or args.resume or has_been_tuned(args):
         return
 
@@ -239,7 +240,7 @@ def verdict(args, gaps, worse):
     """The table in words; what lies within the noise of the held-out text is a tie.
 
     gaps: {"control - student": (nats, two standard errors), ...}; "student" is the student's own loss.
-    worse: what got_worse has found.
+    worse: the sentences of got_worse.
     """
     signs = {name: sign(gap) for name, gap in gaps.items()}
     said = []
@@ -249,9 +250,7 @@ def verdict(args, gaps, worse):
         if not worse or signs["control - student"] != 1:
             said.append(WORTH[signs["control - student"]])
         caveat = effort(args)
-    for role, sentence in worse.items():
-        is_too_large = role == "control" and signs["control - student"] == 1
-        said.append(sentence + (", so this gain is too large." if is_too_large else "."))
+    said += worse
 
     # Where the student is between control and teacher, or which of the two has passed the teacher.
     is_between = all(signs.get(name) == 1 for name in ("control - student", "student - teacher"))
@@ -275,15 +274,22 @@ def verdict(args, gaps, worse):
 
 
 def got_worse(args, rows, gaps):
-    """{role: sentence} for the runs whose held-out loss was better on the way, beyond the noise."""
-    _, noise = gaps.get("control - student", gaps["student - teacher"])
-    said = {}
+    """Sentences on the runs whose held-out loss was better on the way, beyond the noise."""
+    name = "control - student" if "control" in rows else "student - teacher"
+    gain, noise = gaps[name]
+    best = {}
+    said = []
     for run in runs_of(args):
         end = rows[run.role]["loss"]
-        best = min(on_the_way(run), key=lambda row: row["loss"], default={"loss": end})
-        if end - best["loss"] > noise:
-            said[run.role] = (f"The {run.role} got worse after step {best['step']:,.0f}, where it had "
-                              f"{best['loss']:.3f}: it has read the text too often")
+        step, best[run.role] = min(((row["step"], row["loss"]) for row in on_the_way(run)),
+                                   key=lambda point: point[1], default=(0, end))
+        best[run.role] = min(best[run.role], end)
+        if end - best[run.role] > noise:
+            said.append(f"The {run.role} got worse after step {step:,.0f}, where it had "
+                        f"{best[run.role]:.3f}: it has read the text too often.")
+    if said and "control" in rows and gain > noise:
+        said.append("So compare the two at their best: the student had "
+                    f"{best['student']:.3f}, the control {best['control']:.3f}.")
     return said
 
 

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import distill
 from distill import LossSettings, plain_loss
 from support import chunked_loss
+from support.cli import InputError
 
 DIVERGENCES = [("forward", 0.5), ("reverse", 0.5), ("jsd", 0.1), ("jsd", 0.5), ("jsd", 0.9)]
 
@@ -240,6 +241,16 @@ def test_the_formula_has_the_numbers():
     assert "T = 2, 12 draws" in distill.parse_args("--recipe distilgpt2 --teacher-cache c".split()).objective
     alone = distill.parse_args("--teacher none --student gpt2".split())
     assert alone.objective == "loss = 1 * CLM"
+
+
+def test_a_forgotten_sum_is_said():
+    def by_token(student_logits, teacher_logits, targets, settings):
+        loss = -student_logits.log_softmax(-1).gather(1, targets[:, None])
+        return loss, loss.sum(), loss.sum()
+
+    hidden, head, targets = torch.ones(5, 4), torch.ones(7, 4), torch.tensor([1, 2, 3, 0, 4])
+    with pytest.raises(InputError, match=r"by_token returns a loss of shape \(5, 1\).*is a .sum\(\) missing"):
+        chunked_loss.chunked_loss(by_token, hidden, head, None, None, targets, LossSettings())
 
 
 def test_a_loss_of_hidden_states_is_an_entry_of_a_table(monkeypatch):

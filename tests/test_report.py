@@ -158,7 +158,7 @@ def test_a_teacher_that_knows_the_text_is_not_accused(tmp_path, monkeypatch):
                                      meta={"val": {"bytes": n_bytes, "tokens": len(ids)}})
             said.clear()
             report.warn_of_unknown_text(args, teacher, corpus, tokenizer)
-            assert re.fullmatch(r"teacher    needs \d\.\d\d bits per byte of this text .*", said[0])
+            assert re.fullmatch(r"teacher    needs about \d\.\d\d bits per byte of this text: .*", said[0])
             assert bool(said[1:]) == (name == "prose"), (name, n_tokens)
 
 
@@ -218,10 +218,12 @@ def test_a_model_that_got_worse_is_said(tmp_path):
     control = "The control got worse after step 600, where it had 3.695: it has read the text too often"
     student = "The student got worse after step 600, where it had 3.300: it has read the text too often."
     worth = "what the teacher was worth"
-    assert f"{control}, so this gain is too large." in said(3.32, 3.932) and worth not in said(3.32, 3.932)
+    fair = "compare the two at their best: the student had 3.300, the control 3.695."
+    assert f"{control}. So {fair}" in said(3.32, 3.932) and worth not in said(3.32, 3.932)
     assert "closes" not in said(3.45, 3.932), "a share of a gap that is too large"
     assert student in said(3.4, 3.7) and worth not in said(3.4, 3.7) and "control got" not in said(3.4, 3.7)
     assert f"{control}. " in said(3.9, 3.932) and "no gain from the teacher" in said(3.9, 3.932)
+    assert "at their best" not in said(3.9, 3.932)
     assert worth in said(3.32, 3.73) and "got worse" not in said(3.32, 3.73)
     assert "got worse" not in said(3.4, 3.932, noise=math.inf)
     args.eval_tokens = 99
