@@ -58,7 +58,7 @@ FOUR_RATES = ("1.75e-4", "3.5e-4", "7e-4", "1.4e-3")
 HARD_RATES = {"argmax": ("9e-5", *FOUR_RATES), "draw": FOUR_RATES, "written": FOUR_RATES}
 UNSEEN_ARMS = {"student": f"{DEMO} {UNSEEN}", "control": f"{CONTROL} {UNSEEN}",
                "careful control": f"{CAREFUL} {UNSEEN}"}
-UNSEEN_RATES = {"student": ("5e-4", "1e-3", "2e-3"), "control": ("2.5e-4", "5e-4", "1e-3"),
+UNSEEN_RATES = {"student": ("5e-4", "1e-3", "2e-3", "4e-3"), "control": ("2.5e-4", "5e-4", "1e-3"),
                 "careful control": ("2.5e-4", "5e-4", "1e-3")}
 SCARCE_ARMS = ("student", "careful control")
 BEST = {  # the rates that were best with seed 0
