@@ -18,6 +18,9 @@ Shapes: B sequences, L tokens of each, N = B * L, n tokens with a target, V voca
 import contextlib
 import functools
 import itertools
+import shlex
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -32,6 +35,7 @@ from extras.atlas import BASE, CONTROL, DEMO, SEEDS, SHARED
 from extras.study import Study, arms, average, spread, trained, write_text
 from model import load
 from sample import draw
+from support import ROOT
 from support.chunked_loss import chunked_loss
 from support.cli import run_cli
 from support.flags import DEMO_TEACHER
@@ -56,14 +60,18 @@ WRITTEN = f"{SHARED} --kd-weight 0 --clm-weight 1"
 HARD_ARMS = {"argmax": HARD, "draw": HARD, "written": WRITTEN}
 FOUR_RATES = ("1.75e-4", "3.5e-4", "7e-4", "1.4e-3")
 HARD_RATES = {"argmax": ("9e-5", *FOUR_RATES), "draw": FOUR_RATES, "written": FOUR_RATES}
-UNSEEN_ARMS = {"student": f"{DEMO} {UNSEEN}", "control": f"{CONTROL} {UNSEEN}",
-               "careful control": f"{CAREFUL} {UNSEEN}"}
-UNSEEN_RATES = {"student": ("5e-4", "1e-3", "2e-3", "4e-3"), "control": ("2.5e-4", "5e-4", "1e-3"),
-                "careful control": ("2.5e-4", "5e-4", "1e-3")}
-SCARCE_ARMS = ("student", "careful control")
+UNSEEN_ARMS = {"student": f"{DEMO} {UNSEEN}",
+               "tuned teacher": f"{DEMO} {UNSEEN} --recipe demo --teacher {OUT}/teacher",
+               "control": f"{CONTROL} {UNSEEN}", "careful control": f"{CAREFUL} {UNSEEN}"}
+UNSEEN_RATES = {"student": ("5e-4", "1e-3", "2e-3", "4e-3"), "tuned teacher": ("1e-3", "2e-3"),
+                "control": ("2.5e-4", "5e-4", "1e-3", "2e-3"),
+                "careful control": ("2.5e-4", "5e-4", "1e-3", "2e-3")}
+TUNING = (f"--recipe demo --teacher none --student {shlex.quote(DEMO_TEACHER)} --data {OUT}/test --lr 5e-4 "
+          f"--precision bf16 --device cpu --eval-tokens 40000 --out {OUT}/teacher")
+SCARCE_ARMS = ("student", "control", "careful control")
 BEST = {  # the rates that were best with seed 0
     "argmax": "7e-4", "draw": "7e-4", "written": "7e-4",
-    "student": "1e-3", "control": "5e-4", "careful control": "5e-4"}
+    "student": "2e-3", "tuned teacher": "1e-3", "control": "5e-4", "careful control": "1e-3"}
 
 
 def plan():
@@ -86,7 +94,9 @@ def one_run(name, flags):
     question, _, rest = name.partition(": ")
     arm = rest.split(", ")[0]
     if question in ("unseen", "scarce"):
-        write_text(OUT / "test", functools.partial(test_package))
+        write_text(OUT / "test", test_package)
+    if arm == "tuned teacher" and not (OUT / "teacher" / "model.safetensors").exists():
+        subprocess.run([sys.executable, ROOT / "distill.py", *shlex.split(TUNING)], check=True)
     return trained(flags, module_losses if question == "headline" else figures,
                    labels_of(LABELS[arm]) if arm in LABELS else None, functools.partial(change, rest))
 
