@@ -70,8 +70,8 @@ TUNING = (f"--recipe demo --teacher none --student {shlex.quote(DEMO_TEACHER)} -
           f"--precision bf16 --device cpu --eval-tokens 40000 --out {OUT}/teacher")
 SCARCE_ARMS = ("student", "control", "careful control")
 BEST = {  # the rates that were best with seed 0
-    "argmax": "7e-4", "draw": "7e-4", "written": "7e-4",
-    "student": "2e-3", "tuned teacher": "1e-3", "control": "5e-4", "careful control": "1e-3"}
+    "argmax": "9e-5", "draw": "3.5e-4", "written": "3.5e-4",
+    "student": "2e-3", "tuned teacher": "1e-3", "control": "1e-3", "careful control": "1e-3"}
 
 
 def plan():
