@@ -213,21 +213,29 @@ def rates_table(rows):
     return lines
 
 
+def unseen_table(rows):
+    """Students and controls on text that the teacher has not seen, or has only been tuned on."""
+    found = {arm: seeds_of(rows, "unseen", arm) for arm in UNSEEN_ARMS}
+    return [{"": arm, "rate": BEST[arm], "seeds": len(seeds), "held-out loss": spread(seeds),
+             "its teacher's": f"{seeds[0]['teacher_loss']:.3f}"} for arm, seeds in found.items() if seeds]
+
+
 def scarce_table(rows):
     """Student and controls on unseen text, by the number of different tokens of it."""
     lines = []
-    for size in (*SIZES, "all"):
-        cells = {"different tokens": size}
-        for arm in UNSEEN_ARMS:
-            seeds = arms(rows).get(f"scarce: {arm}, {size}", [])
-            if size == "all":
-                seeds = seeds_of(rows, "unseen", arm)
-            if seeds:
-                cells["teacher"] = f"{seeds[0]['teacher_loss']:.3f}"
-                cells["passes"] = f"{512 * seeds[0]['steps'] / seeds[0]['different_tokens']:.1f}"
-                cells[f"{arm}, at the end"] = f"{average(seeds):.3f}"
-                cells[f"{arm}, at its best"] = spread(seeds, "best")
-        lines.append(cells)
+    for size, arm in itertools.product((*SIZES, "all"), SCARCE_ARMS):
+        seeds = arms(rows).get(f"scarce: {arm}, {size}", [])
+        if size == "all":
+            seeds = seeds_of(rows, "unseen", arm)
+        if seeds:
+            lines.append({
+                "different tokens": size,
+                "passes": f"{512 * seeds[0]['steps'] / seeds[0]['different_tokens']:.1f}",
+                "": arm,
+                "seeds": len(seeds),
+                "at the end": f"{average(seeds):.3f}",
+                "at its best": spread(seeds, "best"),
+            })
     return lines
 
 
@@ -268,7 +276,8 @@ def headline(nats, draws=2000):
             "student better by": shown(gain, ".3f"), "of the gap": shown(share, ".1%")}
 
 
-TABLES = {"rates": rates_table, "scarce": scarce_table, "hard": hard_table, "headline": headline_table}
+TABLES = {"unseen": unseen_table, "scarce": scarce_table, "hard": hard_table, "headline": headline_table,
+          "rates": rates_table}
 STUDY = Study("questions", __doc__, plan(), one_run, TABLES)
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def origin(args):
     return f"the shape of {source}, with random weights" if args.student_init == "random" else source
 
 
-ENOUGH_BITS = 2.0  # per byte
+ENOUGH_BITS = 1.4
 ENOUGH_TOKENS = 2048  # held-out tokens that show whether the teacher needs more
 
 
@@ -100,7 +100,8 @@ def warn_of_unknown_text(args, teacher, corpus, tokenizer):
     """Before time is spent: a teacher that does not know this kind of text should be tuned on it first.
 
     The demo's teacher needs 1.2 bits for each byte of Python modules that it has not seen, 2.2 for English,
-    and more than 3 for shell scripts. This warns above 2.
+    and more than 3 for shell scripts. On Python that it does not know it needs 1.5, and there tuning it first
+    was worth 0.1 to 0.4 nats to its students (docs/questions.md, README.md). So this warns above 1.4.
     """
     if teacher is None:
         return
@@ -115,8 +116,10 @@ def warn_of_unknown_text(args, teacher, corpus, tokenizer):
     tuned = "tuned-teacher"
     tune = [sys.argv[0], "--teacher", "none", "--student", args.teacher, "--data", args.data,
             "--data-folder", args.data_folder, "--out", tuned]
-    for name in ("text_column", "packing", "seq_len", "batch_size", "grad_accum", "steps"):
+    for name in ("text_column", "packing", "seq_len", "batch_size", "grad_accum"):
         tune += ["--" + name.replace("_", "-"), str(getattr(args, name))]
+    few_passes = min(1, 2 / passes_over_text(args, corpus))  # after many it would know the text by heart
+    tune += ["--lr", "3e-4", "--steps", str(max(1, round(args.steps * few_passes)))]
     say("\n" + filled(
         f"warning    The teacher needs {bits:.2f} bits for each byte of this text. It would need about 1 for "
         "a text that it knows, so it may have little to teach. This trains it on the text first, and then "
