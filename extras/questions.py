@@ -68,7 +68,7 @@ UNSEEN_RATES = {"student": ("5e-4", "1e-3", "2e-3", "4e-3"), "tuned teacher": ("
                 "careful control": ("2.5e-4", "5e-4", "1e-3", "2e-3")}
 TUNING = (f"--recipe demo --teacher none --student {shlex.quote(DEMO_TEACHER)} --data {OUT}/test --lr 5e-4 "
           f"--precision bf16 --device cpu --eval-tokens 40000 --out {OUT}/teacher")
-SCARCE_ARMS = ("student", "control", "careful control")
+SCARCE_ARMS = {"student": "1e-3", "control": "5e-4", "careful control": "5e-4"}  # the demo's rates
 BEST = {  # the rates that were best with seed 0
     "argmax": "9e-5", "draw": "3.5e-4", "written": "3.5e-4",
     "student": "2e-3", "tuned teacher": "1e-3", "control": "1e-3", "careful control": "1e-3"}
@@ -83,8 +83,9 @@ def plan():
             runs |= {f"{question}: {arm}, lr {lr}": f"{flags} --lr {lr}" for lr in rates[arm]}
         for arm, seed in itertools.product(found, SEEDS[1:]):
             runs[f"{question}: {arm}, seed {seed}"] = f"{found[arm]} --lr {BEST[arm]} --seed {seed}"
-    for seed, size, arm in itertools.product(SEEDS, SIZES, SCARCE_ARMS):
-        runs[f"scarce: {arm}, {size}, seed {seed}"] = f"{UNSEEN_ARMS[arm]} --lr {BEST[arm]} --seed {seed}"
+    for seed, size, (arm, lr) in itertools.product(SEEDS, SIZES, SCARCE_ARMS.items()):
+        flags = f"{UNSEEN_ARMS[arm]} --eval-interval 100 --lr {lr} --seed {seed}"
+        runs[f"scarce: {arm}, {size}, seed {seed}"] = flags
     for seed, (arm, flags) in itertools.product(SEEDS, {"student": DEMO, "control": CONTROL}.items()):
         runs[f"headline: {arm}, seed {seed}"] = f"{flags} --seed {seed}"
     return {name: f"{BASE} {flags}" for name, flags in runs.items()}
