@@ -198,7 +198,7 @@ def autocast(args, device):
 
 # ------------------------------------------------------------------------------------ stopping
 @contextlib.contextmanager
-def stop_signals(aloud=True, at_once=False, way_on=str):
+def stop_signals(aloud=True, at_once=False, way_on=lambda: ""):
     """A list that fills when a signal asks to stop. The second one ends the process where it is, in one line;
     with at_once the first one does. way_on() says what the line adds: how to go on."""
     asked = []
