@@ -488,7 +488,9 @@ for form in ("safetensors", "bin"):
 """)
     result = run(tmp_path / "script.py")
     assert result.returncode == 0, result.stderr
-    assert all(float(line) < 1.3 for line in result.stdout.split()), result.stdout
+    safetensors, pickled = map(float, result.stdout.split())
+    assert safetensors < 1.3
+    assert pickled < (1.3 if torch.__version__ >= "2.8" else 2), "torch 2.6 reads more of a .bin at a time"
 
 
 # ---------------------------------------------------------------------------------------- the real Hub
