@@ -197,17 +197,17 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
     return losses.loss, losses.kl, losses.clm
 
 
+def chosen_loss(args):
+    """The loss of logits that will train."""
+    if args.teacher_cache:
+        return draws_loss
+    return text_alone if args.teacher == "none" else LOSSES[args.divergence]
+
+
 def objective(args):
     """The formula of the loss that will train, with its numbers, without terms whose weight is 0."""
-    if args.teacher_cache:
-        loss_function = draws_loss
-    elif args.teacher == "none":
-        loss_function = text_alone
-    else:
-        loss_function = LOSSES[args.divergence]
-    args.loss_code = hash_of_code(loss_function, text_alone, losses_of)  # an edited loss makes another run
     hidden = [f"{{{weight}:g}} * {name}" for weight, (name, _) in HIDDEN_LOSSES.items()]
-    formula = " + ".join([loss_function.formula, *hidden])
+    formula = " + ".join([chosen_loss(args).formula, *hidden])
     terms = formula.format(**vars(args)).split(" + ")
     return "loss = " + " + ".join(term for term in terms if not term.startswith("0 * "))
 
@@ -379,6 +379,7 @@ def parse_args(argv=None):
     args = flags.parse_args(__doc__, LossSettings(), argv)
     flags.check(args)
     args.objective = objective(args)
+    args.loss_code = hash_of_code(chosen_loss(args), text_alone, losses_of)  # an edited loss is another run
     return args
 
 

@@ -215,11 +215,15 @@ def rates_table(rows):
 
 def noise_table(rows):
     """For each arm and temperature, the noise in hidden states and head."""
-    return [
-        {"kept": arm, **{f"T = {temperature}": f"{row['hidden']:.2f}, {row['head']:.2f}"
-                         for temperature in TEMPERATURES
-                         if (row := rows.get(f"noise: T {temperature}, {arm}"))}}
-        for arm in ARMS if ARMS[arm]]
+    lines = []
+    for arm in filter(ARMS.get, ARMS):  # without the live teacher, which has no noise
+        cells = {"kept": arm}
+        for temperature in TEMPERATURES:
+            row = rows.get(f"noise: T {temperature}, {arm}")
+            if row:
+                cells[f"T = {temperature}"] = show(row)
+        lines.append(cells)
+    return lines
 
 
 COLUMNS = {

@@ -105,10 +105,17 @@ LADDER_ARMS = {"published": "", "text alone": "--kd-weight 0 --clm-weight 1"}
 
 def ladder():
     """Steps of three sizes, with the teacher and with the text alone, from three warm starts."""
-    return {f"ladder: {arm}, x{size}, start {start}, seed {seed}":
-            f"{flags} --grad-accum {size} --seed {seed}".strip()
-            for sizes, starts in ((SIZES, (0,)), ((1, 4), (1, 2)), ((16,), (1, 2)))
-            for start in starts for size in sizes for seed in SEEDS for arm, flags in LADDER_ARMS.items()}
+    # The further warm starts come last, and their largest steps, which take longest, at the very end.
+    order = [(0, size) for size in SIZES]
+    order += [(start, size) for start in (1, 2) for size in (1, 4)]
+    order += [(start, 16) for start in (1, 2)]
+
+    runs = {}
+    for (start, size), seed in itertools.product(order, SEEDS):
+        for arm, flags in LADDER_ARMS.items():
+            name = f"ladder: {arm}, x{size}, start {start}, seed {seed}"
+            runs[name] = f"{flags} --grad-accum {size} --seed {seed}".strip()
+    return runs
 
 
 PLAN = {"teacher": "", "student": ""}  # before distillation

@@ -42,7 +42,7 @@ from support.flags import DEMO_TEACHER
 from support.ranks import autocast
 from support.run import read_held_out
 from support.scoring import SCORES, score
-from support.text import stable_hash
+from support.text import stable_hash, stdlib_held_out
 
 OUT = Path("out-questions")  # the texts
 UNSEEN = f"--data {OUT}/test --eval-tokens 40000 --eval-interval 200"
@@ -95,11 +95,13 @@ def one_run(name, flags):
     question, _, rest = name.partition(": ")
     arm = rest.split(", ")[0]
     if question in ("unseen", "scarce"):
-        write_text(OUT / "test", test_package)
+        write_text(OUT / "test", unseen_documents)
     if arm == "tuned teacher" and not (OUT / "teacher" / "model.safetensors").exists():
         subprocess.run([sys.executable, ROOT / "distill.py", *shlex.split(TUNING)], check=True)
-    return trained(flags, module_losses if question == "headline" else figures,
-                   labels_of(LABELS[arm]) if arm in LABELS else None, functools.partial(change, rest))
+
+    score_run = module_losses if question == "headline" else figures
+    losses_of = labels_of(LABELS[arm]) if arm in LABELS else None
+    return trained(flags, score_run, losses_of, functools.partial(change, rest))
 
 
 def change(rest, teacher, student, corpus):
@@ -152,9 +154,9 @@ def package(*names):
             yield path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")
 
 
-def test_package(held_out):
+def unseen_documents(held_out):
     """The documents of a split of the package `test`: one module in 20 is held out."""
-    return (text for name, text in package("test") if (stable_hash(name) % 20 == 0) == held_out)
+    return (text for name, text in package("test") if stdlib_held_out(name) == held_out)
 
 
 @torch.no_grad()
