@@ -43,7 +43,7 @@ def test_text_that_the_teacher_wrote(workshop, monkeypatch):
     eot = load_tokenizer(teacher).eot
     assert len(text) >= 100 and text.dtype == np.uint16 and text[0] == eot and text.max() <= eot
     corpus = Namespace(train=np.arange(50_000))
-    _, _, cut = questions.change("student, 30k, seed 0", None, None, corpus)
+    _, _, cut = questions.change("scarce", "student, 30k", None, None, corpus)
     assert len(cut.train) == 30_000
 
 
@@ -78,12 +78,39 @@ def test_the_headline_by_hand():
     assert found["of the gap"].startswith("50.0% (40")
 
 
+def test_what_counts_as_a_completed_function():
+    """A function ends with the first line that is not inside it; a line that is cut off does not count."""
+    for body in ("\n    return x\n\ny = (", " return x\n"):
+        assert questions.is_python("def f(x):", body), body
+    for body in ("\n    return (\n", "\n    return x", "\n    if x:\n", "\nx = 1\n"):
+        assert not questions.is_python("def f(x):", body), body
+    assert questions.is_python("    def f(self):", "\n        return 1\n    def g(self")
+    assert not questions.is_python("    def f(self):", "\n    return 1\n")
+
+
+def test_smoothed_labels():
+    """A tenth of each label is spread over the vocabulary; what is logged is the plain loss."""
+    logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([0, 3, -100, 6, 2])
+    log_q = logits.log_softmax(-1)[targets != -100]
+    plain = -log_q.gather(1, targets[targets != -100, None]).sum()
+    loss, kl, clm = questions.smoothed_loss(logits, None, targets, None)
+    assert torch.allclose(clm, plain) and kl == 0
+    assert torch.allclose(loss, 0.9 * plain - 0.1 * log_q.mean(-1).sum())
+
+
 def test_runs_of_the_plan():
-    """Each can be made, on as many tokens; two of the questions are about unseen text."""
+    """Each can be made; arms of one question that are compared read the same number of tokens."""
+    tokens = {}
     for name, command in STUDY.plan.items():
         args = distill.parse_args(shlex.split(command))
-        assert (args.data == "stdlib") == name.startswith(("hard", "headline")), name
-        assert args.steps * args.batch_size * args.grad_accum * args.seq_len == 614_400, name
+        question = name.partition(":")[0]
+        assert (args.data == "stdlib") == (question not in ("unseen", "unseen 2.5M", "scarce")), name
+        compared = question if question != "length" else name.rpartition(", ")[0].rpartition(", ")[2]
+        if questions.SECOND_STAGE not in command:
+            n_tokens = args.steps * args.batch_size * args.grad_accum * args.seq_len
+            assert tokens.setdefault(compared, n_tokens) == n_tokens, name
+    assert tokens["hard"] == tokens["scarce"] == 614_400 and tokens["2.5M"] == 4 * 614_400
 
 
 def test_the_page_has_the_tables_of_the_results():
