@@ -87,7 +87,8 @@ class Arm(NamedTuple):
 
 def arms_of_length(steps, tokens, student, control):
     """Student and control that read so many tokens: their rates that were tried, and the best."""
-    return [Arm("length", f"{who}, {tokens}", f"{flags} --steps {steps}", *rates, in_atlas=f"{who} {steps} steps")
+    return [Arm("length", f"{who}, {tokens}", f"{flags} --steps {steps}", *rates,
+                in_atlas=f"{who} {steps} steps")
             for who, flags, rates in (("student", DEMO, student), ("control", CONTROL, control))]
 
 
