@@ -1,9 +1,9 @@
-"""Where does a teacher pay off? A plan of 179 runs of the demo, and the page made of their results.
+"""Where does a teacher pay off? Runs of the demo with one change each, and the page made of their results.
 
     python -m extras.atlas   makes the missing runs; can be stopped
 
 Read in this order:
-  plan              the runs, as data: a name, and the flags that BASE lacks
+  ARMS, budgets     the runs, as data: a name, and the flags that BASE lacks
   one_run, figures  what is trained and measured
   TABLES            the tables of docs/atlas.md: the name of each, and the function that makes it
   draw_budgets      where a teacher pays off, over seconds of training
@@ -15,9 +15,7 @@ alone. They only mean something if nothing else ran at the same time; losses do 
 """
 import copy
 import math
-from contextlib import nullcontext
 from functools import partial
-from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -43,108 +41,15 @@ STUDENT = f"{SHARED} --lr 1e-3 {ALONE}"
 DEMO = f"{STUDENT} --kd-weight 0.9 --clm-weight 0.1"
 CONTROL = f"{SHARED} --lr 5e-4 {TEXT}"
 
-# The first recipe, where tuning began. The last of two equal flags wins, so a run is one of these lines and
-# its changes.
-FIRST = "--student-layers 0,2,5 --schedule cosine --betas 0.9 0.95 --steps 600 --batch-size 4"
-FIRST_STUDENT = f"{FIRST} --lr 1e-3 {ALONE}"
-FIRST_DEMO = f"{FIRST_STUDENT} --kd-weight 0.9 --clm-weight 0.1"
-FIRST_CONTROL = f"{FIRST} --lr 6e-4 {TEXT}"
-FIRST_BEST_CONTROL = f"{FIRST_CONTROL} --batch-size 8 --steps 300"
-
 SEEDS = (0, 1, 2)
 BUDGETS = (300, 600, 1200, 2400, 4800)  # steps
 LONGEST_CONTROL = 7500  # steps that a control makes in the seconds of the longest student
-FIRST_BUDGETS = (150, 300, 600, 1200, 2400)  # steps, each of twice as many tokens
+FIRST_BUDGETS = (150, 300, 600, 1200, 2400)  # steps of the earlier recipe, each of 4 x 256 tokens
 
 
 # ------------------------------------------------------------------------------------ the plan
-def plan():
-    """All runs, in the order in which they are made: {name: flags}."""
-    return tuning() | layers() | tuning_again() | one_change() | budgets() | first_recipe()
-
-
-# Round one, from evenly spread layers, one change at a time: name, recipe, change, rates ({} in the others).
-ROUND_ONE = [
-    ("student lr {}", FIRST_STUDENT, "--lr {}", "5e-4 7e-4 1e-3 1.5e-3 2e-3"),
-    ("control lr {}", FIRST_CONTROL, "--lr {}", "2e-4 3e-4 4.5e-4 6e-4 1e-3"),
-    ("student batch 2 lr {}", FIRST_STUDENT, "--lr {} --batch-size 2 --steps 1200", "5e-4 7e-4 1e-3"),
-    ("control batch 2 lr {}", FIRST_CONTROL, "--lr {} --batch-size 2 --steps 1200", "2e-4 3e-4"),
-    ("control batch 8 lr {}", FIRST_CONTROL, "--lr {} --batch-size 8 --steps 300", "6e-4 1e-3"),
-    ("control batch 16 lr {}", FIRST_CONTROL, "--lr {} --batch-size 16 --steps 150", "1e-3"),
-    ("student cosine of hidden states", FIRST_STUDENT, "--cos-weight 1", ""),
-    # From here on the student also learns a little from the text, and the control has 8 sequences a step.
-    ("student linear schedule", FIRST_DEMO, "--schedule linear", ""),
-    ("student linear schedule lr {}", FIRST_DEMO, "--schedule linear --lr {}", "1.5e-3"),
-    ("control linear schedule lr {}", FIRST_BEST_CONTROL, "--schedule linear --lr {}", "6e-4 1e-3"),
-    ("student 150 steps lr {}", FIRST_DEMO, "--steps 150 --lr {}", "2e-3"),
-    ("control for 150 steps lr {}", FIRST_BEST_CONTROL, "--steps 75 --lr {}", "4e-4 1e-3"),
-    ("student layers 0,4,5", FIRST_DEMO, "--student-layers 0,4,5", ""),
-    ("control layers 0,4,5", FIRST_BEST_CONTROL, "--student-layers 0,4,5", ""),
-]
-
-
-def tuning():
-    runs = {}
-    for name, recipe, change, rates in ROUND_ONE:
-        for lr in rates.split() or [""]:
-            runs[f"tune {name.format(lr)}"] = f"{recipe} {change.format(lr)}"
-    return runs
-
-
-def layers():
-    """All 20 ways to keep 3 of 6 layers, before training and after 100 steps, on fewer held-out tokens. They
-    were tried between the two rounds of tuning, so with the settings of the first."""
-    runs = {}
-    for kept in combinations(range(6), 3):
-        chosen = ",".join(map(str, kept))
-        runs[f"layers {chosen}, 100 steps"] = (
-            f"{FIRST_STUDENT} --student-layers {chosen} --steps 100 --eval-tokens 20000")
-    return runs
-
-
-# Round two: sequences in a step, AdamW's betas, rates, and other changes.
-STUDENTS_AGAIN = [
-    (4, "0.9 0.95", "1.5e-3 2e-3", ""),
-    (4, "0.9 0.95", "1.5e-3", "--cos-weight 1"),
-    (4, "0.9 0.95", "1.5e-3", "--kd-weight 0.95 --clm-weight 0.05"),
-    (4, "0.9 0.99", "1.5e-3", ""),
-    (2, "0.9 0.95", "1e-3 1.5e-3", ""),
-    (2, "0.9 0.95", "1e-3", "--kd-weight 0.8 --clm-weight 0.2"),
-    (2, "0.9 0.95", "1e-3", "--grad-clip 0"),
-    (2, "0.8 0.98", "1e-3", ""),
-    (2, "0.9 0.99", "1e-3 7e-4", ""),
-    (2, "0.9 0.999", "1e-3 7e-4", ""),
-    (1, "0.9 0.95", "7e-4", ""),
-    (1, "0.9 0.999", "7e-4", ""),
-]
-CONTROLS_AGAIN = [
-    (8, "0.9 0.95", "1e-3", ""),
-    (8, "0.9 0.95", "1e-3", "--dropout 0.1 --attention-dropout 0"),
-    (16, "0.9 0.95", "1.5e-3", ""),
-    (8, "0.9 0.99", "1e-3 7e-4", ""),
-    (4, "0.9 0.99", "1e-3 7e-4 5e-4", ""),
-    (2, "0.9 0.99", "5e-4", ""),
-    (8, "0.9 0.999", "1e-3", ""),
-    (4, "0.9 0.999", "1e-3 7e-4", ""),
-    (4, "0.95 0.999", "7e-4", ""),
-    (4, "0.9 0.999", "7e-4", "--weight-decay 0.1"),
-    (2, "0.9 0.999", "1e-3 7e-4 5e-4 3.5e-4", ""),
-]
-
-
-def tuning_again():
-    """Round two, from layers 0,4,5 with a linear schedule, all on 614,400 tokens, seed 0."""
-    shared = "--student-layers 0,4,5 --schedule linear"
-    runs = {}
-    for who, loss, tried in (("student", "--kd-weight 0.9 --clm-weight 0.1", STUDENTS_AGAIN),
-                             ("control", TEXT, CONTROLS_AGAIN)):
-        for batch, betas, rates, change in tried:
-            for lr in rates.split():
-                name = f"again: {who}, batch {batch}, lr {lr}, betas {betas} {change}".rstrip()
-                size = f"--batch-size {batch} --steps {2400 // batch}"
-                runs[name] = f"{shared} {loss} {size} --lr {lr} --betas {betas} {change}".rstrip()
-    return runs
-
+# docs/atlas.jsonl has more rows than this plan: two rounds of tuning, all ways to keep three layers, and an
+# earlier recipe. They are done. Each row has its flags, and commit 4cd76ba has the plan that they came from.
 
 # What is compared at the demo's number of tokens: {arm: (its name in the tables, flags, seeds)}.
 DEMO_STEPS = RECIPES["demo"]["steps"]
@@ -194,34 +99,10 @@ def budgets():
     return runs
 
 
-def first_recipe():
-    """The main arms once more with the first recipe: a result that holds for both does not depend on the
-    layers, the schedule or the batch size of one of them."""
-    runs = {}
-    for seed in SEEDS:
-        for arm in FIRST_ARMS:
-            _, flags, _ = ARMS[arm]
-            runs[f"first: {arm}, seed {seed}"] = f"{flags.replace(STUDENT, FIRST_STUDENT)} --seed {seed}"
-
-    for steps in FIRST_BUDGETS:
-        for seed in SEEDS if steps <= 600 else (0,):
-            half = f"--steps {steps // 2} --seed {seed}"
-            runs[f"first: student {steps} steps, seed {seed}"] = f"{FIRST_DEMO} --steps {steps} --seed {seed}"
-            runs[f"first: control {steps} steps, seed {seed}"] = f"{FIRST_BEST_CONTROL} {half}"
-    return runs
-
-
 # ------------------------------------------------------------------------------------ one run
 def one_run(name, flags):
     """Make a run and score it on the held-out text. Returns its figures."""
-    untrained = {"before": None}
-
-    def around(*parts):
-        if name.startswith("layers"):  # that table also has the loss before training
-            untrained["before"] = held_out(*parts)["loss"]
-        return nullcontext()
-
-    return untrained | trained(f"{BASE} {flags}", figures, around=around)
+    return trained(f"{BASE} {flags}", figures)
 
 
 def figures(args, teacher, student, corpus, tokenizer):
@@ -453,7 +334,7 @@ def draw_divergences(rows):
 
 
 PICTURES = {"atlas-budgets.png": draw_budgets, "atlas-divergences.png": draw_divergences}
-STUDY = Study("atlas", __doc__, plan(), one_run, TABLES, PICTURES)
+STUDY = Study("atlas", __doc__, one_change() | budgets(), one_run, TABLES, PICTURES)
 
 if __name__ == "__main__":
     run_cli(STUDY.main)

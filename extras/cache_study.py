@@ -9,7 +9,7 @@ Read in this order:
   calibration_error  is a model right as often as it claims?
   figures            all that is measured on the held-out text
 
-Each run is `python distill.py` with the flags in its row: the first recipe of extras/atlas.py. The teacher
+Each run is `python distill.py` with the flags in its row: FIRST_DEMO. The teacher
 answers during the run, and what an arm would not keep on disk is forgotten at once; so every run has draws of
 its own. Losses are in nats per token on the modules that the demo holds out.
 
@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional as F
 
 import distill
-from extras.atlas import BASE, FIRST_DEMO, FIRST_STUDENT, SEEDS
+from extras.atlas import BASE, SEEDS
 from extras.study import Study, arms, average, show_loss, spread, trained
 from support.chunked_loss import chunked_loss
 from support.cli import run_cli
@@ -71,6 +71,10 @@ ARMS = {  # {arm: (p -> what is kept, its loss)}; None: distill.plain_loss and t
     "likeliest 12": (likeliest, draws_loss),
     "likeliest 12 and the rest": (likeliest_as_they_are, rest_loss),
 }
+# The first recipe of docs/atlas.md: from the teacher alone, and with a little of the text.
+FIRST_STUDENT = ("--student-layers 0,2,5 --schedule cosine --betas 0.9 0.95 --steps 600 --batch-size 4 "
+                 "--lr 1e-3 --kd-weight 1 --clm-weight 0")
+FIRST_DEMO = f"{FIRST_STUDENT} --kd-weight 0.9 --clm-weight 0.1"
 TEMPERATURES = (1, 1.5, 2)
 RATES = ("7e-4", "1.4e-3")  # of draws, besides the recipe's 1e-3
 

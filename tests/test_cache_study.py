@@ -8,7 +8,7 @@ import torch
 
 import distill
 from extras import cache_study
-from extras.atlas import BASE, FIRST_DEMO
+from extras.atlas import BASE
 from extras.cache_study import (
     STUDY,
     calibration_error,
@@ -133,7 +133,7 @@ def test_the_rest_is_one_more_token():
 
 
 def test_arms_differ_in_temperature_rate_and_seed_alone():
-    first = vars(distill.parse_args(shlex.split(f"{BASE} {FIRST_DEMO}")))
+    first = vars(distill.parse_args(shlex.split(f"{BASE} {cache_study.FIRST_DEMO}")))
     for name, command in STUDY.plan.items():
         args = vars(distill.parse_args(shlex.split(command)))
         changed = {flag for flag, value in args.items() if value != first[flag]}
