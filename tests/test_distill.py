@@ -1,8 +1,8 @@
 """distill.py: the loop against the definition and against itself, the command line, many processes."""
+import itertools
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from workshop import ROOT, TOKENIZER, call, difference, flags, log_rows, weights
+from workshop import ROOT, TOKENIZER, difference, flags, log_rows, weights
 
 import distill
 from data import batch_at, load_tokenizer, prepare
@@ -28,39 +28,33 @@ ON_POLICY = {"on_policy": 0.5, "kd_weight": 1, "clm_weight": 0, "divergence": "r
 
 
 # ------------------------------------------------------------------------------------ what a run does
-def test_a_run_leaves_a_model_its_log_and_its_settings(workshop, distil, tmp_path):
-    out = tmp_path / "out"
-    printed = distil(out, control=True)
-    assert "layers 0,3 of" in printed
-    formula = "loss = 0.5 * 2² * KL(teacher || student, T = 2) + 0.5 * CLM"
-    assert formula in printed and formula in (out / "README.md").read_text()
-    assert json.loads((out / "args.json").read_text())["objective"] == formula
-    assert [row["step"] for row in log_rows(out)] == ["1", "2", "3"]
-    assert len(log_rows(out / "control")) == 3
-    names = [line.split()[1] for line in printed.splitlines() if re.match(r"\| \w", line)]
-    assert names[:4] == ["model", "teacher", "student", "control"]
-    assert len(load(out).blocks) == 2
-
-
 def test_the_log_has_the_means_of_the_definition(workshop, distil, tmp_path):
-    """First step, before any update: loss, KL, CLM and the teacher's CLM over all counted tokens."""
-    distil(tmp_path / "out", packing="padded", steps=1)
+    """First step, before any update: all terms of the loss, summed up over all micro-batches and divided once
+    by the tokens that count. The plan and args.json have the formula."""
+    printed = distil(tmp_path / "out", packing="padded", cos_weight=0.25, steps=1)
+    formula = "loss = 0.5 * 2² * KL(teacher || student, T = 2) + 0.5 * CLM + 0.25 * (1 - cos)"
+    assert "layers 0,3 of" in printed and formula in " ".join(printed.split())
+    assert json.loads((tmp_path / "out" / "args.json").read_text())["objective"] == formula
+    assert len(load(tmp_path / "out").blocks) == 2
+
     corpus = prepare(str(workshop / "text"), load_tokenizer(workshop / "teacher"), workshop / "corpora")
     teacher = load(workshop / "teacher")
     student = student_from(teacher, [0, 3])
-    settings = LossSettings(2.0, 0.5, 0.5)
-    sums = torch.zeros(4)
+    sums = torch.zeros(5)
     tokens = 0
     for micro in range(4):
         ids, targets = map(torch.from_numpy, batch_at(corpus.train, 0, micro, 2, 16, "padded", corpus.eot))
-        targets = targets.flatten()
-        s, t = (network(ids).flatten(0, 1).double() for network in (student, teacher))
-        bar = F.cross_entropy(t, targets, ignore_index=-100, reduction="sum")
-        sums += torch.stack([*distill.plain_loss(s, t, targets, settings), bar]).detach()
-        tokens += (targets != -100).sum().item()
-    row = log_rows(tmp_path / "out")[0]
+        y = targets.flatten()
+        h_s, h_t = (network.hidden(ids).flatten(0, 1).double() for network in (student, teacher))
+        s, t = h_s @ student.head_weight.T.double(), h_t @ teacher.head_weight.T.double()
+        loss, kl, clm = distill.plain_loss(s, t, y, LossSettings(2.0, 0.5, 0.5))
+        cos = (1 - F.cosine_similarity(h_s, h_t))[y != -100].sum()
+        bar = F.cross_entropy(t, y, reduction="sum")
+        sums += torch.stack([loss + 0.25 * cos, kl, clm, cos, bar]).detach()
+        tokens += (y != -100).sum().item()
+    row, = log_rows(tmp_path / "out")
     assert int(row["tokens"]) == tokens < 4 * 2 * 16
-    logged = [float(row[name]) for name in ("loss", "kl", "clm", "teacher_clm")]
+    logged = [float(row[name]) for name in ("loss", "kl", "clm", "cos", "teacher_clm")]
     assert logged == pytest.approx((sums / tokens).tolist(), rel=1e-4)
 
 
@@ -105,9 +99,6 @@ def test_a_larger_corpus_changes_nothing(distil, tmp_path, monkeypatch):
     assert losses["before"] == losses["after"]
 
 
-READS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__")
-
-
 def test_a_step_reads_little_back_from_the_device(distil, tmp_path, monkeypatch):
     """On a GPU each read waits until all is done. Allowed are two per micro-batch (which targets count, and
     that all of a chunk's do) and one per step, for the log."""
@@ -119,7 +110,7 @@ def test_a_step_reads_little_back_from_the_device(distil, tmp_path, monkeypatch)
             return real(*args, **kwargs)
         monkeypatch.setattr(torch.Tensor, name, counted)
 
-    for name in READS:
+    for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__"):
         count(name, getattr(torch.Tensor, name))
 
     def reads_of(steps, micro_batches):
@@ -127,22 +118,15 @@ def test_a_step_reads_little_back_from_the_device(distil, tmp_path, monkeypatch)
         distil(tmp_path / f"{steps}x{micro_batches}", steps=steps, grad_accum=micro_batches, save_interval=99)
         return len(reads)
 
-    assert reads_of(3, 6) - reads_of(3, 4) <= 3 * 2 * 2
-    assert reads_of(5, 2) - reads_of(3, 2) <= 2 * (2 * 2 + 1)
+    few = reads_of(2, 2)
+    assert reads_of(2, 4) - few <= 2 * 2 * 2
+    assert reads_of(4, 2) - few <= 2 * (2 * 2 + 1)
 
 
 # ------------------------------------------------------------------------------------ students and teachers
-def test_warm_start_from_another_architecture_width_and_padding(workshop, distil, tmp_path):
-    """A GPT-NeoX student with 4,200 embeddings learns from a GPT-2 teacher with 4,096, the real ones."""
-    distil(tmp_path / "out", student=workshop / "small", student_layers=None, steps=30, lr=1e-2)
-    rows = log_rows(tmp_path / "out")
-    assert float(rows[-1]["kl"]) < 0.8 * float(rows[0]["kl"])
-    before, after = load(workshop / "small").state_dict(), weights(tmp_path / "out")
-    assert (after["head.weight"][4096:] == before["head.weight"][4096:]).all()  # padding gets no gradient
-
-
-def test_one_more_special_token(workshop, distil, tmp_path):
-    """A student whose tokenizer also knows [PAD] is compared over the tokens that its teacher has."""
+def test_warm_start_from_another_architecture_width_and_tokenizer(workshop, distil, tmp_path):
+    """A GPT-NeoX student with 4,200 embeddings learns from a GPT-2 teacher with 4,096. Its tokenizer also
+    knows [PAD], which it keeps; only the tokens that both have are compared."""
     from transformers import AutoTokenizer
     student = tmp_path / "padded"
     shutil.copytree(workshop / "small", student)
@@ -150,37 +134,25 @@ def test_one_more_special_token(workshop, distil, tmp_path):
     spec["added_tokens"].append({**spec["added_tokens"][0], "id": 4096, "content": "[PAD]"})
     (student / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
 
-    distil(tmp_path / "out", student=student, student_layers=None)
-    assert float(log_rows(tmp_path / "out")[0]["kl"]) > 0
+    distil(tmp_path / "out", student=student, student_layers=None, steps=20, lr=1e-2)
+    rows = log_rows(tmp_path / "out")
+    assert float(rows[-1]["kl"]) < 0.8 * float(rows[0]["kl"])
+    before, after = load(student).state_dict(), weights(tmp_path / "out")
+    assert (after["head.weight"][4096:] == before["head.weight"][4096:]).all()  # padding gets no gradient
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("[PAD]")["input_ids"] == [4096]
 
 
-def test_precisions(distil, tmp_path):
+def test_precisions_and_a_random_start(workshop, distil, tmp_path):
+    """Mixed precision keeps weights of float32. A student from scratch has the shape, not the weights."""
     for precision, dtype in (("bf16", torch.float32), ("bf16-pure", torch.bfloat16)):
-        out = tmp_path / precision
-        distil(out, precision=precision)
-        assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {dtype}
-
-
-def test_a_student_from_scratch_has_the_shape_but_not_the_weights(workshop, distil, tmp_path):
-    distil(tmp_path / "out", steps=1, student_init="random")
-    teacher = load(workshop / "teacher").embed.weight
-    assert weights(tmp_path / "out")["embed.weight"].std() < 0.05 < teacher.std()
-
-
-def test_without_a_teacher_it_is_language_modelling(workshop, distil, tmp_path):
-    printed = distil(tmp_path / "out", teacher="none", student=workshop / "small", student_layers=None)
-    assert "loss = 0.5 * CLM" in printed
-    assert all(float(row["kl"]) == 0 for row in log_rows(tmp_path / "out"))
-
-
-def test_the_cosine_term(distil, tmp_path):
-    printed = distil(tmp_path / "out", cos_weight=1, steps=20)
-    rows = log_rows(tmp_path / "out")
-    assert "1 * (1 - cos)" in " ".join(printed.split()) and 0 < float(rows[-1]["cos"]) < float(rows[0]["cos"])
+        distil(tmp_path / precision, precision=precision, student_init="random", steps=1)
+        tensors = load_file(tmp_path / precision / "model.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {dtype}
+        assert tensors["transformer.wte.weight"].std() < 0.05 < load(workshop / "teacher").embed.weight.std()
 
 
 def test_the_control_is_the_same_run_without_the_teacher(distil, tmp_path):
+    """With its own rate and batch, on the same number of tokens: otherwise the comparison is not fair."""
     distil(tmp_path / "a", control=True, control_lr=2e-3, control_batch_size=4, steps=4)
     distil(tmp_path / "b", kd_weight=0, clm_weight=1, lr=2e-3, batch_size=4, steps=2)
     a, b = log_rows(tmp_path / "a" / "control"), log_rows(tmp_path / "b")
@@ -188,12 +160,6 @@ def test_the_control_is_the_same_run_without_the_teacher(distil, tmp_path):
 
 
 # ------------------------------------------------------------------------------------ on-policy
-def test_which_micro_batches_the_student_writes():
-    for share, expected in ((0.0, []), (0.25, [3, 7]), (0.5, [1, 3, 5, 7]), (1.0, [*range(8)])):
-        args = SimpleNamespace(on_policy=share)
-        assert [index for index in range(8) if distill.is_on_policy(index, args)] == expected
-
-
 def test_what_the_student_writes(workshop):
     """Drawn from its own distribution after the first half; only that is counted; the same each time."""
     student, args = load(workshop / "teacher").train(), SimpleNamespace(seed=3)
@@ -207,11 +173,14 @@ def test_what_the_student_writes(workshop):
     assert (targets[:, :7] == -100).all() and torch.equal(targets[:, 7:15], written[:, 8:])
     assert (targets[:, 15] >= 0).all()
 
+    for share, expected in ((0.0, []), (0.25, [3, 7]), (0.5, [1, 3, 5, 7]), (1.0, [*range(8)])):
+        args = SimpleNamespace(on_policy=share)
+        assert [index for index in range(8) if distill.is_on_policy(index, args)] == expected
+
 
 def test_an_on_policy_run(distil, tmp_path):
     """Half of the micro-batches count half of their tokens; the control reads text only."""
-    printed = distil(tmp_path / "out", control=True, **ON_POLICY)
-    assert "KL(student || teacher, T = 2)" in printed
+    distil(tmp_path / "out", control=True, **ON_POLICY)
     assert {row["tokens"] for row in log_rows(tmp_path / "out")} == {str(2 * 2 * 16 + 2 * 2 * 9)}
     assert {row["tokens"] for row in log_rows(tmp_path / "out" / "control")} == {str(4 * 2 * 16)}
 
@@ -229,21 +198,18 @@ def test_learning_rate():
 
 
 def test_recipes_and_flags(monkeypatch):
+    """Flags win over the recipe, the recipe over the defaults."""
     monkeypatch.chdir(ROOT)
-    for recipe, settings in distill.RECIPES.items():
+    for recipe in [name for name in distill.RECIPES if name != "plain"]:
         student = ["--student", "gpt2"] if recipe == "finetune-wikitext103" else []
-        if recipe == "plain":
-            continue
         args = distill.parse_args(["--recipe", recipe, "--steps", "7", "--seed", "3", *student])
         assert (args.recipe, args.steps, args.epochs, args.seed) == (recipe, 7, None, 3)
-        assert settings.keys() <= vars(args).keys()
-    assert distill.parse_args([]).recipe == "demo" and distill.parse_args([]).is_demo
-    assert not distill.parse_args(["--lr", "1"]).is_demo
+        assert distill.RECIPES[recipe].keys() <= vars(args).keys()
+    assert distill.parse_args([]).is_demo and not distill.parse_args(["--lr", "1"]).is_demo
     assert distill.parse_args(["--teacher", "gpt2", "--student-layers", "6"]).recipe == "plain"
     args = distill.parse_args(["--recipe", "distilpythia", "--student-layers", "3"])
     assert args.student is None and args.student_layers == "3"
     assert distill.parse_args(["--recipe", "distilgpt2"]).epochs == 3
-    assert distill.parse_args(["--teacher", "none", "--student", "gpt2"]).clm_weight == 1
 
 
 BAD = [  # flags, part of the message
@@ -251,19 +217,16 @@ BAD = [  # flags, part of the message
     ({"student_layers": "0,7"}, "layers are 0 to 3"),
     ({"student_layers": "first"}, "expected a number, or a list"),
     ({"student_layers": None}, "name one student"),
-    ({"temperature": 0}, "--temperature 0: must be from 0.001 to 1000"),
-    ({"steps": 10**19}, "must be a whole number from 1"),
-    ({"lr": "nan"}, "--lr nan: must be above 0"),
+    ({"temperature": 0}, "--temperature 0"),
+    ({"lr": "nan"}, "--lr nan"),
     ({"kd_weight": 0, "clm_weight": 0}, "all weights of the loss are 0"),
     ({"steps": 2, "epochs": 1}, "--steps and --epochs"),
-    ({"control_lr": 1e-3}, "--control-lr means nothing without --control"),
-    ({"jsd_weight": 0.3}, "--jsd-weight means nothing without --divergence jsd"),
-    ({"cache_draws": 3}, "--cache-draws means nothing without --teacher-cache"),
-    ({"student_layer": 2}, "unrecognized arguments: --student-layer 2 (did you mean --student-layers"),
+    ({"control_lr": 1e-3}, "means nothing without --control"),
+    ({"jsd_weight": 0.3}, "means nothing without --divergence jsd"),
+    ({"cache_draws": 3}, "means nothing without --teacher-cache"),
     ({"on_policy": 1}, "add --kd-weight 1 --clm-weight 0"),
     ({**ON_POLICY, "packing": "padded"}, "use --packing constant"),
     ({**ON_POLICY, "seq_len": 1}, "2 or more"),
-    ({"teacher_cache": "c", "divergence": "reverse"}, "--teacher-cache needs --divergence forward"),
     ({"batch_size": 10**8, "seq_len": 64}, "a micro-batch of 6,400,000,000 tokens"),
     ({"data": "nothing-like-it"}, "openwebtext"),
     ({"device": "tpu"}, "--device tpu does not work here"),
@@ -290,28 +253,11 @@ def strangers(workshop):
 
 
 def test_bad_input_is_one_clear_line_and_exit_code_2(strangers, refused, tmp_path, monkeypatch):
+    """And it leaves no folder behind."""
     monkeypatch.chdir(strangers)
     for changes, message in BAD:
         refused(tmp_path / "out", message, **changes)
         assert not (tmp_path / "out").exists(), changes
-
-
-def test_help_fits_80_columns(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "80")
-    code, printed, _ = call(monkeypatch, capsys, ["--help"])
-    assert code == 0 and "--temperature" in printed and "(default: 0.9)" in printed
-    assert max(map(len, printed.splitlines())) <= 80
-
-
-def test_out_of_memory_is_one_line(workshop, refused, tmp_path, monkeypatch):
-    """Of a GPU, of this CPU's allocator, and of Python."""
-    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-                  RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
-                  MemoryError()):
-        def fails(*_, error=error):
-            raise error
-        monkeypatch.setattr(distill, "losses_of", fails)
-        refused(tmp_path / "out", "out of memory: take a smaller --batch-size")
 
 
 def test_compile_without_a_compiler_is_one_line(refused, tmp_path, monkeypatch):
@@ -321,70 +267,40 @@ def test_compile_without_a_compiler_is_one_line(refused, tmp_path, monkeypatch):
     refused(tmp_path / "out", "--compile does not work here", compile=True)
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(workshop, refused, tmp_path, monkeypatch):
-    honest = distill.micro_batch
-    honest_optimizer = distill.make_optimizer
-    students = []
+def test_a_loss_that_is_not_finite_stops_the_run(refused, tmp_path, monkeypatch):
+    """Before the weights are touched; what was saved before it can be resumed."""
+    honest = distill.losses_of
+    micro_batches = itertools.count()
 
-    def watched(student, args):
-        students.append(student)
-        return honest_optimizer(student, args)
+    def poisoned(*given):
+        losses = honest(*given)
+        return losses._replace(loss=losses.loss * (math.nan if next(micro_batches) == 9 else 1))
 
-    def poisoned(corpus, index, args, device):
-        if index == 9:  # of step 3
-            for parameter in students[0].parameters():
-                parameter.data[0] = math.nan
-        return honest(corpus, index, args, device)
-
-    monkeypatch.setattr(distill, "make_optimizer", watched)
-    monkeypatch.setattr(distill, "micro_batch", poisoned)
+    monkeypatch.setattr(distill, "losses_of", poisoned)
     refused(tmp_path / "out", "step 3: loss nan", "--lr", save_interval=1)
     saved = torch.load(tmp_path / "out" / "train_state.pt", weights_only=True)
     assert saved["step"] == 2 and all(t.isfinite().all() for t in saved["student"].values())
 
 
-def test_bf16_is_fast_unless_it_is_clearly_slower(monkeypatch):
-    """A machine that is busy for a moment must not decide between two precisions."""
-    for bf16, fast in ((0.3, True), (1.2, True), (4.0, False)):
+def test_which_precision_auto_is(monkeypatch):
+    """bf16 unless it is clearly slower, however busy the machine is for a moment. A resumed run keeps its
+    own: what is measured can change between two starts."""
+    alone = devices.Ranks("cpu")
+    for bf16, picked in ((0.3, "bf16"), (1.2, "bf16"), (4.0, "fp32")):
         durations = (0.0, bf16, 0.0, 1.0)  # of a product in bf16, and one in float32
         busy = (0.0, 100.0, 0.0, 100.0)
-        passing = iter([*busy, *durations * 18, *busy])
-        now = [0.0]
-
-        def clock(now=now, passing=passing):
-            now[0] += next(passing)
-            return now[0]
-
-        monkeypatch.setattr(devices, "time", SimpleNamespace(perf_counter=clock))
-        assert devices.bf16_is_fast(torch.device("cpu")) == fast
-
-
-def test_a_resumed_run_keeps_its_precision(monkeypatch):
-    """Which one is fast is measured, so the answer can change between two starts."""
-    alone = devices.Ranks("cpu")
-    monkeypatch.setattr(devices, "bf16_is_fast", lambda device: True)
-    assert devices.pick_precision("auto", "fp32", alone) == "fp32"
-    assert devices.pick_precision("auto", None, alone) == "bf16"
+        clock = itertools.accumulate([*busy, *durations * 18, *busy])
+        monkeypatch.setattr(devices, "time", SimpleNamespace(perf_counter=clock.__next__))
+        assert devices.pick_precision("auto", None, alone) == picked
+    assert devices.pick_precision("auto", "bf16", alone) == "bf16"
     assert devices.pick_precision("bf16-pure", "fp32", alone) == "bf16-pure"
 
 
-def test_the_demo_in_a_few_steps(tmp_path, monkeypatch, capsys):
-    """`python distill.py`, offline, with the shipped teacher, in 3 steps."""
-    monkeypatch.setattr(devices, "bf16_is_fast", lambda device: False)
-    argv = ["--steps", "3", "--batch-size", "2", "--eval-tokens", "2000", "--out", tmp_path / "out",
-            "--data-folder", tmp_path / "corpora", "--workers", "2"]
-    code, printed, error = call(monkeypatch, capsys, argv)
-    assert code == 0, error
-    names = [line.split()[1] for line in printed.splitlines() if re.match(r"\| \w", line)]
-    assert names[:4] == ["model", "teacher", "student", "control"]
-
-
 # ------------------------------------------------------------------------------------ many processes
-def start(n_ranks, argv):
-    launcher = [sys.executable]
-    if n_ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"]
-    command = [*launcher, str(ROOT / "distill.py"), *map(str, argv)]
+def start(argv):
+    """distill.py in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(ROOT / "distill.py"), *map(str, argv)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -410,61 +326,47 @@ def kill_family(pid):
         os.kill(member, signal.SIGKILL)
 
 
-LONG = {"steps": 40, "grad_accum": 4, "dropout": 0.1, "save_interval": 5, **ON_POLICY}
-
-
-@pytest.mark.parametrize("n_ranks", [1, 2])
-def test_a_killed_run_ends_with_the_same_bits(workshop, tmp_path, n_ranks):
-    """SIGKILL at one or two moments and SIGTERM later, resumed each time, against an untouched run."""
-    whole = start(n_ranks, flags(workshop, tmp_path / "whole", **LONG))
+def test_ranks_and_kills_change_nothing(workshop, distil, tmp_path):
+    """Two processes have the losses of one: the same data, dropout and student's texts, though only one of
+    them has those. Killed, stopped and resumed, they end with the very bits of an untouched run."""
+    long = {"steps": 16, "grad_accum": 4, "dropout": 0.1, "save_interval": 3, **ON_POLICY}
+    whole = start(flags(workshop, tmp_path / "whole", **long))
+    distil(tmp_path / "one", **long)
     assert whole.wait(120) == 0, whole.stdout.read()
-    out, argv = tmp_path / "killed", flags(workshop, tmp_path / "killed", **LONG)
-    moments = (3, signal.SIGKILL), (12, signal.SIGKILL), (21, signal.SIGTERM)
-    for step, number in moments[n_ranks - 1:]:
-        process = start(n_ranks, argv)
+    pairs = zip(log_rows(tmp_path / "one"), log_rows(tmp_path / "whole"), strict=True)
+    for one, two in itertools.islice(pairs, 5):  # later, rounding adds up
+        for name in ("loss", "kl", "tokens"):
+            assert float(one[name]) == pytest.approx(float(two[name]), rel=1e-5)
+
+    out = tmp_path / "killed"
+    for step, number in ((5, signal.SIGKILL), (9, signal.SIGTERM)):
+        process = start(flags(workshop, out, **long, resume=True if step > 5 else None))
         wait_for_step(out, step, process)
         kill_family(process.pid) if number == signal.SIGKILL else process.send_signal(number)
         printed = process.communicate(timeout=60)[0]
-        if number == signal.SIGTERM:
-            assert "--resume" in printed and process.returncode != 0
-        argv = flags(workshop, out, **LONG, resume=True)
-    last = start(n_ranks, argv)
+    assert "--resume" in printed and process.returncode != 0
+    last = start(flags(workshop, out, **long, resume=True))
     assert last.wait(120) == 0, last.stdout.read()
     a, b = weights(tmp_path / "whole"), weights(out)
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert [int(row["step"]) for row in log_rows(out)] == list(range(1, 41))
-
-
-def test_the_number_of_ranks_changes_nothing(workshop, tmp_path):
-    """Same flags, 1, 2 and 4 processes: the same data and dropout, losses equal to 1e-5 in float32."""
-    curves = []
-    for n_ranks in (1, 2, 4):
-        out = tmp_path / str(n_ranks)
-        process = start(n_ranks, flags(workshop, out, steps=5, dropout=0.1, packing="padded"))
-        assert process.wait(120) == 0, process.stdout.read()
-        curves.append([(float(row["loss"]), float(row["kl"]), int(row["tokens"])) for row in log_rows(out)])
-    for step in range(5):
-        assert curves[0][step] == pytest.approx(curves[1][step], rel=1e-5)
-        assert curves[0][step] == pytest.approx(curves[2][step], rel=1e-5)
+    assert [int(row["step"]) for row in log_rows(out)] == [*range(1, 17)]
 
 
 def test_several_processes_refuse_in_one_line(workshop, tmp_path):
-    """What one of them says is not drowned in a traceback of the others: of flags, and of the folder."""
+    """What one of them says is not drowned in a traceback of the others, which wait for it."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "args.json").write_text("{}")
-    for changes, message in (({"steps": -1}, "--steps -1"), ({}, "contains args.json, but no")):
-        process = start(2, flags(workshop, tmp_path / "out", **changes))
-        printed = process.communicate(timeout=60)[0]
-        assert process.returncode != 0 and printed.count(message) == 1, printed
-        assert "rank1]: Traceback" not in printed
+    process = start(flags(workshop, tmp_path / "out"))
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode != 0 and printed.count("contains args.json, but no") == 1, printed
+    assert "rank1]: Traceback" not in printed
 
 
 def test_micro_batches_that_cannot_be_shared():
     """The first process says so, with a number that works; the others end quietly."""
     args = SimpleNamespace(grad_accum=3)
-    with pytest.raises(InputError, match="take --grad-accum 4"):
-        check_ranks(args, SimpleNamespace(world=2, is_first=True))
+    for world, works in ((2, 4), (8, 8)):
+        with pytest.raises(InputError, match=f"take --grad-accum {works}"):
+            check_ranks(args, SimpleNamespace(world=world, is_first=True))
     with pytest.raises(SystemExit):
         check_ranks(args, SimpleNamespace(world=2, is_first=False))
-    with pytest.raises(InputError, match="take --grad-accum 8"):
-        check_ranks(args, SimpleNamespace(world=8, is_first=True))
