@@ -5,10 +5,9 @@
   damage_json         values, keys and lists become odd ones
   damage_pickle       what torch.save writes: the objects in it, its parts, its bytes
   damage_safetensors  the header, or a tensor
-  damage_rows         a line of .jsonl, a table of .parquet
+  damage_rows ...     a line of .jsonl, a cell of .csv, a table of .parquet
 
-Each takes `draw`, a random.Random, and returns the damaged content and a recipe in words. The same `draw`
-does the same damage.
+Each takes `draw`, a random.Random, and returns the damaged content. The same `draw` does the same damage.
 """
 import copy
 import gzip
@@ -31,18 +30,15 @@ TELLING = {"tokenizer.json": ["model", "added_tokens"],
 
 
 def damage(draw, path):
-    content, recipe = damage_content(draw, path.name, path.read_bytes())
-    path.write_bytes(content)
-    return f"{path.name}: {recipe}"
+    path.write_bytes(damaged(draw, path.name, path.read_bytes()))
 
 
-def damage_content(draw, name, content):
+def damaged(draw, name, content):
     base, _, ending = name.rpartition(".")
     if draw.random() < 0.25:
         return damage_bytes(draw, content)
     if ending == "gz":
-        inner, recipe = damage_content(draw, base, gzip.decompress(content))
-        return gzip.compress(inner, mtime=0), recipe
+        return gzip.compress(damaged(draw, base, gzip.decompress(content)), mtime=0)
     within = draw.choice([None, *TELLING.get(name, [])])
     if ending == "json":
         return damage_json(draw, content, within)
@@ -74,15 +70,12 @@ def flipped(byte, n):
 
 
 def damage_bytes(draw, content):
-    done = []
     for _ in range(draw.choice([1, 1, 1, 2, 4])):
-        way = draw.choice(["flip a bit", *WAYS])
+        way = draw.choice(["flip a bit", *WAYS])  # the least damage most often
         start = draw.randint(0, len(content))
         end = min(len(content), start + draw.choice([1, 2, 8, 64, 1000]))
-        piece = draw.choice(PIECES)
-        content = WAYS[way](content, start, end, piece)
-        done.append(f"{way} at {start} to {end}, {piece[:12]!r}")
-    return content, "; ".join(done)
+        content = WAYS[way](content, start, end, draw.choice(PIECES))
+    return content
 
 
 # ------------------------------------------------------------------------------------ trees: JSON, pickles
@@ -103,24 +96,21 @@ NAMES = ["", "x", "two\nlines", "\ud800", "\u0120\u0120", "a" * 2000]
 
 def damage_json(draw, content, within=None):
     """`within`: a key at the top, the only place where something is changed."""
-    tree, recipe = damage_tree(draw, json.loads(content), odd_json, within)
-    text = json.dumps(tree)
+    text = json.dumps(damage_tree(draw, json.loads(content), odd_json, within))
     for name, raw in RAW.items():
         text = text.replace(f'"{name}"', raw)
-    mark = draw.choice([b"\xef\xbb\xbf", b"\xff\xfe", b" \n", b"\0"]) if draw.random() < 0.05 else b""
-    return mark + text.encode(), f"{recipe}; starts with {mark!r}"
+    start = draw.choice([b"\xef\xbb\xbf", b"\xff\xfe", b" \n", b"\0"]) if draw.random() < 0.05 else b""
+    return start + text.encode()
 
 
 def damage_tree(draw, tree, odd, within=None):
     """Change a tree of dicts and lists, once to three times. odd(draw, value): a different value for one."""
     if within in tree:
-        tree[within], recipe = damage_tree(draw, tree[within], odd)
-        return tree, f"{within}: {recipe}"
-    done = []
+        tree[within] = damage_tree(draw, tree[within], odd)
+        return tree
     for _ in range(draw.choice([1, 1, 1, 2, 3])):
         if not isinstance(tree, (dict, list)) or not tree or draw.random() < 0.02:
             tree = odd(draw, tree)
-            done.append(f"all of it = {tree!r:.60}")
             continue
 
         node, key = somewhere(draw, tree)
@@ -139,8 +129,7 @@ def damage_tree(draw, tree, odd, within=None):
             node.insert(draw.randint(0, len(node)), node[key])
         else:
             node[key] = value
-        done.append(f"{way} {key!r:.40}, {other_key!r:.40}, {value!r:.60}")
-    return tree, "; ".join(done)
+    return tree
 
 
 def somewhere(draw, tree):
@@ -239,13 +228,12 @@ def damage_pickle(draw, content, within=None):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # sparse and nested tensors are called experimental
         try:
-            value, recipe = damage_tree(draw, value, odd_object, within)
+            value = damage_tree(draw, value, odd_object, within)
             if draw.random() < 0.03:
                 value = draw.choice([Payload(), {"x": Payload()}, [value, Payload()]])
-                recipe = "with code"
-            return saved(value, legacy), recipe
+            return saved(value, legacy)
         except (RuntimeError, NotImplementedError, AttributeError):  # not all that is odd can be saved
-            return saved(["odd"], legacy), "a list"
+            return saved(["odd"], legacy)
 
 
 def damage_zip(draw, content):
@@ -255,7 +243,7 @@ def damage_zip(draw, content):
     pickled = next(name for name in names if name.endswith(".pkl"))
     chosen = draw.choice([pickled, draw.choice(names)])
     way = draw.choice(["damage", "damage", "damage", "drop", "twice", "pack", "rename"])
-    damaged, recipe = damage_bytes(draw, before.read(chosen))
+    new = damage_bytes(draw, before.read(chosen))
 
     packing = zipfile.ZIP_DEFLATED if way == "pack" else zipfile.ZIP_STORED
     buffer = io.BytesIO()
@@ -266,8 +254,8 @@ def damage_zip(draw, content):
             if not (is_chosen and way in ("damage", "drop")):
                 after.writestr(name + "x" if is_chosen and way == "rename" else name, before.read(name))
             if is_chosen and way in ("damage", "twice"):
-                after.writestr(name, damaged)
-    return buffer.getvalue(), f"{way} {chosen}: {recipe}"
+                after.writestr(name, new)
+    return buffer.getvalue()
 
 
 def damage_safetensors(draw, content):
@@ -279,20 +267,17 @@ def damage_safetensors(draw, content):
         tensor = draw.choice(DENSE)(draw, tensors.pop(name)).contiguous()
         if draw.random() < 0.3:
             name = odd_name(draw, name).replace("\ud800", "\u2028")  # which UTF-8 cannot hold
-        recipe = f"{name!r:.40} = {tensor.dtype} {[*tensor.shape]}"
-        return safetensors.torch.save(tensors | {name: tensor}), recipe
+        return safetensors.torch.save(tensors | {name: tensor})
 
     length, = struct.unpack("<Q", content[:8])
-    header, recipe = damage_json(draw, content[8:8 + length])
+    header = damage_json(draw, content[8:8 + length])
     if draw.random() < 0.1:
         dtype = draw.choice(["F64", "F16", "BF16", "F8_E4M3", "F8_E8M0", "F4", "I64", "U8", "BOOL", "C64"])
         header = header.replace(b'"F32"', f'"{dtype}"'.encode(), draw.choice([1, -1]))
-        recipe += f"; {dtype}"
     stated = len(header)
     if draw.random() < 0.05:
         stated = draw.choice([0, 1, 2**31, 2**63, 2**64 - 1, len(content)])
-        recipe += f"; a header of {stated} bytes"
-    return struct.pack("<Q", stated) + header + content[8 + length:], recipe
+    return struct.pack("<Q", stated) + header + content[8 + length:]
 
 
 # ------------------------------------------------------------------------------------ rows
@@ -300,17 +285,17 @@ def damage_rows(draw, content):
     """One line of .jsonl."""
     lines = content.splitlines(keepends=True)
     i = draw.randrange(len(lines))
-    lines[i], recipe = damage_json(draw, lines[i])
-    return b"".join([*lines[:i], lines[i] + b"\n", *lines[i + 1:]]), f"line {i}: {recipe}"
+    lines[i] = damage_json(draw, lines[i]) + b"\n"
+    return b"".join(lines)
 
 
 def damage_cells(draw, content):
     """One cell of .csv."""
     rows = [line.split(",") for line in content.decode().splitlines()]
     row = draw.choice(rows)
-    i = draw.randrange(len(row))
-    row[i] = draw.choice(["nan", "inf", "-1", "1e400", "", "2.5", "1_0", "\u0662", '"', "9" * 400])
-    return "\n".join(map(",".join, rows)).encode(), f"column {i} = {row[i]!r:.40}"
+    row[draw.randrange(len(row))] = draw.choice(
+        ["nan", "inf", "-1", "1e400", "", "2.5", "1_0", "\u0662", '"', "9" * 400])
+    return "\n".join(map(",".join, rows)).encode()
 
 
 COLUMNS = [
@@ -335,8 +320,4 @@ def damage_table(draw, content):
     packing = draw.choice(["NONE", "SNAPPY", "GZIP", "ZSTD"])
     buffer = io.BytesIO()
     pq.write_table(pa.table([column], [name]), buffer, compression=packing)
-    content, recipe = buffer.getvalue(), f"{column.type} called {name!r}, {packing}"
-    if draw.random() < 0.3:
-        content, more = damage_bytes(draw, content)
-        recipe += f"; {more}"
-    return content, recipe
+    return damage_bytes(draw, buffer.getvalue()) if draw.random() < 0.3 else buffer.getvalue()
