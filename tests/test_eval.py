@@ -10,9 +10,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from texts import train_tokenizer
+from torch.nn import functional as F
 
 import eval_ppl
 from data import prepare
@@ -33,25 +36,20 @@ WIKITEXT = " \n" + "\n".join(PAGES)  # the file; the Hub has a row a line, and b
 ROWS = ["" if line == " " else line + "\n" for line in WIKITEXT.split("\n")[:-1]]
 
 
-def widen(model, seed):
-    """Weights with which answers differ: at the usual std of 0.02 all are nearly alike."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        parameter.data += torch.randn(parameter.shape, generator=generator) * 0.2
-    return model.eval()
-
-
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory, tokenizers_dir):
     """Exported models: gpt2, its student, neox with a padded vocabulary, neox-wide with more padding."""
     folder = tmp_path_factory.mktemp("zoo")
     shape = {"context": CONTEXT, "width": 32, "n_head": 2}
-    gpt2 = widen(GPT2(GPT2.config(**shape, vocab_size=600, n_layer=3, eos=599)), 0)
-    models = {"gpt2": gpt2, "student": widen(student_from(gpt2, [0, 2]), 1),
-              "neox": widen(GPTNeoX(GPTNeoX.config(**shape, vocab_size=640, n_layer=2)), 2),
-              "neox-wide": widen(GPTNeoX(GPTNeoX.config(
-                  **shape | {"width": 48}, vocab_size=656, n_layer=2, mlp_width=96)), 3)}
+    gpt2 = GPT2(GPT2.config(**shape, vocab_size=600, n_layer=3, eos=599))
+    wide = shape | {"width": 48, "mlp_width": 96}
+    models = {"gpt2": gpt2, "student": student_from(gpt2, [0, 2]),
+              "neox": GPTNeoX(GPTNeoX.config(**shape, vocab_size=640, n_layer=2)),
+              "neox-wide": GPTNeoX(GPTNeoX.config(**wide, vocab_size=656, n_layer=2))}
+    torch.manual_seed(0)
     for name, model in models.items():
+        for parameter in model.parameters():  # at the usual std of 0.02 all answers are nearly alike
+            parameter.data += torch.randn(parameter.shape) * 0.2
         model.save(folder / name)
         load_tokenizer(tokenizers_dir / ("neox" if "neox" in name else "gpt2")).save(folder / name)
     return folder
@@ -59,7 +57,7 @@ def zoo(tmp_path_factory, tokenizers_dir):
 
 @torch.no_grad()
 def foreseen(folder):
-    """Two texts: their last word is to the model the likeliest one; only its first token is."""
+    """Two texts: the model finds the last word of the first likeliest; of the second only its first token."""
     model, tokenizer, rng = load(folder), load_tokenizer(folder), random.Random(0)
     for _ in range(1000):
         text = " ".join("".join(rng.choices("abcdehilmnoprstu", k=3)) for _ in range(5))
@@ -73,8 +71,6 @@ def foreseen(folder):
 @pytest.fixture(scope="session")
 def datasets(request, zoo):
     """Rows in the Hub's form: WikiText by line and by page, and LAMBADA."""
-    import pyarrow
-    import pyarrow.parquet
     root = request.config.hub.root / "datasets"
 
     def write(repo, rows, config="data"):
@@ -82,7 +78,7 @@ def datasets(request, zoo):
         for split in splits:
             path = root / repo / config / f"{split}-00000-of-00001.parquet"
             path.parent.mkdir(parents=True, exist_ok=True)
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+            pq.write_table(pa.Table.from_pylist(rows), path)
         files = [{"split": split, "path": f"{config}/{split}-*"} for split in splits]
         card = {"configs": [{"config_name": "default" if config == "data" else config, "data_files": files}]}
         (root / repo / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
@@ -94,7 +90,6 @@ def datasets(request, zoo):
     texts += foreseen(zoo / "student") + foreseen(zoo / "neox")
     write("EleutherAI/lambada_openai", [{"text": text} for text in texts])
     write("EleutherAI/lambada_openai@old", [{"text": "Only one"}])
-    return root
 
 
 @pytest.fixture
@@ -139,8 +134,9 @@ def guide(model, ids, context, stride):
 
 @torch.no_grad()
 def test_sliding_is_the_guides(measure, zoo, book):
+    """Per token, word and byte, with the numbers that the guide's loop gives in float64."""
     text = book.read_text()
-    for name, stride in (("gpt2", 7), ("gpt2", 32), ("neox", 16), ("neox", 1)):
+    for name, stride in (("gpt2", 7), ("gpt2", 32), ("neox", 16)):
         ids = torch.tensor(load_tokenizer(zoo / name).encode(text))
         nll, scored = guide(load(zoo / name, dtype=torch.float64), ids, 32, stride)
         flags = "--data", book, "--context", 32, "--stride", stride, "--batch-size", 5
@@ -193,37 +189,32 @@ def test_windows_by_hand():
         assert sum(window.bytes for window in windows) == pytest.approx(scored)
 
 
-def test_what_each_protocol_makes_of_wikitext(datasets):
-    expected = {"pages": PAGES, "blocks": [WIKITEXT], "sliding": ["\n\n".join(ROWS)]}
-    for protocol, texts in expected.items():
-        assert eval_ppl.read_texts(eval_ppl.WIKITEXT, protocol, "text") == texts, protocol
+def test_what_is_data(tmp_path, monkeypatch, datasets):
+    """Rows are texts; a file of text is one text, however it is read; stdlib: what the demo holds out.
+    WikiText as each protocol's published numbers have it."""
+    def texts_of(data, protocol="pages", column="text"):
+        return eval_ppl.read_texts(str(data), protocol, column)
 
+    for protocol, texts in {"pages": PAGES, "blocks": [WIKITEXT], "sliding": ["\n\n".join(ROWS)]}.items():
+        assert texts_of(eval_ppl.WIKITEXT, protocol) == texts, protocol
+    assert texts_of("EleutherAI/lambada_openai@old:default", "lambada") == ["Only one"]
 
-def test_what_else_is_data(tmp_path, monkeypatch, datasets):
-    """Rows are texts; a file of text is one text, however it is read; stdlib: what the demo holds out."""
     lines = '{"text": "one"}\n{"text": "two"}\n'
-    files = {"two.jsonl": lines, "two.ndjson": lines, "TWO.JSON": '[{"text": "one"}, {"text": "two"}]',
-             "marked.txt": "\ufefftext", "long.txt": "long line\r\n" * 500_000}
-    expected = {"marked.txt": ["text"], "long.txt": [files["long.txt"]]}
+    files = {"two.jsonl": lines, "TWO.JSON": '[{"text": "one"}, {"text": "two"}]',
+             "long.txt": "long line\r\n" * 500_000, "valid.txt": "valid", "train.txt": "train"}
     for name, content in files.items():
-        path = tmp_path / name
-        path.write_bytes(content.encode())
-        assert eval_ppl.read_texts(str(path), "pages", "text") == expected.get(name, ["one", "two"]), name
-    two = str(tmp_path / "two.jsonl")
-    assert eval_ppl.read_texts(two, "sliding", "text") == ["one\n\ntwo"]
-    (tmp_path / "long.jsonl").write_text(lines * 200_000)  # several blocks
-    assert eval_ppl.read_texts(str(tmp_path / "long.jsonl"), "pages", "") == [lines * 200_000]
+        (tmp_path / name).write_bytes(content.encode())
+        expected = [content] if name.endswith("txt") else ["one", "two"]
+        assert texts_of(tmp_path / name) == expected, name
+    assert texts_of(tmp_path / "two.jsonl", "sliding") == ["one\n\ntwo"]
+    assert texts_of(tmp_path / "two.jsonl", "pages", "") == [lines]
+    for name in ("two.jsonl", "TWO.JSON", "long.txt"):
+        (tmp_path / name).unlink()
+    assert texts_of(tmp_path, "sliding") == ["valid"], "as distill.py"
 
-    (tmp_path / "folder").mkdir()
-    for name in ("train", "valid"):
-        (tmp_path / "folder" / f"{name}.txt").write_text(name)
-    assert eval_ppl.read_texts(str(tmp_path / "folder"), "sliding", "text") == ["valid"], "as distill.py"
-
-    old = "EleutherAI/lambada_openai@old:default"
-    assert eval_ppl.read_texts(old, "lambada", "text") == ["Only one"]
     pairs = [("val", "a"), ("train", "b"), ("val", "c")]
     monkeypatch.setattr(eval_ppl, "open_data", lambda data, column: Namespace(documents=iter(pairs)))
-    assert eval_ppl.read_texts("stdlib", "blocks", "text") == ["a\n\nc"]
+    assert texts_of("stdlib", "blocks") == ["a\n\nc"]
 
 
 def test_defaults():
@@ -240,7 +231,7 @@ def test_defaults():
         assert (args.data, args.protocol, args.context, args.stride) == (data, protocol, 32, 32)
 
 
-def test_precision_and_limit(measure, book):
+def test_precision(measure, book):
     """bf16 takes half the memory and rounds: different digits, the same story."""
     flags = ROOT / "demo/teacher", "--data", book, "--limit", 1, "--precision"
     exact, rounded = (measure(*flags, name)["results"]["teacher"] for name in ("fp32", "bf16"))
@@ -250,6 +241,7 @@ def test_precision_and_limit(measure, book):
 
 
 def test_long_texts_are_encoded_in_pieces_that_change_nothing(tokenizers_dir, tmp_path):
+    """Encoded as a whole, they would need too much memory."""
     rng = random.Random(0)
     parts = ["\n", " ", "  ", "a", "def f(", "'s", "é",
              "e\u0301", "\r\n", "\t", "9", "\x85", "\u2003", "\u0301"]
@@ -272,53 +264,51 @@ def test_scores_of_several_models(zoo):
     ids = torch.randint(vocab, (3, 20), generator=torch.Generator().manual_seed(0))
     targets = ids.roll(-1, 1)
     targets[:, -1] = targets[1, :9] = -100
-    found = scoring.compare(models, [(ids[:2], targets[:2]), (ids[2:], targets[2:])], vocab)
+    first, second = scoring.compare(models, [(ids[:2], targets[:2]), (ids[2:], targets[2:])], vocab)
+    same, twice = scoring.compare(models[:1] * 2, [(ids, targets)], vocab)
+    assert twice == pytest.approx(same) and same == pytest.approx(first)
+    assert twice["kl"] == 0, "KL(model || itself)"
+
     with torch.no_grad():
         logits = [model.double()(ids)[targets != -100] for model in models]
     p, q = (z[:, :vocab].softmax(-1) for z in logits)
-    twice = scoring.compare(models[:1] * 2, [(ids, targets)], vocab)
-    assert twice[1] == pytest.approx(twice[0]) and twice[0] == pytest.approx(found[0])
-    assert twice[1]["kl"] == 0, "KL(model || itself)"
-    assert found[0]["kl"] == 0 and found[0]["agree"] == found[0]["tokens"] == found[1]["tokens"] == 48
-    assert found[1]["kl"] == pytest.approx((p * (p.log() - q.log())).sum().item(), rel=1e-5)
-    assert found[1]["accepted"] == pytest.approx(torch.minimum(p, q).sum().item(), rel=1e-5)
-    assert found[0]["accepted"] == 48, "a model accepts all of its own tokens"
-    for z, sums in zip(logits, found, strict=True):
-        target = targets[targets != -100]
-        nll = -z.log_softmax(-1).gather(1, target[:, None]).sum().item()
-        assert sums["nll"] == pytest.approx(nll, rel=1e-6)
-        assert sums["agree"] == (z.argmax(-1) == logits[0].argmax(-1)).sum()
-        assert sums["right"] == (z.argmax(-1) == target).sum()
-    alone = scoring.compare([models[1].float()], [(ids, targets)], vocab)[0]
-    assert alone["agree"] == 48 and alone["nll"] == pytest.approx(found[1]["nll"])
+    y = targets[targets != -100]
+    n = float(len(y))
+    for z, sums, kl, accepted in [
+            (logits[0], first, 0, n),  # a model accepts all of its own tokens
+            (logits[1], second, (p * (p.log() - q.log())).sum(), torch.minimum(p, q).sum())]:
+        top = z.argmax(-1)
+        expected = {"nll": F.cross_entropy(z, y, reduction="sum"), "kl": kl, "accepted": accepted,
+                    "agree": (top == logits[0].argmax(-1)).sum(), "right": (top == y).sum(), "tokens": n}
+        assert sums == pytest.approx({name: float(total) for name, total in expected.items()}, rel=1e-5)
 
 
 def test_logits_exist_for_a_chunk_at_a_time(zoo, monkeypatch):
-    model, shapes = load(zoo / "gpt2"), []
-    linear = torch.nn.functional.linear
-
-    def watched(*args):
-        shapes.append((out := linear(*args)).shape)
-        return out
-
-    monkeypatch.setattr(scoring.F, "linear", watched)
+    """They are the largest tensors; cutting them changes no score."""
+    model = load(zoo / "gpt2")
     ids = torch.randint(600, (4, CONTEXT), generator=torch.Generator().manual_seed(0))
-    chunked = scoring.score([model, model], ids, ids, 600, chunk_size=50)
-    assert max(shape[0] for shape in shapes if shape[-1] == 600) == 50
-    assert torch.allclose(chunked, scoring.score([model, model], ids, ids, 600))
+    whole = scoring.score([model, model], ids, ids, 600)
+    rows = []
+    entropy = F.cross_entropy
+    monkeypatch.setattr(scoring.F, "cross_entropy",
+                        lambda z, y, **how: rows.append(len(z)) or entropy(z, y, **how))
+    assert torch.allclose(scoring.score([model, model], ids, ids, 600, chunk_size=50), whole)
+    assert max(rows) == 50
 
 
 def test_models_side_by_side(measure, book):
+    """Those of one tokenizer are compared; each has the figures that it has alone. Rotary models can read
+    beyond their context."""
     found = measure("gpt2", "neox", "student", "gpt2", "--data", book, "--context", 32)["results"]
     assert list(found) == ["gpt2", "student", "neox"]  # those of one tokenizer side by side
     assert value(found["gpt2"], "KL_to_first") == 0 and value(found["gpt2"], "same_top_1_as_first") == 1
     assert value(found["student"], "KL_to_first") > 0.1 and value(found["student"], "same_top_1_as_first") < 1
     assert "KL_to_first" not in found["neox"]  # other tokens
-    assert all(figures["bits_per_byte"][1] > 0 for figures in found.values())
     assert found["student"]["parameters"] < found["gpt2"]["parameters"]
     alone = measure("student", "--data", book, "--context", 32)["results"]["student"]
     assert alone["perplexity_per_byte"] == pytest.approx(found["student"]["perplexity_per_byte"], rel=1e-6)
     assert "KL_to_first" not in alone
+    assert measure("neox", "--data", book, "--context", 2 * CONTEXT)["results"]["neox"]["tokens"] > CONTEXT
 
 
 def test_standard_error_is_the_jackknifes():
@@ -337,27 +327,29 @@ def test_standard_error_is_the_jackknifes():
 def test_validate(zoo, tmp_path):
     """The rows of a run's table: over the first --eval-tokens, in blocks; modes stay; no overflow."""
     models = [load(zoo / "gpt2"), load(zoo / "student").train()]
+    models[1].set_dropout(0.5, 0.0)
     corpus = corpus_of(tmp_path, load_tokenizer(zoo / "gpt2"))
     args = Namespace(eval_tokens=100, seq_len=32, batch_size=2)
-    teacher, student = scoring.validate(models, corpus, 600, args, nullcontext())
+    rows = scoring.validate(models, corpus, 600, args, nullcontext())
     assert [model.training for model in models] == [False, True]
 
     ids = torch.from_numpy(corpus.val[:97].astype("int64"))
     blocks = torch.stack([ids[start:start + 33] for start in (0, 32, 64)])
     sums = scoring.compare([models[0], models[1].eval()], [(blocks[:, :-1], blocks[:, 1:])], 600)
-    for row, total in zip((teacher, student), sums, strict=True):
-        assert row["loss"] == pytest.approx(total["nll"] / 96)
-        assert row["perplexity"] == pytest.approx(math.exp(row["loss"]))
-        assert row["KL to teacher"] == pytest.approx(total["kl"] / 96)
     counts = corpus.meta["val"]
-    per_byte = teacher["loss"] * counts["tokens"] / counts["bytes"]
-    assert teacher["bits per byte"] == pytest.approx(per_byte / math.log(2))
+    for row, total in zip(rows, sums, strict=True):
+        loss = total["nll"] / 96
+        bits = loss * counts["tokens"] / counts["bytes"] / math.log(2)
+        expected = {"loss": loss, "perplexity": math.exp(loss), "bits per byte": bits,
+                    "KL to teacher": total["kl"] / 96}
+        assert {name: row[name] for name in expected} == pytest.approx(expected)
 
     models[0].norm.weight.data *= 1e4
     row, = scoring.validate(models[:1], corpus, 600, args, nullcontext())
     assert row["loss"] > 1000 and row["perplexity"] == math.inf and "KL to teacher" not in row
+    args.eval_tokens = 0
     with pytest.raises(InputError, match="1 held-out tokens are too few"):
-        scoring.validate(models, corpus, 600, Namespace(**vars(args) | {"eval_tokens": 0}), nullcontext())
+        scoring.validate(models, corpus, 600, args, nullcontext())
 
 
 def corpus_of(folder, tokenizer):
@@ -381,26 +373,21 @@ def test_prepared_corpus(measure, zoo, tmp_path):
 
 
 def test_the_table_says_what_it_is(monkeypatch, capsys, zoo, datasets):
+    """Data, protocol, windows; each figure with its error; in 80 columns."""
     monkeypatch.setattr(sys, "argv", ["eval_ppl.py", str(zoo / "gpt2"), "--protocol=pages", "--device=cpu"])
     eval_ppl.main()
     out = capsys.readouterr().out
     words = " ".join(out.split())
-    assert words.startswith(f"data {eval_ppl.WIKITEXT}, ") and max(map(len, out.splitlines())) <= 80
-    assert all(f", {setting}, " in words for setting in ("protocol pages", "context 64", "stride 64"))
-    assert "WikiText is detokenised" in words and "±" in words
-    for name in ("parameters", "megabytes", "tokens", "words", "bytes", "tokens per second"):
-        assert re.search(rf"^\| {name} +\| +[\d,]+ \|$", out, re.M), name
-    for name in ("loss in nats per token", "perplexity per token", "perplexity per byte", "bits per byte"):
-        assert re.search(rf"^\| {name} +\| +[\d.]+ ± [\d.]+ \|$", out, re.M), name
-
-    for figure, text in ((1234, 1234), ("-", "-"), (0.24954, "0.2495"), (math.inf, "inf"),
+    for said in (f"data {eval_ppl.WIKITEXT}, ", "protocol pages, ", "context 64, ", "is detokenised"):
+        assert said in words
+    assert re.search(r"^\| tokens +\| +[\d,]+ \|$", out, re.M)
+    assert re.search(r"^\| bits per byte +\| +[\d.]+ ± [\d.]+ \|$", out, re.M)
+    for figure, text in ((1234, 1234), (0.24954, "0.2495"), (math.inf, "inf"),
                          ((24.76871, 0.32154), "24.769 ± 0.322"), ((11016.53, 153.26), "1.102e+04 ± 153.3")):
         assert eval_ppl.shown(figure) == text
     args = eval_ppl.parse_args(["gpt2", "--protocol", "sliding", "--data", "a/long/name/of/a.txt"])
-    results = {name: {"perplexity_per_word": (987.65432, 12.34567)} for name in
-               ("demo/teacher", "out", "out/control")}
-    lines = eval_ppl.report(results, args).splitlines()
-    assert max(map(len, lines)) <= 80 and "987.65 ± 12.35" in lines[-1]
+    three = dict.fromkeys(("demo/teacher", "out", "out/control"), {"perplexity_per_word": (987.65, 12.346)})
+    assert max(map(len, [*out.splitlines(), *eval_ppl.report(three, args).splitlines()])) <= 80
 
 
 def test_a_diverged_model_has_no_perplexity(measure, zoo, tmp_path, book):
@@ -416,7 +403,7 @@ def test_a_diverged_model_has_no_perplexity(measure, zoo, tmp_path, book):
 # ------------------------------------------------------------------------------------ lm-evaluation-harness
 @pytest.fixture(scope="session")
 def harness(zoo, datasets):
-    """harness("gpt2", "wikitext", ...) -> the results of lm_eval.simple_evaluate."""
+    """harness("gpt2") -> the results of lm_eval.simple_evaluate for WikiText and LAMBADA."""
     import lm_eval
     from lm_eval import tasks
     from lm_eval.models.huggingface import HFLM
@@ -424,17 +411,17 @@ def harness(zoo, datasets):
     needed = [str(here / name) for name in ("wikitext", "lambada")]
     manager = tasks.TaskManager(include_path=needed, include_defaults=False)
 
-    def harness(name, *names):
+    def harness(name):
         lm = HFLM(pretrained=str(zoo / name), dtype="float32", device="cpu", batch_size=4)
-        found = lm_eval.simple_evaluate(lm, tasks=list(names), task_manager=manager, bootstrap_iters=10)
-        return found["results"]
+        return lm_eval.simple_evaluate(lm, tasks=["wikitext", "lambada_openai"], task_manager=manager,
+                                       bootstrap_iters=10)["results"]
     return harness
 
 
 def test_pages_and_lambada_are_the_harnesss(harness, measure):
     """To six digits, through the files that we export; one of these models is a student."""
     for name in ("student", "neox"):
-        theirs = harness(name, "wikitext", "lambada_openai")
+        theirs = harness(name)
         pages = measure(name, "--protocol", "pages")["results"][name]
         for ours, key in (("perplexity_per_word", "word_perplexity"), ("bits_per_byte", "bits_per_byte"),
                           ("perplexity_per_byte", "byte_perplexity")):
@@ -456,18 +443,16 @@ def test_detokeniser_is_the_harnesss():
     rng = random.Random(0)
     bits = ["s '", "/' 5/", "@-@ ", "@,@ ", "@.@ ", *"()[]{}\"'=\n", "° ", "N ", "'s", "= = = =", "ab", "  "]
     bits += [" "] * 8 + [f"{c} " for c in ":;.!?,"] * 3
-    for text in PAGES + ["".join(rng.choices(bits, k=rng.randrange(60))) for _ in range(3000)]:
+    for text in PAGES + ["".join(rng.choices(bits, k=rng.randrange(60))) for _ in range(2000)]:
         assert detokenize_wikitext(text) == wikitext_detokenizer({"page": text}), repr(text)
-    page = ' = Oz = \n It is " 1 @.@ 5 " km . \n'
-    assert detokenize_wikitext(page) == ' = Oz =\nIt is "1.5" km.\n'
 
 
 # ------------------------------------------------------------------------------------ memory, bad input
 def test_memory_does_not_grow_with_the_text(tmp_path, zoo):
-    """600 kB of text, 350,000 tokens, 840 MB of logits: no more is needed than for 1/8 of them."""
+    """300 kB of text, 175,000 tokens, 420 MB of logits: no more is needed than for 1/8 of them."""
     line = "for i, (start, end) in enumerate(spans): yield number + 1, 'word', [i]\n"
     paths = [tmp_path / "short.txt", tmp_path / "long.txt"]
-    for path, n in zip(paths, (1000, 8000), strict=True):
+    for path, n in zip(paths, (500, 4000), strict=True):
         path.write_text(line * n)
     code = f"""
 import resource, sys, torch, eval_ppl
@@ -483,67 +468,45 @@ for data in {[*map(str, paths)]!r}:
     assert peaks[1] - peaks[0] < 40, peaks  # about 10: the text, its ids, a few hundred bytes a window
 
 
-BAD_INPUT = [
+BAD_INPUT = [  # test_text.py has files that cannot be read
     ("gpt2 --data EMPTY --protocol pages", "too short"),
     ("gpt2 --data WORDS --protocol blocks", "too short: no window for blocks, --context 64"),
-    ("gpt2 --data LATIN1", "is not UTF-8 text: see its byte 9"),
-    ("gpt2 --data OBJECT", "is not a list of JSON objects"),
-    ("gpt2 --data FOLDER", "has no .txt, .md, .jsonl, .parquet or source file"),
-    ("nope --data WORDS", "no folder nope"),
-    ("gpt2 --data OTHER", "did you mean"),
-    ("gpt2 --data wikitext-9", "neither a file here nor a data set on the Hub: did you mean wikitext-2?"),
-    ("gpt2 --data missing/text.ndjson", "missing/text.ndjson is neither a file here nor a data set"),
+    ("gpt2 --data wikitext-9", "did you mean wikitext-2?"),
+    ("gpt2 --data missing/text.ndjson", "neither a file here nor a data set"),
     ("gpt2 --data Salesforce/wikitext:wikitext-9-raw-v1", "'wikitext-9-raw-v1' not found"),
     ("gpt2 --data nobody/nothing", "nobody/nothing"),
-    ("gpt2 --data WORDS --stride 0", "--stride 0: must be 1 or more"),
     ("gpt2 --data WORDS --context 32 --stride 33", "--stride 33"),
     ("gpt2 --data WORDS --stride 5 --protocol blocks", "--stride 5: must be 64 to 64"),
     ("gpt2 --data WORDS --context 65", "--context 65: must be 2 to 64"),
-    ("neox --data WORDS --context " + "9" * 30, "must be 1 or more"),
-    ("gpt2 --data WORDS --device cuda:99", "--device cuda:99"),
     ("BARE --data WORDS", "no tokenizer.json"),
     ("NARROW --data WORDS", "its tokenizer has 600 tokens and its model only 500"),
     ("BROKEN --data WORDS", "its logits are NaN or infinite"),
-    ("neox --data CORPUS", "holds token ids of one tokenizer: take --protocol sliding or blocks, and models"),
+    ("neox --data CORPUS", "holds token ids of one tokenizer"),
     ("gpt2 --data CORPUS --protocol pages", "take --protocol sliding or blocks"),
 ]
 
 
-@pytest.fixture
-def bad_things(tmp_path, zoo):
-    """Models: without a tokenizer; with fewer embeddings than tokens; with finite weights that overflow. And
-    files that are no text."""
-    source = zoo / "gpt2"
-    model, tokenizer = load(source), load_tokenizer(source)
+def test_bad_input(monkeypatch, capsys, datasets, zoo, tmp_path):
+    """One line on stderr that names the thing, and exit code 2."""
+    model, tokenizer = load(zoo / "gpt2"), load_tokenizer(zoo / "gpt2")
     model.save(tmp_path / "bare")
-    model.norm.weight.data *= 1e38
+    model.norm.weight.data *= 1e38  # finite weights, and logits that overflow
     model.save(tmp_path / "broken")
     narrow = GPT2.config(context=64, width=8, n_head=2, n_layer=1, vocab_size=500, eos=499)
     GPT2(narrow).save(tmp_path / "narrow")
     for name in ("broken", "narrow"):
         tokenizer.save(tmp_path / name)
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "words.txt").write_text("few words, not 64")
+    things = {path.stem.upper(): path for path in tmp_path.iterdir()}
+    things |= {name: zoo / name for name in ("gpt2", "neox")}
+    things["CORPUS"] = corpus_of(tmp_path / "corpus", tokenizer).path
 
-    contents = {"empty.txt": b"", "words.txt": b"few words, not 64", "latin1.txt": b"na\xc3\xafve na\xefve",
-                "object.json": b'{"text": "one"}'}
-    for name, content in contents.items():
-        (tmp_path / name).write_bytes(content)
-    (tmp_path / "folder").mkdir()
-    paths = {path.stem.upper(): path for path in tmp_path.iterdir()}
-    corpus = corpus_of(tmp_path / "corpus", tokenizer).path
-    return paths | {"OTHER": tmp_path / "wrods.txt", "CORPUS": corpus, "gpt2": source, "neox": zoo / "neox"}
-
-
-def test_bad_input(monkeypatch, capsys, datasets, bad_things):
-    """One line on stderr that names the thing, and exit code 2."""
     for command, message in BAD_INPUT:
-        argv = [str(bad_things.get(word, word)) for word in command.split()]
+        argv = [str(things.get(word, word)) for word in command.split()]
         monkeypatch.setattr(sys, "argv", ["eval_ppl.py", "--device", "cpu", *argv])
         with pytest.raises(SystemExit) as exit:
             run_cli(eval_ppl.main)
         assert exit.value.code == 2
         *_, line = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and message in line, (command, line)
-
-
-def test_rotary_models_read_beyond_their_context(measure, book):
-    assert measure("neox", "--data", book, "--context", 2 * CONTEXT)["results"]["neox"]["tokens"] > CONTEXT

@@ -190,8 +190,9 @@ def test_hidden_states_and_greedy_generation(checkpoint):
     assert model.context == CONTEXT and model.num_parameters() == theirs.num_parameters()
 
     cache = model.new_cache(batch=6, room=CONTEXT).fill_(torch.nan)  # what is unset must not be read
-    pieces = [model.hidden(ids[:, :7], cache)]
-    pieces += [model.hidden(ids[:, i:i + 1], cache, past=i) for i in range(7, CONTEXT)]
+    pieces = []
+    for past, length in ((0, 7), (7, 1), (8, 6), (14, CONTEXT - 14)):
+        pieces.append(model.hidden(ids[:, past:past + length], cache, past))
     torch.testing.assert_close(torch.cat(pieces, 1), hidden, atol=1e-5, rtol=0)
 
     ours = model.generate(ids[:, :5], CONTEXT - 5)
