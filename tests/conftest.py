@@ -27,7 +27,7 @@ BLOCKS = [[line.split("  #")[0].strip() for line in block.splitlines()
 
 
 def pytest_configure(config):
-    """Before any test module is imported: huggingface_hub reads these settings when it is."""
+    """Runs before any test module: huggingface_hub reads these settings when it is imported."""
     config.hub_root = tempfile.TemporaryDirectory()
     config.hub = FakeHub(config.hub_root.name)
     os.environ.update(config.hub.env)

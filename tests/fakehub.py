@@ -1,6 +1,6 @@
 """A stand-in for the Hub, so that tests run the genuine huggingface_hub and datasets clients offline.
 
-It serves ROOT/models/<owner/name>/<files> and ROOT/datasets/<owner/name>/<files> as they are when asked for:
+It serves ROOT/models/<owner/name>/<files> and ROOT/datasets/<owner/name>/<files> as they are at that moment:
 
     hub = FakeHub(root)              # serves from a thread of this process until hub.close()
     os.environ.update(hub.env)       # before huggingface_hub is imported: it reads its settings once
@@ -47,7 +47,7 @@ def etag(path):
 
 
 def commit(repo):
-    """Another one as soon as a file of the repository changes, so that the clients' caches notice."""
+    """It changes when a file of the repository does, so that the clients' caches notice."""
     files = sorted(path for path in repo.rglob("*") if path.is_file())
     listing = "".join(f"{path.relative_to(repo)} {etag(path)}\n" for path in files)
     return hashlib.sha1(listing.encode()).hexdigest()
@@ -112,11 +112,7 @@ class Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode())["paths"]
             return self.send_json([entry(repo / p, repo) for p in asked if (repo / p).exists()])
         files = [{"rfilename": entry(p, repo)["path"]} for p in sorted(repo.rglob("*")) if p.is_file()]
-        date = "2024-01-01T00:00:00.000Z"
-        return self.send_json({
-            "id": match["repo"], "sha": commit(repo), "siblings": files, "tags": [], "downloads": 0,
-            "likes": 0,
-            "private": False, "gated": False, "disabled": False, "lastModified": date, "createdAt": date})
+        return self.send_json({"id": match["repo"], "sha": commit(repo), "siblings": files})
 
     def send_json(self, obj, code=200, error=None):
         body = json.dumps(obj).encode()

@@ -126,17 +126,6 @@ def test_value_and_gradient_equal_float64_autograd():
     assert all(close(ours, theirs, 3e-2) for ours, theirs in pairs)
 
 
-def test_a_tied_head_gets_the_gradient_of_both_its_uses():
-    """The embedding is also the head, as in GPT-2."""
-    embedding = torch.randn(97, 24, requires_grad=True)
-    _, _, *rest = inputs()
-    found = []
-    for loss_of in (losses_of, in_float64):
-        loss, *_ = loss_of(torch.tanh(embedding[:50]), embedding, *rest, LossSettings(chunk_size=16))
-        found.append(torch.autograd.grad(loss, embedding)[0])
-    assert close(*found)
-
-
 def test_nothing_counted_is_zero_and_vocabularies_that_differ_are_refused():
     """NaN from a batch of padding would end a run; a cut vocabulary would train on wrong probabilities."""
     given = inputs()

@@ -4,14 +4,14 @@ import random
 
 
 def make_texts(n, seed=0):
-    """Documents of about 300 characters, no two alike, some with what tends to go wrong."""
+    """Documents of about 300 characters, no two alike, some with text that tends to go wrong."""
     draw = random.Random(seed)
     words = ["def", "return", "self", "\n    ", "\r\n", "<|endoftext|>", "\u00e9", "\u65e5\u672c", "  "]
     return [f"{i} " + " ".join(draw.choice(words) for _ in range(draw.randint(1, 120))) for i in range(n)]
 
 
 def write(path, texts, column="text"):
-    """Write the same documents in any of the forms that can be read; of .txt, a file for each."""
+    """Write the same documents in any of the forms that can be read; as .txt in a file for each."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps({"id": i, column: text}) + "\n" for i, text in enumerate(texts)))
