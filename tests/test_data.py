@@ -78,7 +78,7 @@ def test_examples_by_hand():
 
 
 def test_documents_are_looked_for_once_in_each_array(monkeypatch):
-    """In a large corpus that takes seconds; and another corpus has other documents."""
+    """In a large corpus that takes seconds; and a different corpus has different documents."""
     arrays = [np.array([0, 5, 6, 0, 7], np.uint16) for _ in range(2)]  # equal, and not the same
     searched = []
     search = np.flatnonzero

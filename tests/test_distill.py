@@ -284,7 +284,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(refused, tmp_path, monkeypatch)
 
 def test_which_precision_auto_is(monkeypatch):
     """bf16 unless it is clearly slower, however busy the machine is for a moment. A resumed run keeps its
-    own: what is measured can change between two starts."""
+    own, because a measurement can change between two starts."""
     alone = devices.Ranks("cpu")
     for bf16, picked in ((0.3, "bf16"), (1.2, "bf16"), (4.0, "fp32")):
         durations = (0.0, bf16, 0.0, 1.0)  # of a product in bf16, and one in float32
@@ -328,7 +328,7 @@ def kill_family(pid):
 
 def test_ranks_and_kills_change_nothing(workshop, distil, tmp_path):
     """Two processes have the losses of one: the same data, dropout and student's texts, though only one of
-    them has those. Killed, stopped and resumed, they end with the very bits of an untouched run."""
+    them gets those texts. Killed, stopped and resumed, they end with the same bits as an untouched run."""
     long = {"steps": 16, "grad_accum": 4, "dropout": 0.1, "save_interval": 3, **ON_POLICY}
     whole = start(flags(workshop, tmp_path / "whole", **long))
     distil(tmp_path / "one", **long)

@@ -149,8 +149,8 @@ def test_sliding_is_the_guides(measure, zoo, book):
         assert value(found, "perplexity_per_word") == pytest.approx(math.exp(per_word), rel=1e-4)
 
 
-class Letters:
-    """A tokenizer whose tokens are letters, so that windows can be written down; eot is `.`."""
+class Characters:
+    """A tokenizer whose tokens are characters, so that windows can be written down; eot is `.`."""
     eot = ord(".")
 
     def encode_array(self, text):
@@ -175,15 +175,15 @@ WINDOWS = {  # (protocol, text, context, stride): what is read | what is scored
 
 
 def test_windows_by_hand():
-    """As in the docstrings; a window has its share of the bytes, of which each letter is one."""
+    """As in the docstrings; a window has its share of the bytes, one for each character."""
     for (protocol, text, context, stride), expected in WINDOWS.items():
         args = Namespace(context=context, stride=stride, data="x")
-        windows = list(eval_ppl.PROTOCOLS[protocol](text, Letters(), args))
+        windows = list(eval_ppl.PROTOCOLS[protocol](text, Characters(), args))
         shown = []
         for window in windows:
-            letters = "".join(map(chr, window.ids))
-            cut = len(letters) - window.n_scored
-            shown.append(f"{letters[:cut]}|{letters[cut:]}")
+            read = "".join(map(chr, window.ids))
+            cut = len(read) - window.n_scored
+            shown.append(f"{read[:cut]}|{read[cut:]}")
         assert shown == expected, (protocol, text)
         scored = sum(window.n_scored for window in windows)
         assert sum(window.bytes for window in windows) == pytest.approx(scored)

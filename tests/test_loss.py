@@ -176,7 +176,7 @@ def test_the_compiled_loss_is_the_loss(monkeypatch):
     chunked_loss.compiled.cache_clear()
 
 
-# ------------------------------------------------------------------------------------ what is said of it
+# ------------------------------------------------------------------------------------ formulas, mistakes
 def test_the_formula_has_the_numbers():
     """The plan and the model card show it; flags left out have the defaults of LossSettings."""
     def args(flags):

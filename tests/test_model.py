@@ -64,7 +64,7 @@ def as_gpt2_on_the_hub(tensors):
 
 
 def as_pythia_on_the_hub(tensors):
-    """float16, with buffers, some of which are no numbers."""
+    """float16, with causal masks and frequencies as buffers."""
     tensors = {name: tensor.half() for name, tensor in tensors.items()}
     for i in range(3):
         name = f"gpt_neox.layers.{i}.attention."
@@ -179,7 +179,7 @@ def test_logits_are_those_of_transformers(tmp_path):
 def test_a_cache_changes_nothing(checkpoint):
     """Whatever the lengths of the pieces that it gets."""
     model, ids = load(checkpoint), some_ids()
-    cache = model.new_cache(batch=2, room=CONTEXT).fill_(torch.nan)  # what is unset must not be read
+    cache = model.new_cache(batch=2, room=CONTEXT).fill_(torch.nan)  # read too early, this would show
     pieces = []
     for past, length in ((0, 7), (7, 1), (8, 6), (14, CONTEXT - 14)):
         pieces.append(model.hidden(ids[:, past:past + length], cache, past))
@@ -256,7 +256,7 @@ def test_what_a_config_json_says(gpt2, neox, tmp_path):
 
 
 def test_a_reader_finds_whole_models_only(gpt2, tmp_path, monkeypatch):
-    """What is in the folder at any step of saving can be loaded. (test_files.py has a full disk.)"""
+    """The folder can be loaded at any step of saving. (test_files.py has a full disk.)"""
     model, seen = load(gpt2), []
     model.save(tmp_path / "out")
     replace = os.replace

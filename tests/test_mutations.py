@@ -349,7 +349,7 @@ def use_run(folder):
 
 
 def use_finished(folder):
-    """Its results are shown, and what is published then leaves a text that has been edited as it is."""
+    """Its results are shown, and a model that is published then leaves edited text as it is."""
     go_on(settings(folder, "--resume"), 1)
     before = {name: (folder / "out" / name).read_bytes() for name in ("README.md", "config.json")}
     with run.published(folder / "out") as new:
