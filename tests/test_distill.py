@@ -187,6 +187,7 @@ def test_an_on_policy_run(distil, tmp_path):
 
 # ------------------------------------------------------------------------------------ the command line
 def test_learning_rate():
+    """A published recipe is only reproduced with its schedule."""
     args = distill.parse_args("--teacher gpt2 --student-layers 2 --steps 100 --warmup 0.1 --lr 1 "
                               "--schedule linear".split())
     rates = [round(distill.lr_at(step, args), 6) for step in (0, 4, 9, 10, 55, 99)]

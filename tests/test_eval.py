@@ -425,6 +425,7 @@ def test_pages_and_lambada_are_the_harnesss(zoo, datasets, measure):
 
 
 def test_detokeniser_is_the_harnesss():
+    """A rule too few, and perplexities per word are not those that are published."""
     from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
     rng = random.Random(0)
     bits = ["s '", "/' 5/", "@-@ ", "@,@ ", "@.@ ", *"()[]{}\"'=\n", "° ", "N ", "'s", "= = = =", "ab", "  "]

@@ -273,6 +273,7 @@ def test_a_reader_finds_whole_models_only(gpt2, tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------------------------------- students
 def test_spread_layers():
+    """The students of published runs have these layers; a layer that the teacher lacks is refused."""
     assert spread_layers(12, 6) == [0, 2, 4, 7, 9, 11]  # DistilGPT2's
     assert spread_layers(6, 1) == spread_layers(1, 1) == [0]
     for n in range(1, 49):
@@ -316,6 +317,7 @@ def test_random_start_forgets_the_teacher(gpt2):
 
 
 def test_dropout_is_for_training_only(gpt2):
+    """Each of the two kinds works; and nothing that is measured has it."""
     model, ids = load(gpt2), some_ids()
     before = model(ids)
     for where in ((0.0, 0.5), (0.5, 0.0)):
