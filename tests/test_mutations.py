@@ -42,11 +42,11 @@ import safetensors.torch
 import torch
 from texts import make_texts
 
+import distill
 from data import Corpus, batch_at, prepare
-from distill import Losses, LossSettings, make_optimizer, take_step
 from model import GPT2, GPTNeoX, load
 from sample import draw as draw_tokens
-from support import flags, report, run, teacher_cache
+from support import report, run, teacher_cache
 from support.cli import InputError
 from support.corpus import Build, corpus_path
 from support.hub import read_tensors, weight_files
@@ -291,56 +291,40 @@ def use_cache(folder):
 
 
 # ------------------------------------------------------------------------------------ runs
-STEPS = 5
-
-
-def settings(folder, *more):
-    argv = f"--teacher gpt2 --student gpt2 --steps {STEPS} --seq-len 4 --precision fp32 --device cpu"
-    argv += " --workers 1 --save-interval 1"
-    args = flags.parse_args("", LossSettings(), [*argv.split(), "--out", str(folder / "out"), *more])
-    flags.check(args)
-    args.objective = "loss = CLM"
-    return args
-
-
-def go_on(args, n_steps):
-    """Claim the folder, make some steps as distill.train does, and save each of them."""
-    student = tiny(GPT2)
-    optimizer = make_optimizer(student, args)
-    corpus = argparse.Namespace(train=range(100), fingerprint="of a text")
+def train_in(folder, steps, *more):
+    """Train a model in folder/out, or resume that, or show the results that are there."""
+    argv = f"--teacher none --student gpt2 --steps {steps} --seq-len 4 --batch-size 1 --grad-accum 1"
+    argv += " --precision fp32 --device cpu --save-interval 1 --schedule constant --warmup 0 --eval-tokens 8"
+    args = distill.parse_args([*argv.split(), "--out", str(folder / "out"), *more])
+    ids = np.arange(100) % 11
+    corpus = argparse.Namespace(train=ids, val=ids, eot=0, fingerprint="of a text",
+                                meta={"val": {"bytes": 400, "tokens": 100}})
     ranks = Ranks("cpu")
     with run.claim(args, ranks) as finished:
         if finished:
             report.show_again(args)
-            return
-        with run.Run(args, student, optimizer, corpus, 11, ranks) as loop:
-            for step in itertools.islice(loop.steps(), n_steps):
-                student(torch.tensor([[1, 2, 3]])).logsumexp(-1).sum().backward()
-                gradients = [(p.grad**2).sum() for p in student.parameters()]
-                loop.check(step, losses := Losses(2.5, 1.5, 3.5, 0.0, 0.0, 1.0), sum(gradients).item(), 1e-3)
-                take_step(optimizer, 1e-3)
-                loop.finish_step(step, losses, 64, 1e-3, 1.0)
-    assert not run.first_not_finite(dict(student.named_parameters()))
+        else:
+            student = distill.train(args, tiny(GPT2), None, corpus, 11, ranks)
+            assert not run.first_not_finite(student.state_dict())
 
 
 def half_a_run(folder):
-    go_on(settings(folder), 2)
+    train_in(folder, 2)
 
 
 def finished_run(folder):
-    args = settings(folder)
-    go_on(args, STEPS)
+    train_in(folder, 2)
     row = {"parameters": 9, "loss": 2.5, "perplexity": 12.2, "bits per byte": 1.5, "MB as float32": 1}
-    with run.published(args.out) as new:
+    with run.published(folder / "out") as new:
         for name in (*run.MODEL_FILES, "README.md"):
             (new / name).write_text("{}")
-    results = {"objective": args.objective, "rows": {"student": row}, "verdict": "tied"}
+    results = {"objective": "loss = 1 * CLM", "rows": {"student": row}, "verdict": "tied"}
     (folder / "out" / "results.json").write_text(json.dumps(results))
 
 
 def use_run(folder):
-    """The run goes on for a step or shows its results again; its log has what a log can have."""
-    go_on(settings(folder, "--resume"), 1)
+    """The run goes on for a step; its log has what a log can have."""
+    train_in(folder, 3, "--resume")
     for name in run.LOGS:
         rows = run.read_log(folder / "out" / name)
         steps = [row["step"] for row in rows]
@@ -350,7 +334,7 @@ def use_run(folder):
 
 def use_finished(folder):
     """Its results are shown, and a model that is published then leaves edited text as it is."""
-    go_on(settings(folder, "--resume"), 1)
+    train_in(folder, 2, "--resume")
     before = {name: (folder / "out" / name).read_bytes() for name in ("README.md", "config.json")}
     with run.published(folder / "out") as new:
         for name in before:
