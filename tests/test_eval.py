@@ -1,4 +1,4 @@
-"""eval_ppl.py: against float64 by definition, against lm-evaluation-harness, with bad input."""
+"""eval_ppl.py: windows by hand, scores by definition, against lm-evaluation-harness, with bad input."""
 import json
 import math
 import random
@@ -119,36 +119,6 @@ def book(tmp_path):
 
 
 # ------------------------------------------------------------------------------------ protocols
-def guide(model, ids, context, stride):
-    """The guide's loop in float64: (sum of NLL, tokens scored)."""
-    nll, scored, done = 0.0, 0, 1
-    for start in range(0, len(ids), stride):
-        end = min(start + context, len(ids))
-        logp = model(ids[None, start:end]).log_softmax(-1)[0]
-        for i in range(max(done, start + 1), end):
-            nll, scored = nll - logp[i - 1 - start, ids[i]].item(), scored + 1
-        done = end
-        if end == len(ids):
-            return nll, scored
-
-
-@torch.no_grad()
-def test_sliding_is_the_guides(measure, zoo, book):
-    """Per token, word and byte, with the numbers that the guide's loop gives in float64."""
-    text = book.read_text()
-    for name, stride in (("gpt2", 7), ("gpt2", 32), ("neox", 16)):
-        ids = torch.tensor(load_tokenizer(zoo / name).encode(text))
-        nll, scored = guide(load(zoo / name, dtype=torch.float64), ids, 32, stride)
-        flags = "--data", book, "--context", 32, "--stride", stride, "--batch-size", 5
-        found = measure(name, *flags)["results"][name]
-        assert found["tokens"] == scored == len(ids) - (1 if stride < 32 else math.ceil(len(ids) / 32))
-        assert value(found, "perplexity_per_token") == pytest.approx(math.exp(nll / scored), rel=1e-5)
-        per_byte = nll / scored * len(ids) / len(text.encode())  # the share that is scored, of all bytes
-        assert value(found, "bits_per_byte") == pytest.approx(per_byte / math.log(2), rel=1e-5)
-        per_word = nll / scored * len(ids) / len(text.split())
-        assert value(found, "perplexity_per_word") == pytest.approx(math.exp(per_word), rel=1e-4)
-
-
 class Characters:
     """A tokenizer whose tokens are characters, so that windows can be written down; eot is `.`."""
     eot = ord(".")
@@ -157,7 +127,7 @@ class Characters:
         return np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
 
 
-WINDOWS = {  # (protocol, text, context, stride): what is read | what is scored
+WINDOWS = {  # (protocol, text, context, stride): read|scored; sliding is the loop of Hugging Face's guide
     ("sliding", "abcdefg", 4, 2): ["a|bcd", "cd|ef", "ef|g"],
     ("sliding", "abcdefg", 4, 4): ["a|bcd", "e|fg"],
     ("sliding", "abcde", 4, 4): ["a|bcd"],  # e would have nothing before it
@@ -187,6 +157,8 @@ def test_windows_by_hand():
         assert shown == expected, (protocol, text)
         scored = sum(window.n_scored for window in windows)
         assert sum(window.bytes for window in windows) == pytest.approx(scored)
+        if protocol in eval_ppl.JOINED:
+            assert sum(window.words for window in windows) == pytest.approx(scored / len(text))
 
 
 def test_what_is_data(tmp_path, monkeypatch, datasets):
@@ -373,8 +345,10 @@ def test_prepared_corpus(measure, zoo, tmp_path):
     assert "words" not in found and "perplexity_per_word" not in found
     blocks = torch.from_numpy(corpus.val[:3 * CONTEXT].astype("int64")).view(3, CONTEXT)
     nll = scoring.compare([load(zoo / "gpt2")], [(blocks[:, :-1], blocks[:, 1:])], 600)[0]["nll"]
-    bits = nll / found["tokens"] * len(corpus.val) / corpus.meta["val"]["bytes"] / math.log(2)
+    loss = nll / found["tokens"]
+    bits = loss * len(corpus.val) / corpus.meta["val"]["bytes"] / math.log(2)
     assert value(found, "bits_per_byte") == pytest.approx(bits, rel=1e-6)
+    assert value(found, "perplexity_per_token") == pytest.approx(math.exp(loss), rel=1e-6)
 
 
 def test_the_table_says_what_it_is(monkeypatch, capsys, zoo, datasets):
