@@ -130,6 +130,7 @@ class Characters:
 WINDOWS = {  # (protocol, text, context, stride): read|scored; sliding is the loop of Hugging Face's guide
     ("sliding", "abcdefg", 4, 2): ["a|bcd", "cd|ef", "ef|g"],
     ("sliding", "abcdefg", 4, 4): ["a|bcd", "e|fg"],
+    ("sliding", "abcdef", 4, 1): ["a|bcd", "bcd|e", "cde|f"],  # nothing is left for a window from d on
     ("sliding", "abcde", 4, 4): ["a|bcd"],  # e would have nothing before it
     ("sliding", "a", 4, 4): [],
     ("blocks", "abcdefghij", 4, 4): ["a|bcd", "e|fgh"],
