@@ -29,8 +29,8 @@ ON_POLICY = {"on_policy": 0.5, "kd_weight": 1, "clm_weight": 0, "divergence": "r
 
 # ------------------------------------------------------------------------------------ what a run does
 def test_the_log_has_the_means_of_the_definition(workshop, distil, tmp_path):
-    """First step, before any update: all terms of the loss, summed up over all micro-batches and divided once
-    by the tokens that count. The plan and args.json have the formula."""
+    """First step, before any update: all terms of the loss and its gradient, summed up over all micro-batches
+    and divided once by the tokens that count. The plan and args.json have the formula."""
     printed = distil(tmp_path / "out", packing="padded", cos_weight=0.25, steps=1)
     formula = "loss = 0.5 * 2² * KL(teacher || student, T = 2) + 0.5 * CLM + 0.25 * (1 - cos)"
     assert "layers 0,3 of" in printed and formula in " ".join(printed.split())
@@ -50,12 +50,15 @@ def test_the_log_has_the_means_of_the_definition(workshop, distil, tmp_path):
         loss, kl, clm = distill.plain_loss(s, t, y, LossSettings(2.0, 0.5, 0.5))
         cos = (1 - F.cosine_similarity(h_s, h_t))[y != -100].sum()
         bar = F.cross_entropy(t, y, reduction="sum")
-        sums += torch.stack([loss + 0.25 * cos, kl, clm, cos, bar]).detach()
+        loss = loss + 0.25 * cos
+        loss.backward()
+        sums += torch.stack([loss, kl, clm, cos, bar]).detach()
         tokens += (y != -100).sum().item()
     row, = log_rows(tmp_path / "out")
     assert int(row["tokens"]) == tokens < 4 * 2 * 16
-    logged = [float(row[name]) for name in ("loss", "kl", "clm", "cos", "teacher_clm")]
-    assert logged == pytest.approx((sums / tokens).tolist(), rel=1e-4)
+    norm = torch.stack([parameter.grad.norm() for parameter in student.parameters()]).norm()
+    logged = [float(row[name]) for name in ("loss", "kl", "clm", "cos", "teacher_clm", "grad_norm")]
+    assert logged == pytest.approx((torch.stack([*sums, norm]) / tokens).tolist(), rel=1e-4)
 
 
 def test_an_edited_plain_loss_is_what_trains(workshop, distil, tmp_path, monkeypatch):
