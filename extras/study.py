@@ -53,12 +53,13 @@ def show_loss(row):
 class Study:
     name: str  # the module: extras/NAME.py
     doc: str  # its docstring, for --help
-    plan: dict  # {name of a run: its flags}, in the order in which the runs are made
-    one_run: Callable  # (name, flags) -> the figures of that run, a dict
+    plan: dict = field(default_factory=dict)  # {name of a run: its flags}, in the order of the runs
+    one_run: Callable = None  # (name, flags) -> the figures of that run, a dict
     tables: dict = field(default_factory=dict)  # {name in the page: rows -> lines of the table, as dicts}
     pictures: dict = field(default_factory=dict)  # {file in assets/: rows -> a Figure of matplotlib}
     page: str = ""  # docs/PAGE.md and docs/PAGE.jsonl; the name of the study if empty
     show: Callable = show_loss  # row -> its result, in a few characters
+    made_by: str = ""  # of a finished study without a plan: the commit that has the code of its runs
 
     def file(self, suffix):
         return ROOT / "docs" / f"{self.page or self.name}{suffix}"
@@ -80,12 +81,16 @@ class Study:
     def main(self, argv=None):
         """The command of the study."""
         args = self.parse_args(argv)
-        runs = {name: command for name, command in self.plan.items() if args.only in name}
-        if not runs:
-            raise InputError(f"--only {args.only}: no run of the plan has this in its name; see --list")
         if args.page:
             self.make_page()
             return
+        if self.made_by:
+            raise InputError("the runs of this study are finished: --page makes its page anew, and commit "
+                             f"{self.made_by} has the code of the runs")
+
+        runs = {name: command for name, command in self.plan.items() if args.only in name}
+        if not runs:
+            raise InputError(f"--only {args.only}: no run of the plan has this in its name; see --list")
 
         if not args.list:
             keep_memory()
