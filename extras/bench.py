@@ -3,7 +3,6 @@
     python -m extras.bench                               GPT-2 in bf16
     python -m extras.bench --rounds 1                    a first look
     python -m extras.bench --precision fp32 --batch-size 4
-    python -m extras.bench --peers ours --against ../before
     python -m extras.bench --peers ours --no-exact --shape pythia
     python -m extras.bench --peers ours,ours-cache,hf,script
 
@@ -46,9 +45,9 @@ from distill import LossSettings, divide_and_clip, losses_of
 from model import DTYPES, GPT2, GPTNeoX, load
 from support import ROOT
 from support.chunked_loss import chunked_loss
-from support.cli import InputError, format_table, new_parser, run_cli, user_path
+from support.cli import InputError, format_table, new_parser, run_cli
 from support.flags import count
-from support.ranks import Ranks, autocast, keep_memory, pick_device
+from support.ranks import Ranks, autocast, keep_memory, peak_memory, pick_device
 from support.teacher_cache import Draws, draws_loss
 
 T, KD, CLM = 2.0, 0.5, 0.5  # temperature and weights of the loss that all compute
@@ -224,16 +223,7 @@ def step(folder, args):
 
     _, first_loss = one_step()
     seconds = [one_step()[0] for _ in range(args.steps)]
-    return {"loss": first_loss, "seconds": seconds, "peak": peak_bytes(args.device)}
-
-
-def peak_bytes(device):
-    """The most memory that this process has held: on the GPU, or all of it on a CPU."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    import resource  # Windows does not have it
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"loss": first_loss, "seconds": seconds, "peak": peak_memory(torch.device(args.device))}
 
 
 # ------------------------------------------------------------------------------------ exactness
@@ -272,11 +262,10 @@ class Contender(NamedTuple):
     """A row of the table."""
     peer: str  # a key of PEERS
     tuned: bool = False  # in the environment TUNED
-    checkout: Path = ROOT  # the folder whose code runs
 
     @property
     def name(self):
-        return self.peer + " before" * (self.checkout != ROOT) + ", tuned" * self.tuned
+        return f"{self.peer}, tuned" if self.tuned else self.peer
 
 
 TASKS = {"step": step, "exactness": exactness}
@@ -285,10 +274,9 @@ TASKS = {"step": step, "exactness": exactness}
 def child(folder, args, task, contender):
     """What the function `task` returns in a fresh process, which has memory and threads of its own."""
     settings = {**vars(args), "task": task, "peer": contender.peer, "folder": str(folder)}
-    env = {**os.environ, "PYTHONPATH": str(contender.checkout), "TQDM_DISABLE": "1",
-           **(TUNED if contender.tuned else {})}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1", **(TUNED if contender.tuned else {})}
     command = [sys.executable, "-m", "extras.bench", "--child", json.dumps(settings, default=str)]
-    done = subprocess.run(command, cwd=contender.checkout, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["killed"]
         raise InputError(f"{task} of {contender.name} failed: {said[-1]}")
@@ -368,9 +356,6 @@ def parse_args(argv=None):
     add = parser.add_argument_group("what is measured").add_argument
     add("--peers", default="ours,hf,script", metavar="NAMES",
         help=f"who makes the steps, of {', '.join(PEERS)}; the first is the measure of the others")
-    add("--against", type=user_path, metavar="FOLDER",
-        help="also the steps of `ours` in another checkout of this project: "
-             "`git worktree add FOLDER COMMIT` makes one")
     add("--exact", action=argparse.BooleanOptionalAction, default=True,
         help="also hold losses and gradients against float64, which takes minutes and memory for large "
              "models")
@@ -402,12 +387,10 @@ def parse_args(argv=None):
 
 
 def find_contenders(args):
-    """The rows of the table: the peers, `ours` of another checkout, and all of them tuned."""
+    """The rows of the table: the peers, and with --tuned each of them once more."""
     contenders = [Contender(peer) for peer in args.peers.split(",")]
     if unknown := [contender.peer for contender in contenders if contender.peer not in PEERS]:
         raise InputError(f"--peers {unknown[0]}: choose from {', '.join(PEERS)}")
-    if args.against:
-        contenders.insert(1, Contender("ours", checkout=Path(args.against).resolve()))
     if args.tuned:
         contenders += [contender._replace(tuned=True) for contender in contenders]
     return contenders

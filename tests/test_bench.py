@@ -98,21 +98,13 @@ def test_peers_take_turns_and_the_load_is_noted_before_each(folder, monkeypatch,
     assert order[5:] == ["step ours", "step ours, tuned"]
 
 
-def test_the_tables_from_any_folder_and_against_another_checkout(tmp_path):
-    """The other checkout's own bench makes its steps; it gets all that it needs."""
-    (tmp_path / "before" / "extras").mkdir(parents=True)
-    (tmp_path / "before" / "extras" / "bench.py").write_text(
-        "import json, sys\n"
-        "args = json.loads(sys.argv[2])\n"
-        "assert sys.argv[1] == '--child' and (args['peer'], args['task']) == ('ours', 'step')\n"
-        "print(json.dumps({'seconds': [1e3], 'loss': 7.5, 'peak': 5e12}))\n")
+def test_the_tables_from_any_folder(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "extras.bench", *SMALL, "--rounds", "1", "--peers", "ours",
-                           "--against", "before"], cwd=tmp_path, env=env, text=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-m", "extras.bench", *SMALL, "--rounds", "1", "--peers", "ours"],
+                          cwd=tmp_path, env=env, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    ours, before, exact = cells(done.stdout)
-    assert ours[0] == "ours" and float(ours[1]) > 0 and ours[3] == "1.00x"
-    assert before[:3] == ["ours before", "1e+03", "1e+03"] and before[6:8] == ["5000.00", "7.500000"]
+    ours, exact = cells(done.stdout)
+    assert ours[0] == "ours" and float(ours[1]) > 0 and ours[3] == "1.00x" and float(ours[6]) > 0.05
     assert exact[0] == "ours" and float(exact[1]) < 1e-5 and float(exact[2]) < 2e-6
 
 
