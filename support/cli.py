@@ -10,14 +10,12 @@
   format_table   rows of figures as Markdown
 """
 import argparse
-import codecs
 import contextlib
 import difflib
 import io
 import os
 import re
 import sys
-from pathlib import Path
 
 from support import ROOT, loading_is_over
 
@@ -79,7 +77,7 @@ def run_cli(main):
     loading_is_over()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # the streams of a notebook need no encoding
-            stream.reconfigure(errors="spell")
+            stream.reconfigure(errors="backslashreplace")  # characters that a console's encoding lacks
 
     try:
         try:
@@ -118,13 +116,12 @@ def is_out_of_memory(error):
 
 
 def speaks():
-    """Whether this process says what went wrong. The first one of a `torchrun` speaks for all, because they
-    find the same mistakes; but once they have met, each has mistakes of its own."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    others = map(str, range(1, int(world) if world.isdecimal() else 1))
+    """Whether this process says what went wrong. Until the processes of a `torchrun` have met, they all find
+    the same mistake, and the first one speaks for all."""
+    if os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0":
+        return True
     distributed = sys.modules.get("torch.distributed")
-    have_met = distributed and distributed.is_available() and distributed.is_initialized()
-    return bool(have_met) or os.environ.get("RANK") not in others
+    return bool(distributed and distributed.is_available() and distributed.is_initialized())
 
 
 def discard_output():
@@ -138,21 +135,6 @@ def discard_output():
             os.dup2(nowhere, stream.fileno())
 
 
-SPELT = {"²": "^2", "±": "+-"}
-
-
-def spell(error):
-    """Replaces characters that a console's encoding lacks: ² -> ^2, others escaped: 日 -> \\u65e5."""
-    if not isinstance(error, UnicodeEncodeError):
-        raise error
-    missing = error.object[error.start:error.end]
-    written = [SPELT.get(c) or c.encode("ascii", "backslashreplace").decode() for c in missing]
-    return "".join(written), error.end
-
-
-codecs.register_error("spell", spell)
-
-
 # ------------------------------------------------------------------------------------ flags
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is an InputError that suggests the nearest flag."""
@@ -160,12 +142,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         message = re.sub(r"^argument (\S+?)(/\S+)?: ", r"\1 ", message)
         if message.startswith("unrecognized"):
-            unknown = re.findall(r"(?<!\S)--?[\w-]+", message)
-            flags = [*self._option_string_actions]
-            near = [[flag for flag in flags if flag.startswith(start)]
-                    or difflib.get_close_matches(start, flags, n=1) for start in unknown]
-            names = [match for matches in near for match in matches]
-            message += f" (did you mean {', '.join(names)}?)" if names else ""
+            unknown = re.findall(r"(?<!\S)--[\w-]+", message)
+            near = [match for flag in unknown
+                    for match in difflib.get_close_matches(flag, self._option_string_actions, n=1)]
+            message += f" (did you mean {', '.join(near)}?)" if near else ""
         raise InputError(f"{message}; see --help")
 
 
@@ -213,26 +193,22 @@ def checked(kind, wanted, good):
     return convert
 
 
-def user_path(text):
-    """The type of a flag that names a file, a folder or a model: ~/x -> /home/me/x. In --out=~/x the shell
-    leaves the ~ alone."""
-    return os.path.expanduser(text)
+# The type of a flag that names a file, a folder or a model: in --out=~/x the shell leaves the ~ alone.
+user_path = os.path.expanduser
 
 
 def lookalike(name, known=()):
     """The name of something here, or one of the names `known`, that a misspelt name probably means; or None.
 
-    "demo/techer" -> "demo/teacher", "my_text/a.txt" -> "my_texts/a.txt"
+    "demo/techer" -> "demo/teacher"
     """
-    folder, slash, last = str(name).rstrip("/").rpartition("/")
-    if folder and not os.path.isdir(folder) and os.path.isdir(os.path.dirname(folder) or "."):
-        folder = lookalike(folder) or folder
+    folder, last = os.path.split(str(name).rstrip("/"))
     try:
-        here = [entry.name for entry in Path(folder + slash).iterdir()]
+        here = os.listdir(folder or ".")
     except OSError:
         here = []
     if near := difflib.get_close_matches(last, here, n=1, cutoff=0.8):
-        return folder + slash + near[0]
+        return os.path.join(folder, near[0])
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.8)
     return near[0] if near else None
 
