@@ -225,7 +225,7 @@ def train(args, student, teacher, corpus, vocab_size, ranks, bar=None):
     optimizer = make_optimizer(student, args)
     student.train()
 
-    with Run(args, student, optimizer, corpus, vocab_size, ranks, teacher, bar) as run:
+    with Run(args, student, optimizer, corpus, ranks, teacher, bar) as run:
         for step in run.steps():
             sums = torch.zeros(len(Losses._fields), device=ranks.device)  # of Losses, on this rank
             for micro in ranks.share(args.grad_accum):
@@ -399,7 +399,7 @@ def distil(args, ranks, finished):
 
     finished: whether args.out has a finished run with these settings, of which only the table is shown.
     """
-    resumed = (read_settings(args.out) or {}) if args.resume else {}
+    resumed = read_settings(args.out) if args.resume else {}
     args.precision = pick_precision(args.precision, resumed.get("precision"), ranks)
     with ranks.first_goes_first():
         tokenizer, teacher, student = load_models(args, ranks.device)

@@ -2,7 +2,7 @@
 
 Read in this order:
   claim      hold --out for this process, and find out whether this run may begin or go on there
-  identity   what makes a run the one that it is: only the same run goes on
+  content_of, refuse_differences   only the same run goes on
   Run        the steps to come; a row of log.csv for each; held-out losses; saves; Ctrl-C saves and ends
   restore    puts a saved state back
   published  how model and card reach the folder: text that someone has edited there stays
@@ -15,7 +15,6 @@ import contextlib
 import csv
 import hashlib
 import inspect
-import itertools
 import json
 import math
 import os
@@ -47,12 +46,10 @@ RUN_FILES = {"args.json", *LOGS, "train_state.pt", *MODEL_FILES, "README.md", "g
 
 # Settings that may differ between a run and its resumption: what is learned does not depend on them.
 CHANGES_NOTHING = {"recipe", "role", "out", "resume", "resume_if_there", "overwrite", "device", "data_folder",
-                   "workers", "compile", "control", "control_lr", "control_batch_size", "eval_interval",
-                   "eval_tokens", "save_interval", "is_demo", "loss_code"}
-NAMES = {"teacher", "student", "data", "teacher_cache"}  # may differ if the content is the same
-LENGTH = {"steps", "epochs", "warmup", "schedule"}  # may differ if `rates` are the same
-BEHIND = {"learning rates": sorted(LENGTH), "hash of the text": ["data"], "hash of the teacher": ["teacher"],
-          "hash of the first student": ["student"]}  # the flags to name where these differ
+                   "workers", "compile", "control", "control_lr", "eval_interval", "eval_tokens",
+                   "save_interval", "is_demo", "loss_code"}
+# These may differ if content_of is the same: a folder may have a new name, a run may become longer.
+BY_CONTENT = {"teacher", "student", "data", "teacher_cache", "steps", "epochs", "warmup", "schedule"}
 
 
 # ------------------------------------------------------------------------------------ whose folder it is
@@ -72,39 +69,34 @@ def claim(args, ranks):
 def look(args):
     """Whether the run is finished; InputError if it may neither begin nor go on in its folder."""
     there = files_of_run(args.out)
+    for run in runs_of(args):
+        here = files_of_run(run.out)
+        if here and read_settings(run.out).get("role") != run.role:
+            raise InputError(f"{run.out} contains {here[0]}, but not a {run.role}'s run: choose another "
+                             "--out")
     if args.resume_if_there:
         args.resume = bool(there)
     if args.resume and not there:
         raise InputError(f"--resume: there is no run in {args.out}")
-
-    for run in runs_of(args):
-        here = files_of_run(run.out)
-        role = read_settings(run.out).get("role")
-        if role == "control" and run.role == "student":
-            raise InputError(f"{run.out} is the control of {Path(run.out).parent}: choose another --out")
-        if here and role != run.role:
-            fix = ", or --no-control" if run.role == "control" else ""
-            raise InputError(f"{run.out} contains {here[0]}, but no args.json that a {run.role}'s run has "
-                             f"written: choose another --out{fix}")
     if not there or args.overwrite and not args.resume:
         return False
 
-    unfinished = [run for run in runs_of(args) if not is_finished(run)]
-    if unfinished and not args.resume:
+    for run in runs_of(args):
+        if then := read_settings(run.out):
+            refuse_differences(run, then)
+    finished = RESULTS in there and all(map(has_all_steps, runs_of(args)))
+    if not finished and not args.resume:
         raise InputError(f"--out {args.out} contains this run already: --resume goes on with it, --overwrite "
                          "replaces it. Or choose another --out NAME")
-    return not unfinished
+    return finished
 
 
-def is_finished(args):
-    """Whether all that this run leaves is in its folder; InputError if another run is there."""
+def has_all_steps(args):
+    """Whether the run in args.out is as long as it should be, and its model is there."""
     then = read_settings(args.out)
-    if then:
-        refuse_differences(args, then)
     length = "epochs" if args.epochs else "steps"
     is_as_long = all(then.get(name) == getattr(args, name) for name in (length, "eval_tokens"))
-    wanted = MODEL_FILES if args.role == "control" else (*MODEL_FILES, "README.md", RESULTS)
-    return is_as_long and {*wanted} <= {*files_of_run(args.out)}
+    return is_as_long and {*MODEL_FILES} <= {*files_of_run(args.out)}
 
 
 def files_of_run(folder):
@@ -119,24 +111,8 @@ def read_settings(folder):
 
 
 # ------------------------------------------------------------------------------------ what makes a run
-def identity(args, content=None):
-    """What makes a run the one that it is: the settings that decide what is learned, and its content_of.
-
-    Without `content` models and text are not read yet, so what depends on them is left out.
-    """
-    settings = {name: value for name, value in vars(args).items() if name not in CHANGES_NOTHING | LENGTH}
-    later = NAMES
-    if not content:
-        content = {} if args.epochs else {"learning rates": rates(args)}
-        later = {name for name, value in settings.items()
-                 if value in (None, "auto")
-                 or name in NAMES and os.path.exists(value)
-                 or name == "student_layers" and "," not in value}  # how many, but not yet which
-    return {name: value for name, value in settings.items() if name not in later} | content
-
-
 def content_of(args, corpus, student, teacher):
-    """What else a run is, known when models and text are read. They are told apart by their content, because
+    """What a run learns from, besides its settings. Models and texts are told apart by their content, because
     the files behind a name can change."""
     content = {
         "learning rates": rates(args),
@@ -155,40 +131,45 @@ def content_of(args, corpus, student, teacher):
 def rates(args):
     """The learning rate of each step, relative to --lr, in words.
 
-    Where it does not depend on the number of steps, a run may become longer: it ends with the same bits as if
-    it had been that long from the start.
+    If these words do not depend on the number of steps, a run can be made longer: it ends with the same bits
+    as one that was as long from the start.
     """
     over = "" if args.schedule == "constant" else f" over {args.steps} steps"
     return f"{args.schedule}{over}, after {math.ceil(args.warmup * args.steps)} steps of warm-up"
 
 
 def refuse_differences(args, then, content=None):
-    """InputError unless the run that was begun with the settings `then` may go on with these."""
-    now = identity(args, content)
-    differ = [name for name, value in sorted(now.items()) if then.get(name) != value]
-    if len(differ) > 1 and "objective" in differ:
-        differ.remove("objective")  # it follows from the other settings, unless someone has edited the loss
-    now = vars(args) | now
-    shown = []
-    for name in itertools.chain(*([*BEHIND.get(name, ()), name] for name in differ)):
-        flag = name if " " in name or name == "objective" else "--" + name.replace("_", "-")
-        if then.get(name) != now[name]:
-            shown.append(f"{flag} was {then.get(name)!r:.99}, now {now[name]!r:.99}")
-    if not shown and then.get("loss_code") not in (None, now.get("loss_code")):  # None: of an older version
-        shown.append("the loss in distill.py has been edited since")
-    if shown:
-        folder = Path(args.out)
-        is_done = (folder.parent if args.role == "control" else folder).joinpath(RESULTS).exists()
-        kind, fix = ("finished run", "Choose") if is_done else (
-            "run", "Give the same ones to go on with it, choose")
-        raise InputError(f"{folder} contains a {kind} with other settings: {'; '.join(shown)}. {fix} another "
-                         "--out NAME, or replace it with --overwrite")
+    """InputError unless the run that was begun with the settings `then` may go on with these.
+
+    content: its content_of; None before models and text are read. What depends on them is compared later.
+    """
+    now = {name: value for name, value in vars(args).items() if name not in CHANGES_NOTHING | BY_CONTENT}
+    if content is not None:
+        now |= content
+    else:
+        undecided = [name for name, value in now.items() if value in (None, "auto")
+                     or name == "student_layers" and "," not in value]  # how many, but not yet which
+        now = {name: value for name, value in now.items() if name not in undecided}
+        if not args.epochs:
+            now["learning rates"] = rates(args)
+
+    differ = [f"{name} was {then.get(name)!r:.99}, now {value!r:.99}"
+              for name, value in sorted(now.items()) if then.get(name) != value]
+    if then.get("loss_code") != vars(args).get("loss_code"):
+        differ.append("the code of the loss in distill.py is different")
+    if differ:
+        raise InputError(f"{args.out} contains a run with other settings: {'; '.join(differ)}. Give the same "
+                         "ones to go on with it, choose another --out NAME, or replace it with --overwrite")
 
 
 def hash_of_code(*functions):
     """Changes when someone edits one of them. A function of a notebook may have no source."""
     with contextlib.suppress(OSError, TypeError):
-        return hashlib.sha256("".join(map(inspect.getsource, functions)).encode()).hexdigest()[:16]
+        return hash_of("".join(map(inspect.getsource, functions)).encode())
+
+
+def hash_of(content):
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def refuse_other_content(args, corpus, student, teacher):
@@ -203,12 +184,11 @@ class Run:
     bar: a tqdm bar over micro-batches, which also shows the losses; or None.
     """
 
-    def __init__(self, args, student, optimizer, corpus, vocab_size, ranks, teacher=None, bar=None):
+    def __init__(self, args, student, optimizer, corpus, ranks, teacher=None, bar=None):
         self.args = args
         self.student = student
         self.optimizer = optimizer
         self.corpus = corpus
-        self.vocab_size = vocab_size
         self.ranks = ranks
         self.bar = open_bar(disable=True) if bar is None else bar
         self.folder = Path(args.out)
@@ -217,7 +197,7 @@ class Run:
         self.first_step = restore(args, content, student, optimizer) if args.resume else 0
         self.saved_step = self.first_step
         self.has_folder = False  # until its first save
-        self.stack = contextlib.ExitStack()
+        self.signals = stop_signals(ranks.is_first, way_on=self.way_on)
 
     def __enter__(self):
         if not self.bar.disable:  # the steps so far took no time now, so its speed must not count them
@@ -227,15 +207,15 @@ class Run:
             self.bar.last_print_n += done
         self.loss_before = None
         if self.first_step:
-            self.say(f"resume     after {self.saved()}")
+            self.say(f"resume     {self.saved()}")
         elif self.args.eval_interval or self.args.teacher == "none":  # the end says whether training helped
             self.loss_before = self.held_out_loss(0)
-        self.stop = self.stack.enter_context(stop_signals(self.ranks.is_first, way_on=self.way_on))
+        self.stop = self.signals.__enter__()
         self.started = time.perf_counter()
         return self
 
     def __exit__(self, *error):
-        return self.stack.__exit__(*error)
+        return self.signals.__exit__(*error)
 
     def steps(self):
         """The steps to come: from 0, or from where the resumed run was."""
@@ -258,59 +238,55 @@ class Run:
         sys.exit(128 + number)
 
     def saved(self):
-        """The step that --resume would go on after, in words."""
-        whose = "the control's " if self.args.role == "control" else ""
-        return f"{whose}step {self.saved_step:,} of {self.args.steps:,}"
+        """Where --resume goes on, in words."""
+        return f"after step {self.saved_step:,} of {self.args.steps:,} of the {self.args.role}"
 
     def way_on(self):
         """What to add to "stopped"."""
         if self.saved_step or self.args.role == "control":
-            return f"; the same command with --resume goes on after {self.saved()}"
+            return f"; the same command with --resume goes on {self.saved()}"
         return " before the first step was done, so nothing was saved"
 
     def check(self, step, mean_losses, gradient_norm, lr):
         """InputError if the loss or its gradient is not finite."""
         if math.isfinite(gradient_norm + mean_losses.loss):
             return
-        fix = "Start again with a lower --lr, more --warmup, or --precision fp32"
-        if not math.isfinite(mean_losses.teacher_clm):
-            fix = f"{self.args.teacher}, the teacher, answers with NaN: try --precision fp32, or another one"
         raise InputError(f"step {step + 1}: loss {mean_losses.loss:.3g}, gradient {gradient_norm:.3g} at "
-                         f"learning rate {lr:.2g}. {fix}; nothing in {self.folder} was changed by it")
+                         f"learning rate {lr:.2g}, teacher's CLM {mean_losses.teacher_clm:.3g}. Start again "
+                         "with a lower --lr, more --warmup, or --precision fp32; nothing in "
+                         f"{self.folder} was changed by it")
 
     def finish_step(self, step, mean_losses, tokens, lr, gradient_norm):
         """Log the step; save and validate if that is due."""
         seconds = time.perf_counter() - self.started
         done = step + 1
-        is_first_step = step == self.first_step
-        if is_first_step:
-            self.say_memory()
+        if step == self.first_step:
+            n_bytes = peak_memory(self.ranks.device)
+            if n_bytes and self.args.role == "student" and not self.bar.disable:
+                self.say(f"memory     {n_bytes / 1e9:.2f} GB so far")
             self.save(done)  # the folder becomes this run's; a full disk shows now, not after hours
             if self.loss_before:
                 self.log("held-out.csv", self.loss_before)
-        self.bar.set_description(figures(mean_losses), refresh=False)  # in front: the end may be cut off
+
+        shown = f"loss {mean_losses.loss:.2f}"
+        if mean_losses.teacher_clm:
+            shown += f" CLM {mean_losses.clm:.2f} teacher {mean_losses.teacher_clm:.2f}"
+        self.bar.set_description(shown, refresh=False)  # in front, because the end may be cut off
         self.log("log.csv", {"step": done, **mean_losses._asdict(), "lr": lr, "grad_norm": gradient_norm,
                              "tokens": int(tokens), "tokens_per_second": max(1, round(tokens / seconds))})
 
         if self.args.eval_interval and done % self.args.eval_interval == 0:
             self.log("held-out.csv", self.held_out_loss(done))
         is_due = done % self.args.save_interval == 0 or done == self.args.steps
-        if is_due and not is_first_step:
+        if is_due and step > self.first_step:
             self.save(done)
         self.started = time.perf_counter()
-
-    def say_memory(self):
-        """Once in a command, how much memory a step takes; the control's steps take less."""
-        n_bytes = peak_memory(self.ranks.device)
-        if n_bytes and self.args.role == "student" and not self.bar.disable:
-            self.say(f"memory     {n_bytes / 1e9:.2f} GB so far")
 
     def held_out_loss(self, done):
         """A row of held-out.csv, after `done` steps. The first process scores the student for all."""
         if not self.ranks.is_first:
             return None
-        row, = validate([self.student], self.corpus, self.vocab_size, self.args,
-                        autocast(self.args, self.ranks.device))
+        row, = validate([self.student], self.corpus, None, self.args, autocast(self.args, self.ranks.device))
         self.say(f"step {done:<5} held-out loss {row['loss']:.4f}")
         return {"step": done, "loss": row["loss"]}
 
@@ -371,14 +347,6 @@ class Run:
         except OSError as error:
             raise InputError(f"{path} cannot be written ({error.strerror}); the same command with --resume "
                              "goes on from the last saved state") from error
-
-
-def figures(losses):
-    """What the bar shows: "loss 1.20 CLM 3.88 teacher 3.04"; of text alone, "loss 3.88"."""
-    shown = f"loss {losses.loss:.2f}"
-    if losses.teacher_clm:
-        shown += f" CLM {losses.clm:.2f} teacher {losses.teacher_clm:.2f}"
-    return shown
 
 
 def first_not_finite(tensors):
@@ -452,18 +420,15 @@ def published(folder):
         for path in sorted(Path(new).iterdir(), key=lambda path: path.name == "config.json"):
             place = folder / path.name
             if path.suffix != ".safetensors":
-                if place.exists() and hash_of(place) not in (hash_of(path), written.get(path.name)):
+                new_hash = hash_of(path.read_bytes())
+                if place.exists() and hash_of(place.read_bytes()) not in (new_hash, written.get(path.name)):
                     note(f"{place} has been edited, so it stays as it is")
                     continue
-                written[path.name] = hash_of(path)
+                written[path.name] = new_hash
             with replaced(place) as temporary:
                 path.rename(temporary)
     with replaced(folder / WRITTEN) as file:
         file.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-
-
-def hash_of(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------------ what a run has left
@@ -473,41 +438,36 @@ def read_held_out(folder):
 
 
 def read_log(path):
-    """log.csv or held-out.csv -> list of {column: number}, without rows that are cut or out of order.
+    """log.csv or held-out.csv -> list of {column: number}, without rows that are damaged or out of order.
 
     A log can end in half a row after a kill, or be missing; it is only a record, so nothing depends on it.
     """
-    try:
-        header, *lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    except (OSError, ValueError):
-        return []
-
-    columns = header.split(",")
-    if not {"step", "loss"} <= {*columns}:
-        return []
-
     rows = []
-    for line in lines:
-        with contextlib.suppress(ValueError):  # half a row, or a line of someone else
-            row = dict.fromkeys(LOGS[Path(path).name], 0.0)  # of what an older version did not write
-            row |= dict(zip(columns, map(float, line.split(",")), strict=True))
-            # A run stops before it writes NaN or infinity, so these are damage, too.
-            finite = all(map(math.isfinite, row.values()))
-            positive = min(row.get("tokens", 1), row.get("tokens_per_second", 1)) > 0
-            previous = rows[-1]["step"] if rows else -1  # held-out text is also scored before the first step
-            if finite and positive and previous < row["step"] == int(row["step"]):
-                rows.append(row)
+    with contextlib.suppress(OSError, csv.Error), open(path, encoding="utf-8", errors="replace") as file:
+        for line in csv.DictReader(file):
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # half a row, or somebody's line
+                row = {name: float(line[name]) for name in LOGS[Path(path).name]}
+                if is_plausible(row, rows):
+                    rows.append(row)
     return rows
+
+
+def is_plausible(row, before):
+    """Whether a run can have written this row after those `before`. It stops before it writes NaN."""
+    previous = before[-1]["step"] if before else -1  # held-out text is also scored before the first step
+    return (all(map(math.isfinite, row.values()))
+            and previous < row["step"] == int(row["step"])
+            and row.get("tokens", 1) > 0 < row.get("tokens_per_second", 1))
 
 
 def write_rows(path, rows):
     """Add rows to a log, below a header if it is new."""
-    columns = LOGS[path.name]
     with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
+        writer = csv.DictWriter(file, LOGS[path.name])
         if not file.tell():
-            writer.writerow(columns)
-        writer.writerows([written_as(row[name]) for name in columns] for row in rows)
+            writer.writeheader()
+        for row in rows:
+            writer.writerow({name: written_as(value) for name, value in row.items()})
 
 
 def written_as(value):
