@@ -7,7 +7,6 @@
   runs_of      the run and its control
 """
 import argparse
-import math
 import os
 from pathlib import Path
 
@@ -65,11 +64,9 @@ CONTROLS_TRIED = 31  # settings of the demo's control, on the same number of tok
 # ------------------------------------------------------------------------------------ the table of flags
 count = checked(int, "a whole number from 1 to 1,000,000,000", lambda n: 1 <= n <= 10**9)
 count_or_0 = checked(int, "a whole number from 0 to 1,000,000,000", lambda n: 0 <= n <= 10**9)
-draws = checked(int, "a whole number from 1 to 10,000", lambda n: 1 <= n <= 10**4)
 seed = checked(int, "a whole number from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63)
-positive = checked(float, "above 0", lambda x: 0 < x < math.inf)
-passes = checked(float, "above 0 and at most 1,000,000", lambda x: 0 < x <= 10**6)
-weight = checked(float, "0 or more", lambda x: 0 <= x < math.inf)
+positive = checked(float, "above 0 and at most 1,000,000", lambda x: 0 < x <= 10**6)
+weight = checked(float, "from 0 to 1,000,000", lambda x: 0 <= x <= 10**6)
 share = checked(float, "at least 0 and below 1", lambda x: 0 <= x < 1)
 inner_share = checked(float, "above 0 and below 1", lambda x: 0 < x < 1)
 share_or_all = checked(float, "from 0 to 1", lambda x: 0 <= x <= 1)
@@ -85,15 +82,22 @@ def make_parser(doc, loss_settings):
         "--recipe", choices=RECIPES, metavar="NAME",
         help=f"a named set of defaults: {', '.join(RECIPES)}; without it `demo` if no model is named, "
              "otherwise `plain`. A flag wins over the recipe")
+    for title, add_flags in {"model": model_flags, "data": data_flags, "loss": loss_flags,
+                             "optimisation": optimisation_flags, "precision and device": device_flags,
+                             "running": running_flags}.items():
+        add_flags(parser.add_argument_group(title).add_argument)
+    parser.set_defaults(**vars(loss_settings))
+    return parser
 
-    add = parser.add_argument_group("model").add_argument
+
+def model_flags(add):
     add("--teacher", type=user_path, metavar="MODEL",
         help="the model to learn from, a folder or a Hub name (name@revision for a certain version); `none` "
              "trains on the text alone")
     add("--teacher-cache", type=user_path, metavar="DIR",
         help="let the teacher answer once for the whole corpus and keep the answers in this folder; students "
              "then learn without a teacher in memory (docs/teacher-cache.md)")
-    add("--cache-draws", type=draws, default=12, metavar="K",
+    add("--cache-draws", type=count, default=12, metavar="K",
         help="tokens drawn from each of the teacher's distributions for the cache; more take more room and "
              "make the gradient less noisy")
     add("--student-layers", metavar="LAYERS",
@@ -105,7 +109,8 @@ def make_parser(doc, loss_settings):
     add("--student-init", choices=["teacher", "random"], default="teacher",
         help="random: the same shape, but from scratch, which takes far longer to get as good")
 
-    add = parser.add_argument_group("data").add_argument
+
+def data_flags(add):
     add("--data", type=user_path, default="openwebtext", metavar="TEXT",
         help="openwebtext, pile, wikitext-103, wikitext-2, stdlib, a data set of the Hub as "
              "owner/name[@revision][:config], or a file or folder of your own text")
@@ -121,7 +126,8 @@ def make_parser(doc, loss_settings):
              "not above 1024)")
     add("--eval-tokens", type=count, default=100_000, metavar="N", help="held-out tokens to score, at most")
 
-    add = parser.add_argument_group("loss").add_argument
+
+def loss_flags(add):
     add("--temperature", type=temperature, metavar="T",
         help="softens both distributions: a higher T gives unlikely tokens more weight (Hinton et al. 2015); "
              "1 with --teacher-cache, unless you or the recipe name one")
@@ -144,9 +150,10 @@ def make_parser(doc, loss_settings):
         help="tokens whose logits exist at a time; fewer need less memory and change no result (default: 512 "
              "on a CPU, 1024 on a GPU)")
 
-    add = parser.add_argument_group("optimisation").add_argument
+
+def optimisation_flags(add):
     add("--steps", type=count, default=1000, metavar="N", help="optimizer steps")
-    add("--epochs", type=passes, metavar="X", help="passes over the corpus, instead of --steps")
+    add("--epochs", type=positive, metavar="X", help="passes over the corpus, instead of --steps")
     add("--batch-size", type=count, default=8, metavar="N",
         help="examples of a micro-batch: as many as fit in memory")
     add("--grad-accum", type=count, default=16, metavar="N",
@@ -168,7 +175,8 @@ def make_parser(doc, loss_settings):
     add("--attention-dropout", type=share, metavar="P",
         help="of attention weights, if it should differ from --dropout (slow on CPUs)")
 
-    add = parser.add_argument_group("precision and device").add_argument
+
+def device_flags(add):
     add("--precision", choices=["auto", "bf16", "fp32", "bf16-pure"], default="auto",
         help="bf16: autocast, with weights in float32; bf16-pure: weights in bf16, too, which loses "
              "small steps; auto: bf16 where it is fast")
@@ -176,7 +184,8 @@ def make_parser(doc, loss_settings):
         help="cuda, mps or cpu; auto: the first of them that works here")
     add("--compile", action="store_true", help="torch.compile layers and loss; for long runs on a GPU")
 
-    add = parser.add_argument_group("running").add_argument
+
+def running_flags(add):
     add("--out", type=user_path, default="out", metavar="DIR",
         help="folder of the student, its log and its state")
     add("--resume", action="store_true", help="go on with the run in --out")
@@ -189,16 +198,11 @@ def make_parser(doc, loss_settings):
         help="afterwards train the same student on the text alone, to see what the teacher was worth")
     add("--control-lr", type=positive, metavar="RATE",
         help="the control's own learning rate; text alone often needs a smaller one (default: --lr)")
-    add("--control-batch-size", type=count, metavar="N",
-        help="the control's own --batch-size, for the same number of tokens in all (default: --batch-size)")
     add("--seed", type=seed, default=0, metavar="N", help="of data order, dropout and random weights")
     add("--eval-interval", type=count_or_0, default=0, metavar="N",
         help="steps between validations, the first before training; their losses go to held-out.csv; "
              "0: only at the end")
     add("--save-interval", type=count, default=100, metavar="N", help="steps between saves of the state")
-
-    parser.set_defaults(**vars(loss_settings))
-    return parser
 
 
 # ------------------------------------------------------------------------------------ from flags to settings
@@ -207,7 +211,6 @@ NEEDS = [
     ("jsd_weight", "--divergence jsd", lambda args: args.divergence == "jsd"),
     ("cache_draws", "--teacher-cache", lambda args: args.teacher_cache),
     ("control_lr", "--control", lambda args: args.control),
-    ("control_batch_size", "--control", lambda args: args.control),
 ]
 NOT_TUNED = {"recipe", "out", "resume", "resume_if_there", "overwrite", "device", "data_folder", "workers",
              "seed", "precision", "eval_interval", "eval_tokens", "save_interval", "chunk_size",
@@ -245,9 +248,7 @@ def parse_args(doc, loss_settings, argv=None):
 
     args.recipe = recipe
     args.role = "student"  # or "control": see control_of
-    shipped = {**defaults, **RECIPES["demo"]}
-    args.is_demo = all(value == shipped[name] for name, value in vars(args).items()
-                       if name in shipped.keys() - NOT_TUNED)  # so that its tuning holds
+    args.is_demo = recipe == "demo" and given.keys() <= NOT_TUNED  # so that its tuning holds
     return args
 
 
@@ -293,25 +294,16 @@ def contradictions(args):
         for verb, folder in (("is", args.out), ("contains", os.path.join(args.out, "control"))):
             found[f"--out {args.out} {verb} the {role}: choose another --out"] = (
                 model not in (None, "none") and Path(model).resolve() == Path(folder).resolve())
-    if args.on_policy:  # what the student writes has a teacher's answer, no right next token, and two halves
-        found |= {
-            "--on-policy asks the teacher about the student's text; --teacher none has none": no_teacher,
-            "--on-policy: there is no right next token in what the student writes, so the CLM cannot count "
-            "it: add --kd-weight 1 --clm-weight 0": args.clm_weight,
-            "--on-policy cuts examples in half: take a --seq-len of 2 or more": args.seq_len == 1,
-            "--on-policy cuts examples in half, and padded ones differ in length: use --packing constant":
-                args.packing == "padded",
-        }
-    if args.teacher_cache:  # what draws from the teacher cannot give
-        found |= {
-            "--teacher-cache needs --teacher, which has to answer": no_teacher,
-            "--teacher-cache needs --divergence forward, the only one that is linear in the teacher":
-                args.divergence != "forward",
-            "--teacher-cache needs --on-policy 0, as the teacher answers before the student writes":
-                args.on_policy,
-            "--teacher-cache needs --cos-weight 0, as hidden states are not kept": args.cos_weight,
-        }
-    return found
+    return found | {
+        # There is no right next token in what the student writes, so the CLM cannot count it.
+        "--on-policy needs a teacher and a --seq-len of 2 or more; add --kd-weight 1 --clm-weight 0, and use "
+        "--packing constant": args.on_policy and (
+            no_teacher or args.clm_weight or args.packing == "padded" or args.seq_len == 1),
+        # Draws have no hidden states, and fit only a divergence that is linear in the teacher.
+        "--teacher-cache needs a --teacher, --divergence forward, --on-policy 0 and --cos-weight 0":
+            args.teacher_cache and (
+                no_teacher or args.divergence != "forward" or args.on_policy or args.cos_weight),
+    }
 
 
 def check_ranks(args, ranks):
@@ -320,17 +312,15 @@ def check_ranks(args, ranks):
         return
     if not ranks.is_first:
         raise SystemExit(2)
-    nearest = max(1, round(args.grad_accum / ranks.world)) * ranks.world
     raise InputError(f"--grad-accum {args.grad_accum} cannot be shared evenly by {ranks.world} processes: "
-                     f"take --grad-accum {nearest}")
+                     f"take a multiple of {ranks.world}")
 
 
 def control_of(args):
-    """The control: the same student and number of tokens, but the text alone, at a rate and batch of its own.
+    """The control: the same student and number of tokens, but the text alone, at a rate of its own.
 
     It has to be the best that we can find: against a weak control every teacher looks good.
     """
-    batch_size = args.control_batch_size or args.batch_size
     changes = {
         "role": "control",
         "out": str(Path(args.out, "control")),
@@ -339,8 +329,6 @@ def control_of(args):
         "cos_weight": 0.0,
         "clm_weight": 1.0,
         "lr": args.control_lr or args.lr,
-        "batch_size": batch_size,
-        "steps": max(1, round(args.steps * args.batch_size / batch_size)),
         "on_policy": 0.0,
         "teacher_cache": None,
         "cache_draws": None,

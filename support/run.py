@@ -473,8 +473,3 @@ def write_rows(path, rows):
 def written_as(value):
     """A number in a .csv: 3.0 -> "3", 0.00012345678 -> "0.0001234568"."""
     return f"{value:.0f}" if float(value).is_integer() else f"{value:.7g}"
-
-
-def seconds_of(rows):
-    """Seconds of training in the steps of a log."""
-    return sum(row["tokens"] / row["tokens_per_second"] for row in rows)

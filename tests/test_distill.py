@@ -155,9 +155,9 @@ def test_precisions_and_a_random_start(workshop, distil, tmp_path):
 
 
 def test_the_control_is_the_same_run_without_the_teacher(distil, tmp_path):
-    """With its own rate and batch, on the same number of tokens: otherwise the comparison is not fair."""
-    distil(tmp_path / "a", control=True, control_lr=2e-3, control_batch_size=4, steps=4)
-    distil(tmp_path / "b", kd_weight=0, clm_weight=1, lr=2e-3, batch_size=4, steps=2)
+    """With its own rate, on the same number of tokens: otherwise the comparison is not fair."""
+    distil(tmp_path / "a", control=True, control_lr=2e-3)
+    distil(tmp_path / "b", kd_weight=0, clm_weight=1, lr=2e-3)
     a, b = log_rows(tmp_path / "a" / "control"), log_rows(tmp_path / "b")
     assert [row["clm"] for row in a] == [row["clm"] for row in b]
 
@@ -369,8 +369,7 @@ def test_several_processes_refuse_in_one_line(workshop, tmp_path):
 def test_micro_batches_that_cannot_be_shared():
     """The first process says so, with a number that works; the others end quietly."""
     args = SimpleNamespace(grad_accum=3)
-    for world, works in ((2, 4), (8, 8)):
-        with pytest.raises(InputError, match=f"take --grad-accum {works}"):
-            check_ranks(args, SimpleNamespace(world=world, is_first=True))
+    with pytest.raises(InputError, match="take a multiple of 2"):
+        check_ranks(args, SimpleNamespace(world=2, is_first=True))
     with pytest.raises(SystemExit):
         check_ranks(args, SimpleNamespace(world=2, is_first=False))
