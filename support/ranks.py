@@ -141,8 +141,6 @@ def peak_memory(device):
     """Bytes of memory that were needed so far, at most; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory()
     try:
         import resource
     except ImportError:  # Windows

@@ -14,7 +14,7 @@ import platform
 import shlex
 import textwrap
 from functools import partial
-from itertools import combinations, groupby
+from itertools import combinations, groupby, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -216,7 +216,7 @@ WORTH = {  # by the sign of control - student
 NO_CONTROL = ("Whether the teacher helped, only a control can tell: repeat the command with --resume "
               "--control.")
 NOISE = ("± is two standard errors on this held-out text. Other held-out text would move every loss by up to "
-         "{:.3f}, but all of them together. A different seed adds noise of its own{}.")
+         "{:.3f}, but all of them together. A different seed adds its own noise: about 0.004 in the demo.")
 TOO_SHORT = "The held-out text is too short to know its noise, so everything counts as a tie: take more text."
 
 
@@ -226,31 +226,22 @@ def verdict(args, gaps, worse):
     gaps: {"control - student": (nats, two standard errors), ...}; "student" is the student's own loss.
     worse: the sentences of got_worse.
     """
-    signs = {name: sign(gap) for name, gap in gaps.items()}
     said = []
     caveat = NO_CONTROL
-    if "control - student" in gaps:
+    if gain := gaps.get("control - student"):
         said = [compared(gaps, "student", "control")]
-        if not worse or signs["control - student"] != 1:
-            said.append(WORTH[signs["control - student"]])
+        if not worse or sign(gain) != 1:
+            said.append(WORTH[sign(gain)])
         caveat = effort(args)
-    said += worse
+    said += [*worse, compared(gaps, "teacher", "student")]
 
-    # Where the student is between control and teacher, or which of the two has passed the teacher.
-    is_between = all(signs.get(name) == 1 for name in ("control - student", "student - teacher"))
-    if is_between and not worse:
-        whole = gaps["control - teacher"]
-        closed = gaps["control - student"][0] / whole[0]
-        said.append(f"The student closes {closed:.0%} of the gap between control and teacher, which is "
-                    f"{amount(whole)}.")
-    else:
-        said.append(compared(gaps, "teacher", "student"))
-        if signs.get("control - teacher") == -1:
-            said.append(compared(gaps, "teacher", "control"))
+    # A share of the gap to the teacher makes sense only for a student between a fair control and its teacher.
+    if gain and not worse and sign(gain) == sign(gaps["student - teacher"]) == 1:
+        closed = gain[0] / gaps["control - teacher"][0]
+        said.append(f"The student closes {closed:.0%} of the gap between control and teacher.")
 
     noise = gaps["student"][1]
-    seeds = ", about 0.004 in the demo" if args.is_demo else ""
-    about_noise = NOISE.format(noise, seeds) if math.isfinite(noise) else TOO_SHORT
+    about_noise = NOISE.format(noise) if math.isfinite(noise) else TOO_SHORT
     return filled(" ".join(said)) + "\n" + filled(f"{caveat} {about_noise}")
 
 
@@ -378,10 +369,8 @@ def texts(networks, corpus, tokenizer, draw):
         generator = torch.Generator(device).manual_seed(0)
         choose = partial(draw, temperature=0.7, top_k=50, generator=generator)
         written = network.generate(torch.tensor([opening], device=device), len(rest), choose)
-        written = written[0, len(opening):].tolist()
-        if corpus.eot in written:
-            written = written[:written.index(corpus.eot)]
-        lines.append(titled(f"the {name}", tokenizer.decode(written)))
+        text = [*takewhile(corpus.eot.__ne__, written[0, len(opening):].tolist())]
+        lines.append(titled(f"the {name}", tokenizer.decode(text)))
     return "\n".join(lines)
 
 

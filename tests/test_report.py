@@ -178,13 +178,11 @@ def test_each_order_of_the_three_has_its_own_true_sentences():
     """Nats come first; a share only of a gap that is there; what lies within the noise is a tie."""
     cases = [  # losses of teacher, student and control; what is said, and what is not
         ((3.0, 3.2, 3.5), ["student is 0.300 nats (± 0.010) better than the control", "closes 60% of the gap",
-                           "0.500 nats"], ["tied"]),
-        ((3.0, 2.8, 2.9), ["student is 0.100 nats", "student is 0.200 nats (± 0.010) better than the teacher",
-                           "control is 0.100 nats (± 0.010) better than the teacher"], ["closes"]),
-        ((3.0, 3.2, 2.9), ["control is 0.300 nats (± 0.010) better than the student", "teacher is 0.200 nats",
-                           "Text alone was worth more", "control is 0.100 nats"],
+                           "teacher is 0.200 nats", "what the teacher was worth"], ["tied"]),
+        ((3.0, 2.8, 2.9), ["student is 0.100 nats", "student is 0.200 nats (± 0.010) better than the teach"],
          ["closes"]),
-        ((3.0, 3.6, 3.5), ["control is 0.100 nats", "teacher is 0.600 nats"], ["closes"]),
+        ((3.0, 3.2, 2.9), ["control is 0.300 nats (± 0.010) better than the student", "teacher is 0.200 nats",
+                           "Text alone was worth more"], ["closes"]),
         ((3.0, 3.005, 3.3), ["student is 0.295 nats", "The teacher and the student are tied, 0.005 nats"],
          ["closes"]),
         ((3.0, 3.2, 3.205), ["The student and the control are tied", "no gain from the teacher shows",
