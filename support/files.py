@@ -35,8 +35,7 @@ def replaced(path):
     path = Path(path)
     folder = path.with_name(f".distil-{secrets.token_hex(8)}")  # safetensors writes a second file in it
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()  # fails if anything has this name, even a link
+        folder.mkdir(parents=True)  # fails if anything has this name, even a link
         temporary = folder / path.name
         yield temporary
 
@@ -94,11 +93,9 @@ def locked(folder, what, name="", wait=False):
             for new in reversed(new_folders):  # the innermost one goes first
                 at_end.callback(if_possible, new.rmdir)
             at_end.enter_context(take_lock(path, what, wait))
-            if path.lstat().st_size == 0:  # otherwise it is somebody's file, or a link
-                at_end.callback(if_possible, path.unlink)  # while it is locked: take_lock notices it
+            at_end.callback(if_possible, path.unlink)  # while it is locked: take_lock notices it
         except OSError as error:
-            where = error.filename or folder
-            raise InputError(f"{what} cannot be written ({where}: {error.strerror or error})") from error
+            raise InputError(f"{what} cannot be written ({error.filename}: {error.strerror})") from error
         yield
 
 
@@ -110,33 +107,24 @@ def if_possible(remove):
 
 def take_lock(path, what, wait):
     """The file `path`, open and locked. Nothing is written to it."""
-    for attempt in range(1000):
+    from filelock import lock_descriptor
+    while True:
         # Another process may remove the file when it is done, and the folder that it had made for it.
         with contextlib.suppress(FileNotFoundError):
             path.parent.mkdir(parents=True, exist_ok=True)
             file = open(path, "ab")
-            if not lock(file, blocking=False):
-                in_use = f"{what} is in use by another process (if it has ended, delete {path})"
-                if not wait:
-                    raise InputError(f"{in_use}; wait for it, or choose another one")
-                note(f"{in_use}; waiting for it")
-                lock(file, blocking=True)
-            # A lock on a removed file protects nothing. Some network file systems number files anew each
-            # time that they are asked.
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)) or attempt == 999:
+            try:
+                if not lock_descriptor(file.fileno(), blocking=False):
+                    in_use = f"{what} is in use by another process (if it has ended, delete {path})"
+                    if not wait:
+                        raise InputError(f"{in_use}; wait for it, or choose another one")
+                    note(f"{in_use}; waiting for it")
+                    lock_descriptor(file.fileno())
+            except OSError:
+                note_once("no file locks on this file system: nothing keeps two commands from writing to the "
+                          "same folder at the same time")
+            if os.fstat(file.fileno()).st_nlink:  # a lock on a removed file protects nothing
                 return file
-    raise OSError(f"{path} cannot be created")
-
-
-def lock(file, blocking):
-    """Whether the file could be locked. Where there are no locks: yes, with a note."""
-    try:
-        from filelock import lock_descriptor
-        return lock_descriptor(file.fileno(), blocking=blocking)
-    except (OSError, ImportError):
-        note_once("no file locks (on this file system, or in a filelock before 3.30): nothing keeps two "
-                  "commands from writing to the same folder at the same time")
-        return True
 
 
 # ------------------------------------------------------------------------------------ small JSON files
