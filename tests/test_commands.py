@@ -74,12 +74,6 @@ def world(tmp_path_factory, tokenizers_dir):
     hub.close()
 
 
-@pytest.fixture
-def run(run, world):
-    """A command, with this file's Hub instead of the one that all tests share."""
-    return lambda *argv, **env: run(*argv, **{**world.env, **env})
-
-
 @pytest.fixture(scope="module")
 def workplace(world, tmp_path_factory):
     """A folder after the flagship command: its out/ and corpora/, with demo/ and my_texts/ beside them."""
@@ -181,29 +175,3 @@ def opens_in_transformers(out):
     assert torch.allclose(ours(ids), theirs(ids).logits, atol=1e-5)
     written = theirs.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert ours.generate(ids, 12).tolist() == written.tolist()
-
-
-def test_sample_from_the_hub(world, run):
-    done = run("sample.py", "--model", "gpt2", "--compare", "distilgpt2", "--prompt", "The part",
-               "--tokens", "5", "--num", "2")
-    assert done.returncode == 0, done.stderr
-    assert re.findall(r"^--- (.+), 1 of 2$", done.stdout, re.M) == ["gpt2", "distilgpt2"]
-    assert done.stdout.count("The part") == 4
-    missing = run("sample.py", "--model", "nobody/nothing")
-    assert missing.returncode == 2 and missing.stderr.startswith("error: nobody/nothing is neither")
-
-
-def test_without_the_hub_the_offline_default_is_named(run):
-    done = run("distill.py", "--teacher", "gpt2", "--student-layers", "6", HF_HUB_OFFLINE="1",
-               HF_HOME="empty")
-    assert done.returncode == 2 and "`python distill.py` needs no Hub" in done.stderr
-
-
-def test_a_download_cut_half_way_leaves_nothing_behind(world, run, tmp_path):
-    """The clients either fetch the rest or fail; the next try succeeds; half a file is never loaded."""
-    world.cut.add("model.safetensors")
-    argv = ["sample.py", "--model", "gpt2", "--tokens", "2"]
-    first = run(*argv, HF_HOME=tmp_path / "fresh")
-    assert first.returncode in (0, 2) and "Traceback" not in first.stderr
-    second = run(*argv, HF_HOME=tmp_path / "fresh")
-    assert second.returncode == 0, second.stderr
