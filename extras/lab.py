@@ -19,10 +19,10 @@ import torch
 import distill
 from extras.check_loss import adapted, check, definition, load_function
 from extras.study import trained
-from extras.wrong_losses import score
 from model import GPT2, GPTNeoX
 from support.cli import InputError, checked, new_parser, run_cli, user_path
-from support.ranks import keep_memory
+from support.ranks import autocast, keep_memory
+from support.scoring import validate
 
 
 # ------------------------------------------------------------------------------------ yours
@@ -182,10 +182,17 @@ def examine(function, name):
 DEMO = "--no-control --eval-tokens 20000"
 
 
+def held_out(args, teacher, student, corpus, tokenizer):
+    """The figures of a student that `trained` returns."""
+    context = autocast(args, torch.device(args.device))
+    _, row = validate([teacher, student], corpus, tokenizer.vocab_size, args, context)
+    return {"loss": row["loss"]}
+
+
 def train_with(loss_function, steps):
     """The held-out loss of the demo's student after some steps with a loss of plain_loss's form."""
     with mock.patch.dict(distill.LOSSES, forward=loss_function):
-        return trained(f"{DEMO} --steps {steps}", score)["loss"]
+        return trained(f"{DEMO} --steps {steps}", held_out)["loss"]
 
 
 def as_plain_loss(distillation_loss):

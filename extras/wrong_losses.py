@@ -1,38 +1,29 @@
-"""Mistakes of public distillation code: each one as a loss, and what it does to a student.
+"""Mistakes of public distillation code, each as a loss.
 
-    python -m extras.wrong_losses   makes the missing runs; can be stopped
+    python -m extras.wrong_losses --page   makes the table of docs/wrong-losses.md anew
 
-Read in this order:
-  the mistakes  one function each; the right loss is distill.plain_loss; MISTAKES holds all of them by name
-  PLAN          the settings that each mistake is trained with, and the right loss with the same settings
-  usual_loop    how such code divides: by the tokens of one micro-batch, then by the number of micro-batches
-  one_run       trains a student for 300 steps with one of them
+One function for each mistake; MISTAKES holds all of them by name. The right loss is distill.plain_loss.
+extras/check_loss.py finds these mistakes in other code, and docs/wrong-losses.md shows what each does to a
+student. Those students are trained: commit 4cd76ba has the code that made them.
 
 The functions take the arguments of distill.plain_loss, in the shapes that such code uses: logits are
 (B, L, V) and targets (B, L). They return (loss, kl, clm) as means, or as what the author took for a mean.
 With @wrong_kl they only say what happens to the KL of log q and log p. Each function makes one mistake. If
-that mistake is not about padding, it ignores -100, as its runs have none.
+that mistake is not about padding, it ignores -100, as its runs had none.
 
 Shapes: B sequences, L tokens in each, N = B * L, V vocabulary. T is the temperature.
 """
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
-import distill
-from extras.study import Study, trained
-from support.chunked_loss import Losses
-from support.cli import InputError, run_cli
-from support.ranks import autocast
-from support.scoring import validate
+from extras.study import Study
+from support.cli import run_cli
 
-LENGTH = 256  # tokens in an example of the demo
 PADDING_ROWS = 64  # extra rows of a teacher's vocabulary that only pad it
 TOP = 12  # tokens that a truncated teacher keeps
 
@@ -296,129 +287,26 @@ def teacher_against_itself(student_logits, teacher_logits, targets, settings):
     return weighted(mean_kl(log_q, log_p), mean_clm(student_logits, targets), settings)
 
 
-# ------------------------------------------------------------------------------------ the runs
-MACHINE = "--no-control --precision bf16 --device cpu"
-COMMON = ("--student-layers 0,2,5 --schedule cosine --betas 0.9 0.95 --lr 1e-3 --steps 300 "
-          f"--seq-len {LENGTH}")
-ALONE = "--kd-weight 1 --clm-weight 0 --batch-size 4"
-HALF = "--kd-weight 0.5 --clm-weight 0.5 --batch-size 4"
-SHORT = "--kd-weight 1 --clm-weight 0 --packing padded"  # on short documents: see short_documents
-FOUR = "--batch-size 4"
-
-RUNS = [  # flags that are added to COMMON, and what is trained with them: names of MISTAKES, or "right, ..."
-    (ALONE, ["right, KL alone"]),
-    (f"{ALONE} --seed 1", ["right, seed 1"]),
-    (ALONE, ["no entropy", "divided twice", "half the CLM unasked", "arguments swapped",
-             "probability for logarithm", "log_target forgotten", "zeros for missing rows", "softmax in bf16",
-             "temperature ignored", "top-K on one side", "top-K clamped", "softmax over the sequence",
-             "teacher shifted alone", "answers to another example"]),
-    (HALF, ["right, half and half", "batchmean", "mean over vocabulary", "T² missing",
-            "only the report is right", "labels shifted twice", "teacher against itself"]),
-    (f"{SHORT} {FOUR}", ["right, short documents", "padding counted", "divisor of other tokens"]),
-    (f"{SHORT} --batch-size 1 --grad-accum 4", ["mean of means"]),
-    (f"{ALONE} --divergence jsd --jsd-weight 0.1", ["right, jsd 0.1", "mixture exchanged"]),
-    (f"{ALONE} --divergence jsd --temperature 0.25", ["logarithm of zero"]),
-    (f"{SHORT} {FOUR} --divergence reverse", ["NaN behind a finite loss"]),
-]
-PLAN = {name: f"{COMMON} {flags}" for flags, names in RUNS for name in names}
-
-
-def usual_loop(loss, length=LENGTH):
-    """A mistake in the form of distill.losses_of, for N = B * length tokens.
-
-    Usual code takes the mean of each micro-batch and divides by the number of micro-batches. Our loop divides
-    by `tokens`; so a micro-batch hands in its mean, and says that it has one token.
-    """
-    def losses_of(student_hidden, student_head, teacher_hidden, teacher_head, targets, settings):
-        student_logits = F.linear(student_hidden, student_head).float().unflatten(0, (-1, length))
-        teacher_logits = F.linear(teacher_hidden, teacher_head).float().unflatten(0, (-1, length))
-        total, kl, clm = loss(student_logits, teacher_logits, targets.unflatten(0, (-1, length)), settings)
-        zero = torch.zeros(())
-        return Losses(total, kl.detach(), clm.detach(), zero, zero, tokens=torch.ones(()))
-
-    return losses_of
-
-
-def short_documents(tokens, eot):
-    """The same text in documents of 8 to 256 tokens, evenly spread on a logarithmic scale: 73% of a padded
-    batch is padding. (The last document of a module can be shorter.)"""
-    lengths = np.exp(np.random.default_rng(0).uniform(np.log(8), np.log(LENGTH), len(tokens) // 8))
-    starts = lengths.astype(int).cumsum()
-    return np.insert(tokens, starts[starts < len(tokens)], eot)
-
-
-def one_run(name, command):
-    """Train a student with this mistake, or with the right loss, and score it."""
-    losses_of = usual_loop(MISTAKES[name].loss) if name in MISTAKES else distill.losses_of
-    shown = {}
-
-    def cut(teacher, student, corpus):
-        if "--packing padded" in command:
-            corpus.train = short_documents(corpus.train, corpus.eot)
-        return teacher, student, corpus
-
-    def before_training(*parts):
-        shown.update(on_the_screen(losses_of, *parts))
-        return nullcontext()
-
-    try:
-        return trained(f"{MACHINE} {command}", score, losses_of, cut, before_training) | shown
-    except InputError as error:  # a loss of NaN: the run stops and says so
-        if not shown:  # something else, before the first step
-            raise
-        return shown | {"ends as": "stops at once", "why": str(error).split(". ")[0]}
-
-
-def on_the_screen(losses_of, args, teacher, student, corpus, tokenizer):
-    """The loss that a run shows for its first step: of a perfect student, and of the untrained one."""
-    device = torch.device(args.device)
-    shown = {}
-    for who, network in (("perfect", teacher), ("initial", student)):
-        sums = torch.zeros(2)  # of the loss, of tokens
-        for micro in range(args.grad_accum):
-            ids, targets = distill.micro_batch(corpus, micro, args, device)
-            with torch.no_grad(), autocast(args, device):
-                hidden = network.hidden(ids).flatten(0, 1)
-                teacher_hidden = teacher.hidden(ids).flatten(0, 1)
-                losses = losses_of(hidden, network.head_weight, teacher_hidden, teacher.head_weight, targets,
-                                   distill.LossSettings.of(args))
-            sums += torch.stack((losses.loss, losses.tokens)).float()
-        loss = (sums[0] / sums[1]).item()
-        shown[f"{who} on screen"] = loss if math.isfinite(loss) else None  # JSON has no NaN
-    return shown
-
-
-def score(args, teacher, student, corpus, tokenizer):
-    """The student on the held-out text, by the definition, whatever loss it was trained with."""
-    context = autocast(args, torch.device(args.device))
-    _, row = validate([teacher, student], corpus, tokenizer.vocab_size, args, context)
-    return {"loss": row["loss"], "kl": row["KL to teacher"]}
-
-
 # ------------------------------------------------------------------------------------ results
 def show(value):
-    if value is None:
+    if value is None:  # JSON has no NaN
         return "NaN"
     return f"{value:.4f}" if abs(value) < 100 else f"{value:.1f}"
 
 
-def held_out(row):
-    return row.get("ends as") or show(row["loss"])
-
-
 def losses_table(rows):
-    """The runs that are done, in the order of the plan."""
+    """Each right loss, and after it the mistakes that were trained with its settings."""
     return [{
         "loss": name,
-        "perfect student": show(rows[name]["perfect on screen"]),
-        "first step": show(rows[name]["initial on screen"]),
-        "held-out loss": held_out(rows[name]),
-        "KL to teacher": "" if "ends as" in rows[name] else show(rows[name]["kl"]),
-    } for name in PLAN if name in rows]
+        "perfect student": show(row["perfect on screen"]),
+        "first step": show(row["initial on screen"]),
+        "held-out loss": row.get("ends as") or show(row["loss"]),
+        "KL to teacher": "" if "ends as" in row else show(row["kl"]),
+    } for name, row in rows.items()]
 
 
-STUDY = Study("wrong_losses", __doc__, PLAN, one_run, tables={"losses": losses_table}, page="wrong-losses",
-              show=held_out)
+STUDY = Study("wrong_losses", __doc__, tables={"losses": losses_table}, page="wrong-losses",
+              made_by="4cd76ba")
 
 if __name__ == "__main__":
     run_cli(STUDY.main)
