@@ -50,8 +50,8 @@ __all__ = ["RECIPES", "LossSettings", "Losses", "distillation_loss", "lr_at", "m
 class LossSettings:
     """What the loss depends on, besides logits. These are also the defaults of the command line."""
     temperature: float = 2.0  # T
-    kd_weight: float = 0.9  # of what the teacher says
-    clm_weight: float = 0.1  # of what the text says
+    kd_weight: float = 0.9  # of the teacher's term, T² * KL
+    clm_weight: float = 0.1  # of the text's term, the CLM
     cos_weight: float = 0.0  # of 1 - cosine of the final hidden states
     divergence: str = "forward"  # a key of LOSSES
     jsd_weight: float = 0.5  # of the teacher in the mixture of jsd_loss
@@ -71,8 +71,8 @@ class LossSettings:
 def plain_loss(student_logits, teacher_logits, targets, settings):
     """T² * KL(teacher || student) and the causal-language-model loss (CLM), by definition.
 
-    student_logits, teacher_logits (N, V): a score for each possible next token; targets (N,): the token that
-    did come next, or -100 where there is none to predict. `settings`: a LossSettings.
+    student_logits, teacher_logits (N, V): a score for each possible next token; targets (N,): the next token
+    of the text, or -100 if there is none to predict. `settings`: a LossSettings.
     Returns (loss, kl, clm): sums over the counted tokens, in nats. Training minimises the first.
     """
     T = settings.temperature
@@ -80,21 +80,21 @@ def plain_loss(student_logits, teacher_logits, targets, settings):
 
     log_p = (t / T).log_softmax(-1)  # the teacher's distribution, softened by T
     log_q = (s / T).log_softmax(-1)  # the student's
-    kl = (log_p.exp() * (log_p - log_q)).sum()
-    clm = F.cross_entropy(s, y, reduction="sum")
+    kl = (log_p.exp() * (log_p - log_q)).sum()  # 0 only if the two agree
+    clm = F.cross_entropy(s, y, reduction="sum")  # -log of the student's probability of the next token
 
     # At high T the KL's gradient falls like 1 / T²: once by the chain rule through s / T, and once because
     # softer distributions differ less. T² cancels that; otherwise a high T would turn the term off.
     return settings.kd_weight * T**2 * kl + settings.clm_weight * clm, kl, clm
 
 
-# What the plan, the model card and args.json say is minimised. Change it when you change plain_loss.
+# The plan, the model card and args.json print this formula. Change it when you change plain_loss.
 plain_loss.formula = ("{kd_weight:g} * {temperature:g}² * KL(teacher || student, T = {temperature:g}) + "
                       "{clm_weight:g} * CLM")
 
 
 def without_padding(student_logits, teacher_logits, targets):
-    """The rows that have a target: padding has nothing to teach, so it must not be counted anywhere."""
+    """The rows that have a target. Padding must not count in any term of the loss."""
     counted = targets != -100
     if torch.compiler.is_compiling() or counted.all():  # the training loop has dropped padding already
         return student_logits, teacher_logits, targets
@@ -102,8 +102,8 @@ def without_padding(student_logits, teacher_logits, targets):
 
 
 def reverse_loss(student_logits, teacher_logits, targets, settings):
-    """plain_loss with KL(student || teacher). The forward KL makes the student cover all that its teacher
-    finds likely; the reverse KL makes it avoid what its teacher finds unlikely."""
+    """plain_loss with KL(student || teacher). The forward KL makes the student cover everything that its
+    teacher finds likely; the reverse KL makes it avoid everything that its teacher finds unlikely."""
     T = settings.temperature
     s, t, y = without_padding(student_logits, teacher_logits, targets)
 
@@ -140,12 +140,12 @@ jsd_loss.formula = plain_loss.formula.replace("KL(teacher || student", "JSD(teac
 
 
 def forward_kl(log_p, log_q):
-    """The KL that log.csv shows whatever is trained, so that runs can be compared; without a gradient."""
+    """The KL for log.csv, the same for every divergence, so that runs can be compared; without a gradient."""
     return (log_p.exp() * (log_p - log_q.detach())).sum()
 
 
 def text_alone(student_logits, teacher_logits, targets, settings):
-    """The CLM alone: what a model without a teacher learns from, such as the control."""
+    """The CLM alone, for models that learn without a teacher, such as the control."""
     clm = F.cross_entropy(student_logits, targets, ignore_index=-100, reduction="sum")
     return settings.clm_weight * clm, torch.zeros_like(clm), clm
 
@@ -161,12 +161,14 @@ def losses_of(student_hidden, student_head, teacher_hidden, teacher_head, target
     student_hidden (N, C_s), teacher_hidden (N, C_t): final hidden states; student_head (V, C_s), teacher_head
     (V, C_t). Without a teacher both of its parts are None.
     """
+    # The loss of logits, computed from hidden states for a few tokens at a time.
     loss_function = text_alone if teacher_hidden is None else LOSSES[settings.divergence]
     losses = chunked_loss(
         loss_function, student_hidden, student_head, teacher_hidden, teacher_head, targets, settings)
     if teacher_hidden is None:
         return losses
 
+    # Losses of the hidden states themselves, if any has a weight.
     for name, (_, hidden_loss) in HIDDEN_LOSSES.items():
         if weight := getattr(settings, name):
             term = hidden_loss(student_hidden, teacher_hidden, targets)
@@ -214,7 +216,7 @@ def objective(args):
 
 # ------------------------------------------------------------------------------------ the loop
 def train(args, student, teacher, corpus, vocab_size, ranks, bar=None):
-    """Train the student for args.steps. After a crash the files in args.out are all that is needed to go on.
+    """Train the student for args.steps. After a crash, the files in args.out are enough to resume.
 
     teacher: None to learn from the text alone, or from args.teacher_cache. vocab_size: V, the entries that
     both models have. ranks: the processes that share the micro-batches of a step. bar: shows the progress.
@@ -229,13 +231,13 @@ def train(args, student, teacher, corpus, vocab_size, ranks, bar=None):
         for step in run.steps():
             sums = torch.zeros(len(Losses._fields), device=ranks.device)  # of Losses, on this rank
             for micro in ranks.share(args.grad_accum):
-                # Batch: a function of (seed, step, micro-batch) alone, so a run can stop and go on.
+                # Batch: a function of (seed, step, micro-batch) alone, so a killed run can resume exactly.
                 index = step * args.grad_accum + micro
                 ids, targets = micro_batch(corpus, index, args, ranks.device)  # (B, L), (N,)
                 if is_on_policy(index, args):
                     ids, targets = students_text(student, ids, index, args)
 
-                # Teacher: it only answers, so nothing is kept for a backward pass.
+                # Teacher: it is not trained, so no_grad keeps nothing for a backward pass.
                 teacher_hidden = None
                 if teacher:
                     with torch.no_grad(), autocast(args, ranks.device):
@@ -245,7 +247,7 @@ def train(args, student, teacher, corpus, vocab_size, ranks, bar=None):
                 with autocast(args, ranks.device):
                     student_hidden = student.hidden(ids).flatten(0, 1)  # (N, C_s)
                     student_head = student.head_weight[:vocab_size]  # (V, C_s)
-                    if cache:  # the teacher has answered before the run
+                    if cache:  # the teacher's answers were stored before the run
                         losses = chunked_loss(
                             draws_loss, student_hidden, student_head, cache(index), None, targets, settings)
                     else:
@@ -275,38 +277,38 @@ def train(args, student, teacher, corpus, vocab_size, ranks, bar=None):
 def micro_batch(corpus, index, args, device):
     """Micro-batch number `index` of the run, on the device: ids (B, L), and the ids that follow, (N,).
 
-    What is random in it, such as dropout, is seeded here, too.
+    Also seeds everything random that follows in it, such as dropout.
     """
     ids, targets = batch_at(
         corpus.train, args.seed, index, args.batch_size, args.seq_len, args.packing, corpus.eot)
 
-    # Dropout, like the data, is a function of (seed, index): resumed or on more ranks, a run draws the same.
+    # Like the data, dropout is a function of (seed, index): it is the same after a resume or on more ranks.
     torch.manual_seed(run_seed(args, index))
     return to_device(ids, device), to_device(targets, device).flatten()
 
 
 def run_seed(args, index):
-    """The seed of all that is random in micro-batch `index` of the run."""
+    """The seed of everything random in micro-batch `index` of the run."""
     return (args.seed * 1_000_003 + index) % 2**63
 
 
 def is_on_policy(index, args):
     """Whether the student writes half of micro-batch `index` itself: args.on_policy of them, spread evenly.
 
-    0.25 -> 3, 7, 11, ...: those at which the running total, 0.25, 0.5, 0.75, 1, ..., passes a whole number.
+    0.25 -> 3, 7, 11, ...: where the running total 0.25, 0.5, 0.75, 1, ... reaches a whole number.
     """
     return math.floor((index + 1) * args.on_policy) > math.floor(index * args.on_policy)
 
 
 def students_text(student, ids, index, args):
-    """Replace the second half of each example by what the student writes after the first: on-policy data
-    (Agarwal et al. 2023). ids (B, L) -> ids (B, L), targets (N,), where only what it wrote is counted.
+    """Let the student write the second half of each example itself: on-policy data (Agarwal et al. 2023).
+    ids (B, L) -> ids (B, L), targets (N,), in which only the student's own tokens count.
 
-    In its own text a student meets the mistakes that it makes, and its teacher says how to go on from there.
+    In its own text a student meets its own mistakes, and its teacher shows how to continue from there.
     """
     B, L = ids.shape
     half = L // 2
-    student.eval()  # without dropout, as it will write when it is used
+    student.eval()  # without dropout, as in later use
     choose = partial(draw, generator=torch.Generator(ids.device).manual_seed(run_seed(args, index)))
     text = student.generate(ids[:, :half], L + 1 - half, choose)  # (B, L + 1), as targets are one ahead
     student.train()
@@ -320,8 +322,8 @@ def mean_over_tokens(totals, norm):
     """Losses of a step (sums) and the gradient's norm, as tensors -> mean Losses per counted token, the
     number of tokens, the norm, all as Python numbers.
 
-    The numbers of a step leave the device here, all at once: to read one is to wait until a GPU has finished
-    all that it was given so far.
+    All numbers of a step leave the device here, at once, because each read waits until the GPU has finished
+    its work so far.
     """
     *sums, gradient_norm = torch.stack((*totals, norm)).tolist()
     tokens = max(Losses(*sums).tokens, 1)
@@ -329,14 +331,14 @@ def mean_over_tokens(totals, norm):
 
 
 def make_optimizer(student, args):
-    """AdamW, with weight decay on matrices only: biases and norms have nothing to shrink."""
+    """AdamW, with weight decay on matrices only, not on biases and norms."""
     matrices = [p for p in student.parameters() if p.dim() >= 2]
     vectors = [p for p in student.parameters() if p.dim() < 2]
     groups = [
         {"params": matrices, "weight_decay": args.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    fused = args.device != "mps"  # one kernel for all parameters, where there is one
+    fused = args.device != "mps"  # one kernel for all parameters; Apple's GPUs have none
     return torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), eps=args.eps, fused=fused)
 
 
@@ -345,6 +347,7 @@ def divide_and_clip(student, tokens, limit, ranks):
 
     Returns the norm before clipping, a tensor.
     """
+    # Losses are sums, so gradients are, too. Here, and only here, they are divided.
     factor = 1 / tokens.clamp(min=1)
     for parameter in student.parameters():
         ranks.sum(parameter.grad)
@@ -390,14 +393,14 @@ def main():
         keep_memory()
     with Ranks(args.device) as ranks, stop_at_once(ranks.is_first):
         flags.check_ranks(args, ranks)
-        with claim(args, ranks) as finished:  # --out is held for this process
+        with claim(args, ranks) as finished:  # no other process can use --out meanwhile
             distil(args, ranks, finished)
 
 
 def distil(args, ranks, finished):
     """Teacher, student and corpus; train; perhaps the control; then the table.
 
-    finished: whether args.out has a finished run with these settings, of which only the table is shown.
+    finished: whether args.out has a finished run with these settings. Then only its table is shown again.
     """
     resumed = read_settings(args.out) if args.resume else {}
     args.precision = pick_precision(args.precision, resumed.get("precision"), ranks)
@@ -418,13 +421,13 @@ def distil(args, ranks, finished):
     control = copy.deepcopy(student) if args.control and teacher else None
     if args.teacher_cache:
         cache_teacher(args, teacher, corpus, V, ranks)
-        networks["teacher"] = teacher = None  # the cache answers for it; its memory is the student's
+        networks["teacher"] = teacher = None  # the cache replaces it, and its memory is free again
 
     with report.open_progress(args, ranks, corpus) as bar:
         networks["student"] = train(args, student, teacher, corpus, V, ranks, bar)
         export(student, tokenizer, args, ranks)
 
-        # What was the teacher worth? The control is the same student, on the same tokens, but the text alone.
+        # What was the teacher worth? The control is the same student on the same text, without a teacher.
         if control:
             control_args = flags.control_of(args)
             if ranks.is_first:
@@ -439,7 +442,7 @@ def distil(args, ranks, finished):
 
 
 def cache_teacher(args, teacher, corpus, vocab_size, ranks):
-    """Have what the teacher says of the whole corpus in the folder args.teacher_cache."""
+    """Fill the folder args.teacher_cache with the teacher's answers for the whole corpus, if it lacks any."""
     cut = args.seq_len, args.packing, corpus.eot
     offsets = target_offsets(corpus.train, *cut)
     wanted = teacher_cache.wanted_header(args, teacher, corpus, vocab_size, offsets)
@@ -466,8 +469,8 @@ def load_models(args, device):
     """(tokenizer, teacher or None, student), checked against each other and in the run's precision."""
     tokenizer = common_tokenizer(args)
 
-    # A teacher that gives its layers away is read in float32, so that the student starts from weights that
-    # are not rounded.
+    # If the student is made of the teacher's layers, read the teacher in float32, so that the student starts
+    # from weights that are not rounded.
     teacher = None
     if args.teacher != "none":
         teacher = load(args.teacher, dtype=teacher_dtype(args) if args.student else torch.float32)
@@ -488,10 +491,10 @@ def load_models(args, device):
 
 
 def common_tokenizer(args):
-    """The student's tokenizer, with the ids that the teacher has, too; InputError if the two differ."""
+    """The student's tokenizer, limited to the ids that the teacher shares; InputError if the two differ."""
     tokenizer = load_tokenizer(args.student or args.teacher)
     if args.student and args.teacher != "none":
-        # Only the ids that both have are compared: one may know more special tokens, such as [PAD].
+        # Compare only the ids that both have: one of them may have more special tokens, such as [PAD].
         tokenizer.vocab_size = shared_vocabulary(load_tokenizer(args.teacher), tokenizer)
         if not tokenizer.vocab_size:
             raise InputError(f"{args.student} and {args.teacher} have different tokenizers: their "
@@ -501,18 +504,18 @@ def common_tokenizer(args):
 
 
 def teacher_dtype(args):
-    """The teacher's weights never change, so they are held in the precision in which it computes."""
+    """The teacher's weights never change, so they are stored in the precision of its products."""
     return torch.bfloat16 if args.precision.startswith("bf16") else torch.float32
 
 
 def first_student(args, teacher):
-    """The student before its first step: what args.student names, or args.student_layers of the teacher."""
+    """The student before its first step: the model args.student, or the teacher's args.student_layers."""
     torch.manual_seed(args.seed)  # of random weights
     if args.student:
         return build(args.student) if args.student_init == "random" else load(args.student)
 
     layers = parse_layers(args.student_layers, len(teacher.blocks))
-    args.student_layers = ",".join(map(str, layers))  # from here on which layers, not how many
+    args.student_layers = ",".join(map(str, layers))  # "6" becomes "0,2,4,7,9,11"
     student = student_from(teacher, layers)
     if args.student_init == "random":
         student.initialise()
@@ -530,7 +533,7 @@ def parse_layers(text, depth):
 
 
 def check_models(args, tokenizer, teacher, student):
-    """InputError where teacher, student, tokenizer and flags do not belong together."""
+    """InputError if teacher, student, tokenizer and flags do not fit together."""
     for name, network in ((args.teacher, teacher), (args.student or "the student", student)):
         if network and network.config.vocab_size < tokenizer.vocab_size:
             raise InputError(f"{name} has {network.config.vocab_size} embeddings for a tokenizer of "
@@ -543,7 +546,7 @@ def check_models(args, tokenizer, teacher, student):
 
 
 def compile_layers(student, teacher):
-    """torch.compile all blocks. InputError where it has no compiler to work with."""
+    """torch.compile all blocks. InputError if it finds no compiler on this machine."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=student.head_weight.device))
     except Exception as error:  # of a dozen classes, with messages of a hundred lines
@@ -553,16 +556,17 @@ def compile_layers(student, teacher):
         block.compile()
 
 
-LEAST_TOKENS = 2**24  # in a corpus, so that short runs share one
+LEAST_TOKENS = 2**24  # of a corpus, so that short runs share one
 
 
 def load_corpus(args, tokenizer):
-    """The corpus, made if need be, cut to as many tokens as the steps have room for. With --epochs it decides
-    args.steps. Padded examples skip the rest of long documents, so such a run may read documents twice."""
+    """The corpus, built if it is missing, cut to the number of tokens that the steps can read. With --epochs
+    it decides args.steps. Padded examples skip the rest of long documents, so such a run may read some
+    documents twice."""
     step_examples = args.batch_size * args.grad_accum
     budget = None if args.epochs else max(LEAST_TOKENS, args.steps * step_examples * args.seq_len + 1)
     corpus = prepare(args.data, tokenizer, args.data_folder, budget, args.workers, args.text_column)
-    corpus.train = corpus.train[:budget]  # there may be more, made for another run
+    corpus.train = corpus.train[:budget]  # a longer run may have built a larger corpus
 
     if args.epochs:
         n_examples = (len(corpus.train) - 1) // args.seq_len
@@ -573,7 +577,7 @@ def load_corpus(args, tokenizer):
 
 
 def export(student, tokenizer, args, ranks):
-    """A folder that transformers opens, too."""
+    """Write the student as a folder that transformers can open."""
     if ranks.is_first:
         with published(args.out) as folder:
             student.save(folder)
