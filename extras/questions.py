@@ -86,9 +86,11 @@ class Arm(NamedTuple):
 
 
 def arms_of_length(steps, tokens, student, control):
-    """Student and control that read so many tokens: their rates that were tried, and the best."""
+    """Student and control that read so many tokens, each with (rates, the best). Those of the demo are in the
+    atlas."""
+    in_atlas = {("student", "1e-3"), ("control", "5e-4")}
     return [Arm("length", f"{who}, {tokens}", f"{flags} --steps {steps}", *rates,
-                in_atlas=f"{who} {steps} steps")
+                in_atlas=f"{who} {steps} steps" if (who, rates[1]) in in_atlas else "")
             for who, flags, rates in (("student", DEMO, student), ("control", CONTROL, control))]
 
 
@@ -123,8 +125,8 @@ ARMS = [
     Arm("unseen 2.5M", "student", f"{DEMO} {LONG_UNSEEN}", "1e-3 2e-3", "2e-3"),
     Arm("unseen 2.5M", "control", f"{CONTROL} {LONG_UNSEEN}", "5e-4 1e-3", "1e-3"),
     Arm("unseen 2.5M", "tuned teacher", f"{DEMO} {LONG_UNSEEN} {TUNED}-2.5M", "5e-4 1e-3", "1e-3"),
-    *arms_of_length(300, "154k", ("1.4e-3 2e-3", "1e-3"), ("7e-4 1e-3", "5e-4")),
-    *arms_of_length(4800, "2.5M", ("5e-4 1.4e-3", "1e-3"), ("3.5e-4 7e-4", "5e-4")),
+    *arms_of_length(300, "154k", ("7e-4 1.4e-3 2e-3", "1e-3"), ("3.5e-4 7e-4 1e-3", "5e-4")),
+    *arms_of_length(4800, "2.5M", ("5e-4 1.4e-3", "1e-3"), ("3.5e-4 7e-4 1e-3", "7e-4")),
     Arm("length", "control of small steps, 614k", f"{SMALL_STEPS} --steps 2400", "2.5e-4 3.5e-4", "3.5e-4"),
     Arm("length", "control of small steps, 2.5M", f"{SMALL_STEPS} --steps 9600", "2.5e-4 3.5e-4", "3.5e-4",
         (0,)),
@@ -133,10 +135,10 @@ ARMS = [
     *arms_of_size("0,3,4,5", ("7e-4 1e-3", "1e-3"), ("3.5e-4 5e-4", "5e-4")),
     *(Arm("ladder", name, DEMO, "7e-4 1e-3", "1e-3") for name in ("quarter", "half", "own-size")),
     Arm("policy", "the demo", DEMO, "1e-3", "1e-3"),
-    Arm("policy", "forward", SECOND_STAGE, "1e-4 3e-4", "3e-4"),
-    Arm("policy", "reverse", f"{SECOND_STAGE} --divergence reverse", "1e-4 3e-4", "3e-4"),
-    Arm("policy", "reverse, on-policy", f"{SECOND_STAGE} --divergence reverse --on-policy 1", "1e-4 3e-4",
-        "3e-4"),
+    *(Arm("policy", f"{name}, {lr}", f"{SECOND_STAGE} {flags}".rstrip(), lr, lr)
+      for lr in ("1e-4", "3e-4") for name, flags in (
+          ("forward", ""), ("reverse", "--divergence reverse"),
+          ("reverse, on-policy", "--divergence reverse --on-policy 1"))),
     Arm("sure", "text", CONTROL, "5e-4", "5e-4", (0,)),
     Arm("sure", "argmax", HARD, "9e-5", "9e-5", (0,)),
     Arm("sure", "draw", HARD, "3.5e-4", "3.5e-4", (0,)),
