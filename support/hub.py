@@ -24,16 +24,8 @@ from support.files import note_once
 PATIENCE = 5  # seconds until the Hub counts as silent
 NO_NETWORK = ("plain `python distill.py` needs no Hub, nor do --teacher demo/teacher --student-layers 3 and "
               "text of your own")
-NETWORK_SETTINGS = ("HF_ENDPOINT", "HF_TOKEN", "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
-WITHOUT_OWNER = r"(distil)?gpt2(-medium|-large|-xl)?"  # on the Hub all other names are owner/name
+MODEL_NAME = r"((distil)?gpt2(-medium|-large|-xl)?|[\w-][\w.-]*/[\w.-]+)(@.+)?"  # on the Hub; @revision
 SHARD = r"[\w.-]{1,200}\.(safetensors|bin)"  # no "../" and no absolute path, which could name any file
-HUB_ERRORS = {  # class of an error of the Hub's clients -> what it means here; the first match counts
-    "GatedRepoError": "is gated: accept its terms on the Hub, then set HF_TOKEN",
-    "RevisionNotFoundError": "is on the Hub, but not with this revision (the branch, tag or commit after @)",
-    "RepositoryNotFoundError": "is neither a folder here nor a model on the Hub (or private: set HF_TOKEN)",
-    "DatasetNotFoundError": "is neither a file here nor a data set on the Hub (or private: set HF_TOKEN)",
-    "HFValidationError": "is not a folder here, and not a name that a model on the Hub could have",
-}
 
 
 # ------------------------------------------------------------------------------------ files of a model
@@ -46,9 +38,11 @@ def fetch(name_or_dir, *filenames):
     """
     name = str(name_or_dir)
     folder = Path(os.path.expanduser(name))  # shells leave the ~ in --teacher=~/x alone
-    # `--teacher gpt2 --out gpt2` has already made an empty folder gpt2, with a hidden lock file in it.
-    if not name or not os.path.isdir(folder) or all(entry.startswith(".") for entry in os.listdir(folder)):
+    if not name or not os.path.isdir(folder):
         check_hub_name(name)
+        folder = download(name, filenames)
+    elif re.fullmatch(MODEL_NAME, name) and all(entry.startswith(".") for entry in os.listdir(folder)):
+        # `--teacher gpt2 --out gpt2` has already made an empty folder gpt2, with a hidden lock file in it.
         folder = download(name, filenames)
     with reading(folder, "a model's folder"):
         return [path if path.is_file() else None for path in (folder / filename for filename in filenames)]
@@ -56,40 +50,20 @@ def fetch(name_or_dir, *filenames):
 
 def need(name_or_dir, filename):
     """The path of a file that the model must have."""
-    path, adapter = fetch(name_or_dir, filename, "adapter_config.json")
-    if path:
-        return path
-    if adapter:
-        raise InputError(f"{name_or_dir} is a LoRA adapter (adapter_config.json, no {filename}), not a "
-                         "model: merge it into its base model and save that (peft's merge_and_unload)")
-    if os.path.isdir(os.path.expanduser(name_or_dir)):
-        raise InputError(f"{name_or_dir} has no {filename}: not a complete model folder")
-    silence = why_the_hub_is_silent()
-    where = f"in the Hub's cache, and {silence}" if silence else "on the Hub"
-    raise InputError(f"{filename} of {name_or_dir} is not {where}")
+    path, = fetch(name_or_dir, filename)
+    if path is None:
+        silence = not os.path.isdir(os.path.expanduser(name_or_dir)) and why_the_hub_is_silent()
+        raise InputError(f"{name_or_dir} has no {filename}: not a complete model"
+                         + (f" in the Hub's cache, and {silence}" if silence else ""))
+    return path
 
 
 def check_hub_name(name):
-    """InputError for a name that can only mean a folder: offline, asking the Hub about it takes long.
-
-    "demo/techer" next to a folder demo/teacher is a slip. "EleutherAI/pythia-160m" next to a folder
-    EleutherAI/pythia-70m is not: names of models differ in their numbers.
-    """
-    name, _, _ = name.partition("@")
-    folder = os.path.expanduser(name)
-    if not name or os.path.isfile(folder):
-        raise InputError(f"{name or 'an empty name'} is not a model: give its folder, or its name on the Hub")
-
-    is_path = (re.match(r"[./~]|out/|.*/$|.*\\|.*/.*/", name)
-               or "/" not in name and not re.fullmatch(WITHOUT_OWNER, name))
-    if is_path and os.path.isdir(folder):
-        raise InputError(f"{name} is an empty folder, not a model")
-    near = lookalike(folder)
-    is_slip = (near not in (None, folder) and "/" in name
-               and re.findall(r"\d+", near) == re.findall(r"\d+", name))
-    if is_path or is_slip:
-        hint = "; models on the Hub are called owner/name" if "/" not in name else ""
-        raise InputError(f"no folder {name}" + (f"; did you mean {near}?" if near else hint))
+    """InputError for a name that can only mean a folder: without a network, asking the Hub takes long."""
+    if not re.fullmatch(MODEL_NAME, name):
+        near = lookalike(os.path.expanduser(name))
+        hint = f"did you mean {near}?" if near not in (None, name) else "models on the Hub are owner/name"
+        raise InputError(f"no folder {name}; {hint}")
 
 
 # ------------------------------------------------------------------------------------ the Hub
@@ -98,32 +72,25 @@ def download(name, filenames):
     repo, _, revision = name.partition("@")
     silence = why_the_hub_is_silent()
     with asking_the_hub(name):
-        from huggingface_hub import snapshot_download, try_to_load_from_cache
+        from huggingface_hub import snapshot_download
         from huggingface_hub.utils import tqdm
 
         class LateBar(tqdm):  # shown only if there is more than a second of work
             __init__ = functools.partialmethod(tqdm.__init__, delay=1)
 
-        if not silence:
-            wanted = ["config.json", *filenames]  # config.json marks what is in the cache
-            return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted,
-                                          tqdm_class=LateBar))
-        cached = try_to_load_from_cache(repo, "config.json", revision=revision or None)
-    if not isinstance(cached, str):
-        raise InputError(f"{name} is neither a folder here nor in the Hub's cache, and {silence}; "
-                         f"{NO_NETWORK}")
-    if "HF_HUB_OFFLINE" not in silence:
+        # While there is a network the cache alone is never used: the model may have changed.
+        wanted = ["config.json", *filenames]  # the client warns if a model has none of the files
+        folder = snapshot_download(repo, revision=revision or None, allow_patterns=wanted,
+                                   local_files_only=bool(silence), tqdm_class=LateBar)
+    if silence and "HF_HUB_OFFLINE" not in silence:
         note_once(f"{silence}; models come from its cache, as they were")
-    return Path(cached).parent
+    return Path(folder)
 
 
 @functools.cache
 def why_the_hub_is_silent():
-    """"the Hub cannot be reached: ..." with the reason, or None if it answers. It is asked once.
-
-    The client itself would try again and again for 23 seconds. While there is a network the cache alone is
-    never used: the model may have changed.
-    """
+    """"the Hub cannot be reached: ..." with the reason, or None if it answers. It is asked once, because the
+    client itself would try again and again for 23 seconds."""
     try:
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
         from huggingface_hub.errors import HfHubHTTPError
@@ -131,9 +98,8 @@ def why_the_hub_is_silent():
             get_hf_file_metadata(hf_hub_url("gpt2", "config.json"), timeout=PATIENCE)
         return None
     except Exception as error:  # TLS, a proxy, a malformed address or token: a dozen classes
-        used = [name for name in NETWORK_SETTINGS if name in os.environ or name.lower() in os.environ]
-        hint = f" (set: {', '.join(used)})" if used else ""
-        return f"the Hub cannot be reached: {reason_of(error).rstrip('.')}{hint}"
+        return (f"the Hub cannot be reached: {reason_of(error).rstrip('.')} (HF_ENDPOINT, HF_TOKEN and your "
+                "proxy decide how)")
 
 
 @contextlib.contextmanager
@@ -144,23 +110,16 @@ def asking_the_hub(name):
     except InputError:
         raise
     except Exception as error:
-        near = lookalike(name)
-        hint = f" (did you mean {near}?)" if near and near != name else ""
-        raise hub_error(name + hint, error) from error
+        raise hub_error(name, error) from error
 
 
 def hub_error(name, error):
-    """The InputError for what the Hub's clients raised about `name`."""
-    causes = [error]
-    while causes[-1].__cause__:
-        causes.append(causes[-1].__cause__)
-    classes = {cls.__name__ for cause in causes for cls in type(cause).__mro__}
-    for cls, meaning in HUB_ERRORS.items():
-        if cls in classes:
-            return InputError(f"{name} {meaning}")
-    if silence := why_the_hub_is_silent():
-        return InputError(f"{name} could not be downloaded, as {silence}; {NO_NETWORK}")
-    return InputError(f"{name} could not be downloaded: {reason_of(causes[-1])}")
+    """The InputError for what the Hub's clients raised about a model or a data set."""
+    near = lookalike(name)
+    hint = f" (did you mean {near}?)" if near not in (None, name) else ""
+    silence = why_the_hub_is_silent()
+    reason = f"{silence}; {NO_NETWORK}" if silence else reason_of(error)
+    return InputError(f"{name} is not here{hint}, and could not be downloaded: {reason}")
 
 
 # ------------------------------------------------------------------------------------ what is in the files

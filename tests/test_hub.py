@@ -1,11 +1,10 @@
 """support/hub.py: a model's files, from folders, the Hub and its cache, and hostile ones."""
 import json
 import os
+import re
 import subprocess
 import sys
-import tempfile
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from safetensors.torch import save_file
 
 from support import hub as hub_module
 from support.cli import InputError
-from support.hub import check_hub_name, fetch, hub_error, need, read_json, read_tensors, weight_files
+from support.hub import check_hub_name, fetch, need, read_json, read_tensors, weight_files
 
 
 def message_of(function, *args):
@@ -23,10 +22,6 @@ def message_of(function, *args):
         function(*args)
     assert "\n" not in str(error.value)
     return str(error.value)
-
-
-def read_all(path):
-    return dict(read_tensors(path))
 
 
 def put(folder, **files):
@@ -45,31 +40,18 @@ def test_files_of_a_folder(hub, tmp_path, monkeypatch):
     for name in (folder, str(folder), "~/model"):
         assert fetch(name, "config.json", "merges.txt") == [folder / "config.json", None]
     for missing in ("model.safetensors", "vocab.json"):
-        assert f"has no {missing}: not a complete model folder" in message_of(need, folder, missing)
-
-    put(hub.root / "models/someone/lora", adapter_config={})
-    put(folder, adapter_config={})
-    for name in (folder, "someone/lora"):
-        assert "is a LoRA adapter" in message_of(need, name, "model.safetensors")
+        assert f"has no {missing}: not a complete model" in message_of(need, folder, missing)
 
 
 def test_what_can_only_be_a_path_is_missing_at_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub_module, "download", lambda *args: pytest.fail(f"the Hub was asked: {args}"))
-    for folder in ("demo/teacher", "EleutherAI/pythia-70m", "gpt-2", "tuned"):
-        Path(folder).mkdir(parents=True)
-    Path("weights.bin").touch()
-    for name in (tmp_path / "nowhere", "./nowhere", "nowhere/", "out", "~/nowhere", "a/b/c", r"runs\one",
-                 "/" + "x" * 5000):
+    (tmp_path / "tuned").mkdir()
+    for name in (tmp_path / "nowhere", "./nowhere", "nowhere/", "out", "a/b/c", r"a\b", "/" + "x" * 5000):
         assert message_of(fetch, name, "config.json").startswith(f"no folder {str(name):.200}")
-    assert message_of(fetch, "demo/techer", "a.json") == "no folder demo/techer; did you mean demo/teacher?"
     assert message_of(fetch, "tunde", "a.json") == "no folder tunde; did you mean tuned?"
-    assert message_of(fetch, "nope", "a.json") == "no folder nope; models on the Hub are called owner/name"
-    assert "weights.bin is not a model: give its folder" in message_of(fetch, "weights.bin", "config.json")
-    assert "an empty name" in message_of(fetch, "", "config.json")
-
-    # Names of models on the Hub differ in their numbers; an empty folder of that name may be ours.
-    for name in ("gpt2", "EleutherAI/pythia-160m", "EleutherAI/pythia-70m", "EleutherAI/pythia-70m@step3000"):
+    assert message_of(fetch, "nope", "a.json") == "no folder nope; models on the Hub are owner/name"
+    for name in ("gpt2", "distilgpt2@v1", "EleutherAI/pythia-160m", "EleutherAI/pythia-70m@step3000"):
         check_hub_name(name)
 
 
@@ -79,25 +61,8 @@ def test_an_empty_folder_is_not_taken_for_the_model(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (put(tmp_path / "someone/model") / ".distil-lock").touch()
     assert read_json(need("someone/model", "config.json")) == {"a": 1}
-    assert "is an empty folder" in message_of(fetch, "./someone/model", "config.json")
     put(tmp_path / "someone/model", config={"a": 2})
     assert read_json(need("someone/model", "config.json")) == {"a": 2}
-
-
-def test_what_may_not_be_read_is_not_called_damaged_or_missing():
-    user = os.geteuid()
-    with tempfile.TemporaryDirectory() as folder:  # not below tmp_path, where only its owner may look
-        path = Path(folder, "model.safetensors")
-        save_file({"x": torch.ones(2)}, path)
-        path.chmod(0)
-        for mode, read, *args in ((0o755, read_all, path), (0o644, need, folder, "config.json")):
-            Path(folder).chmod(mode)  # without x no file opens
-            if user == 0:
-                os.seteuid(65534)  # root may read everything
-            try:
-                assert message_of(read, *args) == f"{args[0]} could not be read: Permission denied"
-            finally:
-                os.seteuid(user)
 
 
 # ------------------------------------------------------------------------------------ the Hub
@@ -111,16 +76,14 @@ def test_files_of_the_hub(hub):
     assert not [name for name in hub.requests if "weights" in name]
 
     for name, file, message in (
-            ("someone/model", "other.json", "other.json of someone/model is not on the Hub"),
-            ("someone/model@step4", "config.json", "is on the Hub, but not with this revision"),
-            ("someone/else", "config.json", "else is neither a folder here nor a model on the Hub"),
-            ("some one/model", "config.json", "not a name that a model on the Hub could have")):
-        assert message in message_of(need, name, file)
+            ("someone/model", "other.json", "someone/model has no other.json: not a complete model"),
+            ("someone/model@step4", "config.json", "could not be downloaded: .*Revision Not Found"),
+            ("someone/modle", "config.json", "could not be downloaded: .*Repository Not Found"),
+            ("some-one./..", "config.json", "could not be downloaded: Repo id must use")):
+        assert re.search(message, message_of(need, name, file)), name
     hub.gated.add("someone/model")
-    assert "HF_TOKEN" in message_of(fetch, "someone/model", "weights.bin")
+    assert "Cannot access gated repo" in message_of(fetch, "someone/model", "weights.bin")
     hub.gated.clear()
-    full = hub_error("someone/model", OSError(28, "No space left on device"))  # not the Hub's fault
-    assert str(full) == "someone/model could not be downloaded: [Errno 28] No space left on device"
 
     hub.cut.add("weights.bin")
     try:  # the client goes on where the download broke off, or gives up; half a file is never handed out
@@ -165,8 +128,8 @@ def test_without_network_models_come_from_the_cache(hub):
     said, notes = run_script(hub, HF_ENDPOINT="http://127.0.0.1:9")
     assert said[0] == "someone/used {'a': 1} [None]", notes
     assert said[2] == "someone/used@step3 {'a': 3} [None]", notes
-    assert "model.safetensors of someone/used is not in the Hub's cache, and the Hub cannot be" in said[1]
-    assert said[4].startswith("someone/new is neither a folder here nor in the Hub's cache, and the Hub")
+    assert "has no model.safetensors: not a complete model in the Hub's cache, and the Hub cannot" in said[1]
+    assert "someone/new is not here, and could not be downloaded: the Hub cannot be reached" in said[4]
     assert notes.count("note: ") == notes.count("models come from its cache") == 1
 
     said, notes = run_script(hub, HF_HUB_OFFLINE="1")
@@ -177,11 +140,11 @@ def test_without_network_models_come_from_the_cache(hub):
 
 
 def test_why_the_hub_is_silent(hub, tmp_path):
-    """Addresses, tokens and proxies that cannot work: the reason and the settings in use are in the line."""
+    """Addresses, tokens and proxies that cannot work: the reason is in the line."""
     for reason, settings in {
-            "Connection refused (set: HF_ENDPOINT)": {},
+            "Connection refused": {},
             "missing an 'http://' or 'https://'": {"HF_ENDPOINT": "huggingface"},
-            "Invalid IPv6 URL (set: HF_ENDPOINT)": {"HF_ENDPOINT": "http://["},
+            "Invalid IPv6 URL": {"HF_ENDPOINT": "http://["},
             "proxy URL": {"HTTP_PROXY": "htp://x"},
             "'ascii' codec can't encode": {"HF_TOKEN": "hf_\u201cabc\u201d"}}.items():
         settings = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), **settings}
@@ -219,37 +182,31 @@ def test_files_that_hold_something_else_than_weights(tmp_path):
     for content in ([torch.ones(2)], {7: torch.ones(2)}, {"model": {"x": torch.ones(2)}}, {"x": Code()},
                     {"x": torch.empty(2, device="meta")}, {"x": torch.eye(3).to_sparse()},
                     {"x": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}):
-        for zipped in (True, False):
-            torch.save(content, path, _use_new_zipfile_serialization=zipped)
-            assert "pytorch_model.bin is not a file of weights, or is damaged" in message_of(read_all, path)
-
-
-def saved(folder, tensors):
-    """Write tensors in each of the forms that we read: the files."""
-    files = [folder / name for name in ("a.safetensors", "new.bin", "old.bin", "packed.bin")]
-    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, files[0])
-    torch.save(tensors, files[1])
-    torch.save(tensors, files[2], _use_new_zipfile_serialization=False)
-    with zipfile.ZipFile(files[1]) as stored, zipfile.ZipFile(
-            files[3], "w", zipfile.ZIP_DEFLATED) as packed:  # mapped, it would be read as noise
-        for name in stored.namelist():
-            packed.writestr(name, stored.read(name))
-    return files
+        torch.save(content, path)
+        said = message_of(lambda: dict(read_tensors(path)))
+        assert "pytorch_model.bin is not a file of weights, or is damaged" in said
 
 
 def test_tensors_are_read_as_they_are(tmp_path):
+    """In .safetensors, in a .bin, in one from before 2020, and in one with packed parts."""
     numbers = torch.arange(6.0)
     tensors = {
         "special": torch.tensor([float("-inf"), float("nan")]),
         "large": torch.arange(2**20 + 1),
         "half": torch.ones(2, 2, dtype=torch.float16),
-        "view": numbers[3:5], "transposed": numbers.view(2, 3).t(), "expanded": numbers.expand(1, 6)}
-    for path in saved(tmp_path, tensors):
-        read = read_all(path)
+        "view": numbers[3:5], "transposed": numbers.view(2, 3).t(),
+        "parameter": torch.nn.Parameter(torch.ones(3))}
+    files = [tmp_path / name for name in ("a.safetensors", "new.bin", "old.bin", "packed.bin")]
+    save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, files[0])
+    torch.save(tensors, files[1])
+    torch.save(tensors, files[2], _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(files[1]) as stored, zipfile.ZipFile(files[3], "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in stored.namelist():
+            packed.writestr(name, stored.read(name))
+
+    for path in files:
+        read = dict(read_tensors(path))
         assert list(read)[0] == "large" and read.keys() == tensors.keys()  # so that the peak of memory is low
         for name, tensor in tensors.items():
-            assert read[name].dtype == tensor.dtype
+            assert read[name].dtype == tensor.dtype and not read[name].requires_grad
             assert torch.equal(read[name].nan_to_num(), tensor.nan_to_num())
-
-    torch.save({"x": torch.nn.Parameter(torch.ones(3))}, tmp_path / "new.bin")
-    assert not read_all(tmp_path / "new.bin")["x"].requires_grad
