@@ -104,29 +104,11 @@ def warn_of_unknown_text(args, teacher, corpus, tokenizer):
     few = SimpleNamespace(**vars(args) | {"eval_tokens": ENOUGH_TOKENS, "batch_size": 1})
     row, = validate([teacher], corpus, tokenizer.vocab_size, few, autocast(args, teacher.head_weight.device))
     bits = row["bits per byte"]
-    knows = "it knows such text" if bits < ENOUGH_BITS else "tune it first"
-    say(f"teacher    needs about {bits:.2f} bits per byte of this text: {knows}")
-    if bits < ENOUGH_BITS or not args.kd_weight or args.resume or has_been_tuned(args):
-        return
-
-    few_passes = min(1, 2 / passes_over_text(args, corpus))  # after many it would know the text by heart
-    tuned = "tuned-teacher"
-    tune = {"teacher": "none", "student": full_path(args.teacher), "data": full_path(args.data),
-            "data_folder": Path(args.data_folder).resolve(), "out": Path(tuned).resolve(),
-            "lr": 3e-4, "steps": max(1, round(args.steps * few_passes))}
-    for name in ("text_column", "packing", "seq_len", "batch_size", "grad_accum"):
-        tune[name] = getattr(args, name)
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in tune.items()]
-    advice = ("warning    A teacher needs about 1 bit per byte of a text that it knows, so this one may have "
-              "little to teach. The next command trains it on the text first. Then repeat yours with "
-              f"--teacher {tuned} and a new --out.")
-    say(f"\n{filled(advice)}\n{command('distill.py', *flags)}\n")
-
-
-def has_been_tuned(args):
-    """Whether the teacher comes from a run on this text."""
-    its_text = read_settings(args.teacher).get("data")
-    return its_text is not None and Path(its_text).resolve() == Path(args.data).resolve()
+    advice = "it knows such text"
+    if bits > ENOUGH_BITS:
+        advice = ("it may have little to teach. Unless you have done so, train it on this text first "
+                  "(README.md, \"Your own text\")")
+    say(filled(f"teacher    needs about {bits:.2f} bits per byte of this text: {advice}", indent=" " * 11))
 
 
 # ------------------------------------------------------------------------------------ during the training

@@ -68,12 +68,14 @@ def claim(args, ranks):
 
 def look(args):
     """Whether the run is finished; InputError if it may neither begin nor go on in its folder."""
-    there = files_of_run(args.out)
-    for run in runs_of(args):
+    runs = runs_of(args)
+    for run in runs:
         here = files_of_run(run.out)
         if here and read_settings(run.out).get("role") != run.role:
             raise InputError(f"{run.out} contains {here[0]}, but not a {run.role}'s run: choose another "
                              "--out")
+
+    there = files_of_run(args.out)
     if args.resume_if_there:
         args.resume = bool(there)
     if args.resume and not there:
@@ -81,10 +83,10 @@ def look(args):
     if not there or args.overwrite and not args.resume:
         return False
 
-    for run in runs_of(args):
+    for run in runs:
         if then := read_settings(run.out):
             refuse_differences(run, then)
-    finished = RESULTS in there and all(map(has_all_steps, runs_of(args)))
+    finished = RESULTS in there and all(map(has_all_steps, runs))
     if not finished and not args.resume:
         raise InputError(f"--out {args.out} contains this run already: --resume goes on with it, --overwrite "
                          "replaces it. Or choose another --out NAME")

@@ -3,7 +3,6 @@ import itertools
 import json
 import math
 import re
-import shlex
 import subprocess
 import sys
 import textwrap
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from workshop import ROOT, call, flags
+from workshop import ROOT, flags
 
 import distill
 from data import load_tokenizer
@@ -123,45 +122,23 @@ def test_peak_memory_is_measured():
 
 
 # ------------------------------------------------------------------------------------ an unknown text
-def test_a_teacher_that_does_not_know_the_text(workshop, distil, tmp_path, monkeypatch, capsys):
-    """Random weights do not. It is asked before the first step, and the advice is not refused."""
-    monkeypatch.chdir(tmp_path)
-    printed = distil("out")
-    warning, rest = printed.split("memory")
-    assert "trains it on the text first. Then repeat yours with --teacher tuned-teacher" in one_line(warning)
-    assert "little to teach" not in rest
-    tune = re.search(r"^  cd .* && python distill\.py (.*)", printed, re.M)[1]
-    assert call(monkeypatch, capsys, shlex.split(tune)).code == 0
-    printed = distil("out-2", teacher="tuned-teacher")
-    assert "teacher    needs" in printed
-    assert "little to teach" not in printed, "it has been tuned on this text already"
-
-
-def one_line(text):
-    return " ".join(text.split())
-
-
-def test_a_teacher_that_knows_the_text_is_not_accused(tmp_path, monkeypatch):
+def test_how_well_the_teacher_knows_the_text(monkeypatch):
     """The demo's teacher knows modules of Python, and not this; the length of the text does not matter."""
     tokenizer = load_tokenizer(ROOT / "demo" / "teacher")
     teacher = distill.load(ROOT / "demo" / "teacher")
     said = []
     monkeypatch.setattr(report, "say", said.append)
-    args = distill.parse_args(["--precision", "fp32", "--out", str(tmp_path / "out")])
+    args = distill.parse_args(["--precision", "fp32"])
     shouted = (ROOT / "LICENSE").read_text().upper() * 9
-    texts = {"module": Path(textwrap.__file__).read_text(), "prose": shouted}
-    for name, text in texts.items():
+    for text, is_known in ((Path(textwrap.__file__).read_text(), True), (shouted, False)):
         for n_tokens in (300, 2000):
             ids = tokenizer.encode(text)[:n_tokens]
             n_bytes = len(tokenizer.decode(ids).encode())
-            corpus = SimpleNamespace(train=np.zeros(102_401), val=np.array(ids), eot=tokenizer.eot,
+            corpus = SimpleNamespace(val=np.array(ids), eot=tokenizer.eot,
                                      meta={"val": {"bytes": n_bytes, "tokens": len(ids)}})
-            said.clear()
             report.warn_of_unknown_text(args, teacher, corpus, tokenizer)
-            assert re.fullmatch(r"teacher    needs about \d\.\d\d bits per byte of this text: .*", said[0])
-            assert bool(said[1:]) == (name == "prose"), (name, n_tokens)
-            if said[1:]:  # the run reads this text six times; the teacher is tuned on a third of that
-                assert "--steps=400" in said[1]
+            assert re.match(r"teacher    needs about \d\.\d\d bits per byte of this text:", said[-1])
+            assert ("it knows such text" in said[-1]) == is_known == ("Your own text" not in said[-1])
 
 
 # ------------------------------------------------------------------------------------ what the table means
