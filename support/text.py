@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from support.cli import InputError, lookalike, note, reading
+from support.cli import InputError, note, reading
 from support.hub import asking_the_hub
 from support.wikitext import wikitext_articles
 
@@ -53,15 +53,12 @@ def open_data(data, text_column="text"):
     """What --data stands for, as a Source. No file is opened before its first document is taken."""
     if data == "stdlib":
         return Source({"data": data, "python": platform.python_version()}, stdlib_split(), data)
-    if data not in HUB_DATA and os.path.exists(data):
+    if data not in HUB_DATA and (os.path.isfile(data) or os.path.isdir(data)):
         return open_local(Path(data), text_column)
 
     repo = re.fullmatch(HUB_NAME, HUB_DATA.get(data, data))
-    # Do not ask the Hub, which can take half a minute, for a name that is close to one here or looks local.
-    near = lookalike(data, ["stdlib", *HUB_DATA])
-    if not repo or data not in HUB_DATA and (near or ending(data) in (*ROWS, *TEXT)):
-        hint = f" (did you mean {near}?)" if near else ""
-        raise InputError(f"there is no file or folder {data}{hint}; --data takes {DATA_CHOICES}")
+    if not repo or ending(data) in (*ROWS, *TEXT):  # do not ask the Hub for the name of a file
+        raise InputError(f"there is no file or folder {data}; --data takes {DATA_CHOICES}")
     return open_hub(data, *repo.groups(), text_column)
 
 
@@ -93,20 +90,19 @@ def hold_out(texts, one_in=200, longest=2**16):
     for text in filter(None, texts):
         parts = list(pieces(text, longest))
         earlier = remembered.get(stable_hash(text), ())
+        is_full = len(remembered) >= REMEMBERED
         splits = []
         for number, piece in enumerate(parts):
-            far_too_much = held_out > 2 * fair_share + longest
-            if number < len(earlier) and not far_too_much:
+            # When memory is full, the hash takes a fair share, and still sends copies the same way.
+            is_due = stable_hash(piece) % one_in == 0 if is_full else held_out <= fair_share
+            split = "val" if is_due else "train"
+            if number < len(earlier) and held_out <= 2 * fair_share + longest:
                 split = earlier[number]
-            elif len(remembered) < REMEMBERED:
-                split = "val" if held_out <= fair_share else "train"
-            else:  # memory is full: the hash takes a fair share, and still sends copies the same way
-                split = "val" if stable_hash(piece) % one_in == 0 else "train"
             splits.append(split)
             held_out += len(piece) if split == "val" else 0
             fair_share += len(piece) / one_in
 
-        if len(remembered) < REMEMBERED:
+        if not is_full:
             remembered.setdefault(stable_hash(text), tuple(splits))
         for split, neighbours in itertools.groupby(zip(splits, parts, strict=True), operator.itemgetter(0)):
             yield split, "".join(piece for _, piece in neighbours)
@@ -178,13 +174,9 @@ def ending(path):
 
 def open_local(path, text_column):
     """A file or a folder as a Source."""
-    if not path.is_dir() and not path.is_file():
-        raise InputError(f"{path} is neither a file nor a folder")
-    try:
+    with reading(path, "text"):
         train, val, about = find_files(path) if path.is_dir() else ([path], [], "")
         stats = [(str(file.resolve()), file.stat()) for file in train + val]
-    except OSError as error:
-        raise InputError(f"{error.filename or path} could not be read: {error.strerror}") from error
 
     # The resolved path, so that the same data spelt in another way is the same data.
     stamps = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
@@ -218,8 +210,14 @@ def find_files(root):
     Names of splits count if every file has one: a single training.md must not leave out 40 other files. A
     README, a licence, and code beside text are about the data, not part of it.
     """
+    found = []
     left_out = Counter()
-    found = list(walk(root, left_out))
+    for path in walk(root, set()):
+        kind = "hidden" if path.name.startswith(".") else ending(path) or "without an ending"
+        if kind in IN_FOLDERS and path.is_file():
+            found.append(path)
+        else:
+            left_out[kind] += 1
     named = {file: split for file in found if (split := split_named(file.relative_to(root)))}
     train, val = ([file for file in named if named[file] == split] for split in ("train", "val"))
 
@@ -233,12 +231,16 @@ def find_files(root):
         train, val = found, []
         about = f"{len(named):,} named train, valid or test is read like the others" if named else ""
 
-    notes = [listed(Counter(ending(file) for file in train + val)), about]
-    notes += [f"left out: {listed(left_out)}"] if +left_out else []
+    skipped = f"left out: {listed(left_out) or 'nothing'}"
     if not train:
-        there = notes[-1] or "it is empty"
-        raise InputError(f"{root} has no .txt, .md, .jsonl, .parquet or source file to train on; {there}")
+        raise InputError(f"{root} has no .txt, .md, .jsonl, .parquet or source file to train on; {skipped}")
+    notes = [listed(Counter(map(ending, train + val))), about, skipped]
     return train, val, f"{root}: {'; '.join(filter(None, notes))}"
+
+
+def listed(counts):
+    """The largest counts in words: "2 .txt, 1 .md"."""
+    return ", ".join(f"{n:,} {kind}" for kind, n in (+counts).most_common(8))
 
 
 def split_named(relative):
@@ -254,41 +256,21 @@ def split_named(relative):
     return None
 
 
-def walk(folder, left_out, visited=()):
-    """The readable files below a folder, sorted; the others are counted in `left_out`.
-
-    Hidden ones are left out: ._a.txt on a Mac is not text, and .ipynb_checkpoints holds old copies.
-    """
-    visited = visited or set()
-    visited.add(folder.resolve())  # links can go round in circles
+def walk(folder, visited):
+    """The files below a folder, sorted. Links are followed, but no folder is read twice: they can go round in
+    circles. Hidden folders (.git, .ipynb_checkpoints) are not looked into."""
+    visited.add(folder.resolve())
     for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            left_out["hidden"] += 1
-        elif path.is_dir():
-            if path.resolve() not in visited:
-                yield from walk(path, left_out, visited)
-        elif path.is_file() and ending(path) in IN_FOLDERS:
+        if path.name.startswith(".") or not path.is_dir():
             yield path
-        else:
-            left_out[path.suffix.lower() or "without an ending"] += 1
-
-
-def listed(counts):
-    """The largest counts in words: "2 .txt, 1 .md"."""
-    return ", ".join(f"{n:,} {kind}" for kind, n in (+counts).most_common(8))
+        elif path.resolve() not in visited:
+            yield from walk(path, visited)
 
 
 # ------------------------------------------------------------------------------------ one file
 BLOCK = 2**22  # bytes of text that are read at a time
 LONGEST_LINE = 2**16  # a block ends with a line, unless the line is longer than this
-STARTS = {  # how files start that are not UTF-8 text -> what they are, and what to do
-    rb"PK\x03\x04|7z\xbc\xaf|\xfd7zXZ|BZh\d1AY|(?s:.{257})ustar": "packed: unpack it first",
-    rb"\x1f\x8b": "packed with gzip: give its name the ending .gz",
-    rb"\x28\xb5\x2f\xfd": "packed with zstandard: give its name the ending .zst",
-    rb"PAR1": "a parquet file: give its name the ending .parquet",
-    rb"%PDF-": "a PDF: extract its text first (pdftotext)",
-    rb"\xff\xfe|\xfe\xff|\0\0\xfe\xff": "UTF-16 or UTF-32: iconv -f UTF-16 (or 32) -t UTF-8 FILE > NEW",
-}
+NOT_TEXT = rb"PK\x03\x04|7z\xbc\xaf|\xfd7zXZ|BZh\d1AY|\x1f\x8b|\x28\xb5\x2f\xfd|PAR1|%PDF-"  # starts of files
 
 
 def read_file(path, column="text"):
@@ -300,7 +282,7 @@ def read_file(path, column="text"):
     if kind in (".csv", ".tsv"):
         raise InputError(f"{path} is a table: write its column of texts as .jsonl or .parquet")
 
-    what = f"a {kind} file" if kind in ROWS else "a file of text"
+    what = f"a {kind} file" if kind in ROWS else "UTF-8 text (iconv -f ENCODING -t UTF-8 FILE > NEW)"
     if kind == ".json":
         what = "a list of JSON objects (if it has one object per line, call it .jsonl)"
     with reading(path, what):
@@ -321,47 +303,34 @@ def unpacked(path):
         import pyarrow
         file = io.BufferedReader(pyarrow.input_stream(str(path), packing))
     with file:
-        start = file.peek(300)
-        for pattern, what in STARTS.items():
-            if re.match(pattern, start):
-                raise InputError(f"{path} is {what}")
+        if re.match(NOT_TEXT, file.peek(300)):
+            raise InputError(f"{path} is packed, a PDF or a parquet file: unpack it, extract its text, or "
+                             "give its name the ending .gz, .zst or .parquet")
         yield file
 
 
 def plain_text(path, column):
-    """The text of a file in blocks of about 4 MB, of whole lines. InputError if it is not UTF-8.
-
-    JSON lines under another name are refused, unless no column is wanted.
-    """
-    n_bytes = 0
-
-    def blocks():
-        nonlocal n_bytes
-        while block := file.read(BLOCK) + file.readline(LONGEST_LINE):
-            if b"\0" in block:
-                raise InputError(f"{path} is not text: it has a NUL byte")
-            n_bytes += len(block)
-            yield block
-
+    """The text of a file in blocks of about 4 MB, of whole lines. JSON lines under another name are refused,
+    unless no column is wanted."""
     with unpacked(path) as file:
+        blocks = iter(lambda: file.read(BLOCK) + file.readline(LONGEST_LINE), b"")
+        is_start = True
         try:
-            for number, text in enumerate(codecs.iterdecode(blocks(), "utf-8-sig")):
-                if number == 0 and column and all_json_objects(text):
-                    raise InputError(f"{path} has a JSON object in every line: give its name the ending "
-                                     f".jsonl to read the {column!r} of each, or add --text-column '' to "
-                                     "read it as it is")
+            for text in codecs.iterdecode(blocks, "utf-8-sig"):
+                if "\0" in text:
+                    raise ValueError("it has a NUL byte")
+                if is_start and column and is_json_object(text.strip().partition("\n")[0]):
+                    raise InputError(f"{path} starts with a JSON object: call it .jsonl to read the "
+                                     f"{column!r} of each line, or add --text-column '' to read it as it is")
+                is_start = False
                 yield text
         except UnicodeDecodeError as error:
-            byte = n_bytes - len(error.object) + error.start  # error.object ends where the block does
-            raise InputError(f"{path} is not UTF-8 text: see its byte {byte}; if it is WINDOWS-1252: "
-                             "iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW") from error
+            raise ValueError(error.reason) from error  # its position counts from the start of a block
 
 
-def all_json_objects(text):
-    """Whether each line is a JSON object. The last of several may be cut off, and does not count."""
-    lines = [line for line in text.split("\n") if line.strip()]
+def is_json_object(line):
     try:
-        return bool(lines) and all(isinstance(json.loads(line), dict) for line in lines[:-1] or lines)
+        return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         return False
 

@@ -97,8 +97,6 @@ def test_a_large_text_file_is_read_in_blocks(tmp_path):
         blocks = list(text.read_file(path))
         assert len(blocks) > 1 and "".join(blocks) == text_ and max(map(len, blocks)) < 5_000_000
         assert text_ != content or all(block.endswith("\n") for block in blocks)
-    path.write_bytes(content.encode()[:5_000_000] + b"\xff")
-    assert "x.txt is not UTF-8 text: see its byte 5000000;" in refusal(read, path)
 
 
 def packed(path, content):
@@ -115,7 +113,7 @@ def test_kinds_of_files(tmp_path):
     lines = "\n \n".join(map(json.dumps, rows))
     for names, content in {
         "x x.tex X.TXT x.txt.gz x.txt.zst": "one\ntwo\n",
-        "X.JSONL x.ndjson x.jsonlines x.ldjson.gz x.jsonl.zst": lines,
+        "X.JSONL x.ndjson x.ldjson.gz x.jsonl.zst": lines,
         "x.json x.JSON.GZ": json.dumps(rows),
     }.items():
         for name in names.split():
@@ -123,41 +121,40 @@ def test_kinds_of_files(tmp_path):
                 packed(tmp_path / name, (mark + content).encode())
                 assert read(tmp_path / name) == "one\ntwo\n", name
 
+    for name in ("y.jsonl", "y.parquet"):
+        write(tmp_path / name, make_texts(9), column="content")
+        assert "no column 'text', only ['id', 'content']: see --text-column" in refusal(read, tmp_path / name)
+        assert "'id' is int, not text" in refusal(read, tmp_path / name, "id")
+        assert read(tmp_path / name, "content") == "".join(make_texts(9))
+
 
 def test_json_lines_by_another_name_are_not_taken_for_text(tmp_path):
     lines = "".join(json.dumps({"url": i, "body": f"tale {i}"}) + "\n" for i in range(9))
     for name in ("x.jl", "x", "x.txt.gz"):
         packed(tmp_path / name, lines.encode())
-        assert "in every line: give its name the ending .jsonl" in refusal(read, tmp_path / name, "body")
+        assert "starts with a JSON object: call it .jsonl" in refusal(read, tmp_path / name, "body")
         assert read(tmp_path / name, column="") == lines  # a way on for whoever wants the JSON itself
-    for content in (lines + "and prose\n" * 2, "{not JSON}\n", "[1]\n[2]\n", ""):
+    for content in ("{not JSON}\n", "[1]\n[2]\n", "", "prose\n" + lines):
         (tmp_path / "x.txt").write_text(content)
         assert read(tmp_path / "x.txt") == content
 
 
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
 REFUSED = [  # name, content, what is said
-    ("a.zip", b"PK\3\4 and more", "is packed: unpack it first"),
-    ("a.jsonl.bz2", bz2.compress(b'{"text": "one"}\n'), "is packed: unpack it first"),
-    ("a.jsonl", gzip.compress(b'{"text": "one"}\n'), "packed with gzip: give its name the ending .gz"),
-    ("a.tar", b"a".ljust(257, b"\0") + b"ustar", "is packed: unpack it first"),
-    ("a.pdf", b"%PDF-1.4\n1 0 obj", "a PDF: extract its text first"),
-    ("a.md", b"\0\1\2", "a NUL byte"),
+    ("a.jsonl.bz2", bz2.compress(b'{"text": "one"}\n'), "is packed, a PDF or a parquet file"),
+    ("a.jsonl", gzip.compress(b'{"text": "one"}\n'), "is packed, a PDF or a parquet file"),
+    ("a.pdf", b"%PDF-1.4\n1 0 obj", "is packed, a PDF or a parquet file"),
+    ("a.md", b"\0\1\2", "or is damaged: it has a NUL byte"),
     ("a.csv", b"text\n1\n", "is a table: write its column of texts as .jsonl"),
-    ("a.txt", "caf\u00e9\n".encode("UTF-16"), "iconv -f UTF-16"),
-    ("b.txt", b"\xef\xbb\xbfab\xe9 c", "not UTF-8 text: see its byte 5; if it is WINDOWS-1252: iconv"),
-    ("c.txt", b"ab\xc3", "not UTF-8 text: see its byte 2; if it is WINDOWS-1252: iconv"),
-    *((f"d{ending}", LFS, "git lfs pull") for ending in (".txt", ".jsonl", ".parquet", ".txt.gz")),
+    ("a.txt", "caf\u00e9\n".encode("UTF-16"), "is not UTF-8 text (iconv -f ENCODING -t UTF-8 FILE > NEW)"),
+    ("b.txt", b"ab\xc3", "is not UTF-8 text (iconv -f ENCODING -t UTF-8 FILE > NEW)"),
+    ("d.txt.gz", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
     ("e.jsonl", b'{"text": "a"}\n{"text": ', "e.jsonl, line 2 is not JSON"),
     ("e.jsonl", b'{"text": "a"}\n["b"]', "line 2 has no column 'text', only ['b']: see --text-column"),
-    ("e.jsonl", b'{"text": "caf\xe9"}\n', "line 1 is not JSON"),
     ("e.jsonl", b"[" * 10**6, "line 1 is not JSON"),
-    ("e.jsonl", b'{"text": [1]}', "'text' is list, not text"),
     ("e.jsonl", json.dumps({f"column {i}": 1 for i in range(9999)}).encode(), "no column 'text', only ["),
     ("e.json", b'{"text": "a"}', "is not a list of JSON objects (if it has one object per line, call it"),
     ("e.json", b'[{"text": "a"}, 3]', "row 2 has no column 'text', only 3"),
     ("e.parquet", b"PAR1" + b"\0" * 50 + b"\xff\xff\xff\x7fPAR1", "e.parquet"),
-    ("f.txt.gz", b"plain text", "f.txt.gz could not be read: "),
     ("f.txt.gz", gzip.compress(b"text " * 999, mtime=0)[:-20], "f.txt.gz could not be read: "),
 ]
 
@@ -165,14 +162,7 @@ REFUSED = [  # name, content, what is said
 def test_what_is_wrong_with_a_file_is_said(tmp_path):
     for name, content, message in REFUSED:
         (tmp_path / name).write_bytes(content)
-        said = refusal(read, tmp_path / name)
-        assert message in said and ("iconv" in said) == ("iconv" in message), name
-
-    for name in ("y.jsonl", "y.parquet"):
-        write(tmp_path / name, make_texts(9), column="content")
-        assert "no column 'text', only ['id', 'content']: see --text-column" in refusal(read, tmp_path / name)
-        assert "'id' is int, not text" in refusal(read, tmp_path / name, "id")
-        assert read(tmp_path / name, "content") == "".join(make_texts(9))
+        assert message in refusal(read, tmp_path / name), name
 
 
 def test_memory_stays_bounded(tmp_path):
@@ -209,14 +199,13 @@ def test_what_is_read_of_a_folder(tmp_path, capsys):
     taken = ["B.TXT", "a.txt", "c.md", "p.py", "q.CPP", "sub/d.jsonl", "sub/deeper/e.txt"]
     hidden = ["._a.txt", ".ipynb_checkpoints/a-checkpoint.txt", "sub/.git/x.txt"]
     fill(tmp_path, [*taken, *hidden, "meta.json", "x.csv", "LICENSE"])
-    (tmp_path / "f.txt").mkdir()
-    for name, target in {"g.txt": "nowhere", "round": tmp_path, "self.txt": "self.txt"}.items():
-        (tmp_path / name).symlink_to(target)
+    (tmp_path / "round").symlink_to(tmp_path)
+    (tmp_path / "self.txt").symlink_to("self.txt")
     os.mkfifo(tmp_path / "pipe.txt")
     assert names_in([read(tmp_path)]) == taken
     note = capsys.readouterr().err.strip()
     assert note.splitlines() == [note] and note.startswith(f"note: {tmp_path}: 3 .txt, ")
-    for left_out in ("3 hidden", "1 .json", "1 .csv", "1 without an ending", "3 .txt"):
+    for left_out in ("3 hidden", "1 .json", "1 .csv", "1 without an ending", "2 .txt"):
         assert left_out in note.split("; left out: ")[1]
 
     fill(tmp_path, ["far/a.txt", "here/b.txt"])  # linked folders are read, and only once
@@ -226,8 +215,6 @@ def test_what_is_read_of_a_folder(tmp_path, capsys):
 
     fill(tmp_path / "empty", ["a.csv", ".c.txt"])
     assert "source file to train on; left out: 1 hidden, 1 .csv" in refusal(read, tmp_path / "empty")
-    (tmp_path / "nothing").mkdir()
-    assert refusal(read, tmp_path / "nothing").endswith("source file to train on; it is empty")
 
 
 def test_names_of_splits_count_if_every_file_has_one(tmp_path, capsys):
@@ -236,7 +223,6 @@ def test_names_of_splits_count_if_every_file_has_one(tmp_path, capsys):
         (["train/x.txt", "train/y.txt"], ["validation/z.md"], []),
         (["train-00000-of-00001.jsonl"], ["dev-00000-of-00001.jsonl"], ["README.md"]),
         (["train/1.txt"], ["train/valid.txt"], ["prepare.py"]),  # a script beside the data
-        (["train/a.py"], ["valid/b.py"], []),
     )):
         fill(tmp_path / str(i), train + val + others)
         pairs = list(open_data(str(tmp_path / str(i))).documents)
@@ -249,26 +235,23 @@ def test_names_of_splits_count_if_every_file_has_one(tmp_path, capsys):
 
     for i, names in enumerate((
         [*(f"note {n}.md" for n in range(9)), "training.md", "dev/a.md"],
-        ["a.txt", "train/x.txt", "validation/z.md"],
         ["train.py", "model.py", "test.py", "sub/c.py"],  # a program
         ["test.txt"],
-        ["latest.txt", "test-drive.txt", "trainer.txt", "developer.md", "validity.txt"],
+        ["latest.txt", "test-drive.txt", "trainer.txt", "developer.md"],
     )):
         fill(tmp_path / f"not {i}", names)
         assert names_in([read(tmp_path / f"not {i}")]) == sorted(names)
-        assert ("read like the others" in capsys.readouterr().err) == (i < 4)
+        assert ("read like the others" in capsys.readouterr().err) == (i < 3)
 
 
 def test_the_same_data_spelt_another_way(tmp_path, monkeypatch):
-    fill(tmp_path, ["texts/a.txt", "x.txt", "pile/x.txt", "owner/name/x.txt"])
+    fill(tmp_path, ["texts/a.txt", "x.txt", "pile/x.txt"])
     (tmp_path / "link").symlink_to("texts")
     monkeypatch.chdir(tmp_path)
-    for first, *others in (("texts", "./texts/", f"{tmp_path}/texts", "link", "link/../texts/."),
-                           ("x.txt", "./x.txt", f"{tmp_path}/x.txt", "texts/../x.txt")):
+    for first, *others in (("texts", "./texts/", f"{tmp_path}/texts", "link"), ("x.txt", "texts/../x.txt")):
         for name in others:
             assert open_data(name)[::2] == open_data(first)[::2]  # identity and name
     assert "files" not in open_data("pile").identity  # a name of ours is not a folder
-    assert "files" in open_data("owner/name").identity
 
 
 def test_what_is_not_there_or_cannot_be_read(tmp_path, monkeypatch, hub):
@@ -279,17 +262,16 @@ def test_what_is_not_there_or_cannot_be_read(tmp_path, monkeypatch, hub):
     requests = len(hub.requests)
     for name, message in {
         "": "there is no file or folder ; --data takes stdlib, openwebtext, ",
-        "xyz/": "there is no file or folder xyz/; --data takes stdlib, ",
-        "wikitext-104": "(did you mean wikitext-103?)",
-        "my_texts/boks": "(did you mean my_texts/books?)",
+        "wikitext-104": "there is no file or folder wikitext-104; --data takes stdlib, ",
         "no/file.txt": "there is no file or folder no/file.txt; ",
         "a" * 5000: "there is no file or folder aaa",
         "link": "there is no file or folder link",
-        "pipe": "pipe is neither a file nor a folder",
+        "pipe": "there is no file or folder pipe",
     }.items():
         assert message in refusal(open_data, name)
     assert len(hub.requests) == requests
 
+    assert "boks is not here (did you mean my_texts/books?)" in refusal(open_data("my_texts/boks").pinned)
     documents = open_data("my_texts").documents
     (tmp_path / "my_texts/b.txt").unlink()
     assert "b.txt could not be read: No such file" in refusal(list, documents)
@@ -353,7 +335,7 @@ def test_hub_data_of_a_revision(tok, hub, tmp_path):
     assert made[0].path != made[1].path and commits[0] != commits[1] and len(commits[0]) == 40
     expected = [split_ids(tok, hold_out(make_texts(300, seed)))["train"] for seed in (0, 1)]
     assert [corpus_.train.tolist() for corpus_ in made] == expected
-    assert "someone/versions@v2 is on the Hub, but not with this revision" in refusal(
+    assert "Revision 'v2' doesn't exist" in refusal(
         prepare, "someone/versions@v2", tok, tmp_path)
 
     # What a kill leaves half-way, after which there is a newer version.
@@ -374,7 +356,7 @@ def test_hub_data_of_a_revision(tok, hub, tmp_path):
 
 def test_hub_data_that_is_not_there(tok, hub, tmp_path):
     message = refusal(prepare, "someone/nothing", tok, tmp_path / "corpora")
-    assert "someone/nothing is neither a file here nor a data set on the Hub" in message
+    assert "someone/nothing is not here, and could not be downloaded: Dataset" in message
     assert not (tmp_path / "corpora").exists()
     write(hub.root / "datasets/someone/test-only/data/test-00000-of-00001.parquet", make_texts(5))
     assert "no train split, only test" in refusal(prepare, "someone/test-only", tok, tmp_path)
