@@ -222,6 +222,8 @@ def parse_args(doc, loss_settings, argv=None):
 
     loss_settings: LossSettings(), whose fields are the defaults of the loss's flags.
     """
+    # argparse does not say which flags were given. So parse twice: once for the defaults, and once into a
+    # namespace in which every setting is None, so that those that are not None afterwards were given.
     parser = make_parser(doc, loss_settings)
     defaults = vars(parser.parse_args([]))
     blank = argparse.Namespace(**dict.fromkeys(defaults))

@@ -140,6 +140,7 @@ def close(args, networks, corpus, tokenizer, ranks, draw, bar):
     bar.close()
 
     rows = dict(zip(networks, table_rows(models, scores, corpus), strict=True))
+    # The student's own loss, and each difference of two models, with their noise.
     gaps = {"student": difference(scores, [*networks].index("student"))}
     gaps |= {f"{b} - {a}": difference(scores, j, i)
              for (i, a), (j, b) in combinations(enumerate(networks), 2)}
@@ -151,6 +152,7 @@ def close(args, networks, corpus, tokenizer, ranks, draw, bar):
     results = {"objective": args.objective, "settings": settings, "rows": rows, "differences": gaps,
                "verdict": said}
     write_card(args, ranks, results)
+    # JSON has no infinity, which the perplexity of a diverged model can be: null takes its place.
     without_infinity = json.loads(json.dumps(results), parse_constant=lambda name: None)
     with replaced(Path(args.out, RESULTS)) as file:  # last: a run that has it is finished
         file.write_text(json.dumps(without_infinity, indent=2) + "\n", encoding="utf-8")

@@ -68,6 +68,7 @@ def claim(args, ranks):
 
 def look(args):
     """Whether the run is finished; InputError if it may neither begin nor go on in its folder."""
+    # Whatever the flags are, files that did not come from such a run stay.
     runs = runs_of(args)
     for run in runs:
         here = files_of_run(run.out)
@@ -75,6 +76,7 @@ def look(args):
             raise InputError(f"{run.out} contains {here[0]}, but not a {run.role}'s run: choose another "
                              "--out")
 
+    # Begin?
     there = files_of_run(args.out)
     if args.resume_if_there:
         args.resume = bool(there)
@@ -83,6 +85,7 @@ def look(args):
     if not there or args.overwrite and not args.resume:
         return False
 
+    # Go on, or is there nothing more to do?
     for run in runs:
         if then := read_settings(run.out):
             refuse_differences(run, then)

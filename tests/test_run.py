@@ -441,22 +441,15 @@ def test_a_damaged_state_is_one_line(out):
             raise AssertionError(f"number {number}")
 
 
-def test_a_state_of_another_run_or_another_pytorch(out):
-    """A state from elsewhere is refused; what another PyTorch's optimizer has beside it does not matter."""
+def test_a_state_of_another_pytorch(out):
+    """What its optimizer has beside the averages does not matter, nor their order in memory."""
     def of_another_pytorch(state):
         for group in state["optimizer"]["param_groups"]:
             group.pop("decoupled_weight_decay", None)
             group.update(from_the_future=1, weight_decay=0.5)  # that of the flags counts
 
-    path = out / "train_state.pt"
-    before = path.read_bytes()
-    change(path, lambda state: state["settings"].update(precision="bf16-pure"))
-    with unchanged(out, "precision was 'bf16-pure', now 'fp32'"):
-        train(out, resume=True, steps=9)
-
-    path.write_bytes(before)
-    change(path, of_another_pytorch)
-    change(path, in_averages("exp_avg", lambda old: old.t().contiguous().t()))  # in another order in memory
+    change(out / "train_state.pt", of_another_pytorch)
+    change(out / "train_state.pt", in_averages("exp_avg", lambda old: old.t().contiguous().t()))
     assert same_bits(train(out, resume=True, steps=9), train(out.parent / "whole", steps=9))
 
 
