@@ -107,7 +107,7 @@ def check_distillation_loss(distillation_loss):
 
 
 def found_in(loss):
-    """Findings, but for padding, which only distillation_loss has to know."""
+    """Findings except those about padding, which only distillation_loss has to know."""
     return [finding for finding in check(loss)[0] if finding.anchor != "padding"]
 
 

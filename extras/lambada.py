@@ -138,7 +138,7 @@ def states_of(rows):
 
 
 def control_of(label):
-    """The arm with the text alone at the same rate and on as many tokens; None if there is no such arm."""
+    """The arm with the text alone, at the same rate and on the same number of tokens, or None."""
     arm, _, rest = label.partition(", ")
     if arm == "text alone" or rest == "larger steps":
         return None
