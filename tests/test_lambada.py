@@ -113,7 +113,7 @@ def test_the_command_for_the_real_models_parses():
 
 def test_questions_for_models_that_you_have(tmp_path, capsys):
     data = tmp_path / "texts.jsonl"
-    texts = ["the fox saw the fox", "rain and then more snow", "a snow cap on snow"]
+    texts = ["the fox saw the fox", "unsnow snows and then more snow", "a snow cap on snow"]
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     make_model(tmp_path / "small")
     lambada.main(["ask", str(tmp_path / "small"), TEACHER, "--data", str(data), "--device", "cpu"])
