@@ -101,7 +101,7 @@ def check_mixture(mixture):
 
 
 def check_distillation_loss(distillation_loss):
-    loss, _ = adapted(distillation_loss, "sequences")
+    loss, _ = adapted(distillation_loss, "sequences", "distillation_loss")
     findings, _ = check(loss, {"jsd_weight": 0.5}, accumulate=True)  # so a mean is not right here
     return findings
 

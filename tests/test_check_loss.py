@@ -1,4 +1,6 @@
 """extras/check_loss.py: every known mistake gets its name, and no right loss is accused."""
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 
 import distill
 from extras import check_loss
-from extras.check_loss import FIXES, adapted, check, definition
+from extras.check_loss import FIXES, FORMS, UNSHIFTED, adapted, check, definition
 from extras.wrong_losses import MISTAKES, mean_kl
 from support.cli import run_cli
 
@@ -55,17 +57,27 @@ def by_hand(s, t, y, settings):
     return ByHand.apply(s, t, y, settings.temperature, settings.kd_weight, settings.clm_weight)
 
 
-def on_shared_columns(s, t, y, settings):
-    """A teacher may have more columns than the student."""
-    return definition(s, t[..., :s.size(-1)], y, settings)
+def cross_entropy_minus_entropy(s, t, y, settings):
+    """Both terms of the KL apart, on the columns that both models have."""
+    counted = y != -100
+    T = settings.temperature
+    t = t[counted][:, :s.size(-1)]
+    p = (t / T).softmax(-1)
+    kl = F.cross_entropy(s[counted] / T, p, reduction="sum") - F.cross_entropy(t / T, p, reduction="sum")
+    clm = F.cross_entropy(s[counted], y[counted], reduction="sum")
+    return settings.kd_weight * T * T * kl + settings.clm_weight * clm
 
 
 def test_no_right_loss_is_accused():
-    ours = [(adapted(loss, "tokens")[0], asked, "sum") for asked, loss in distill.LOSSES.items()]
+    ours = {asked: adapted(loss, "tokens", "ours")[0] for asked, loss in distill.LOSSES.items()}
     log_target = with_kl(lambda q, p, T: T**2 * mean_kl(q, p))
-    for loss, asked, reduction in (*ours, (by_hand, "forward", "sum"), (log_target, "forward", "mean"),
-                                   (on_shared_columns, "forward", "mean")):
-        assert check(loss, asked=asked) == ([], reduction), (loss, asked)
+    for loss, asked, reduction in (*((loss, asked, "a sum") for asked, loss in ours.items()),
+                                   (by_hand, "forward", "a sum"), (log_target, "forward", "a mean"),
+                                   (cross_entropy_minus_entropy, "forward", "a sum")):
+        findings, facts = check(loss, asked=asked)
+        assert not findings and facts["reduction"].startswith(reduction), (loss, asked, findings)
+        assert ("handled" in facts["teacher with a larger vocabulary"]) == (
+            loss is cross_entropy_minus_entropy), loss
 
 
 def test_definition_of_three_tokens_by_hand():
@@ -116,26 +128,36 @@ def test_own_versions_and_two_mistakes_at_once():
 
 
 def test_what_has_no_name_is_described():
-    for parts, loss in (
+    for parts, kl in (
             (("the KL alone", "no known loss", "cosine"),
-             with_kl(lambda q, p, T: (p.exp() - q.exp()).square().sum(-1).mean())),
-            (("one term is a sum",), with_kl(lambda q, p, T: T**2 * (p.exp() * (p - q)).sum())),
+             lambda q, p, T: (p.exp() - q.exp()).square().sum(-1).mean()),
+            (("one term is a sum",), lambda q, p, T: T**2 * (p.exp() * (p - q)).sum()),
             (("not for large ones", "found nan"),
-             with_kl(lambda q, p, T: T**2 * (p.exp() * (p.exp() / q.exp()).log()).sum(-1).mean())),
-            (("--divergence jsd",), adapted(distill.jsd_loss, "tokens")[0])):
-        (found,), _ = check(loss)
+             lambda q, p, T: T**2 * (p.exp() * (p.exp() / q.exp()).log()).sum(-1).mean())):
+        (found,), _ = check(with_kl(kl))
         assert not found.name and all(part in str(found) for part in parts), found
+    (found,), _ = check(lambda *batch: distill.jsd_loss(*FORMS["tokens"][0](*batch[:3]), batch[3]))
+    assert "--divergence jsd" in found.text
 
 
 # ------------------------------------------------------------------------------------ the command
 FILE = '''
+import torch
 from torch.nn import functional as F
 from neighbour import T
 
-def sequences(s, t, y, temperature, kd_weight, clm_weight):
-    B, L, V = s.shape
+def shifts(student_logits, teacher_logits, labels, temperature, kd_weight, clm_weight):
+    s, t, y = student_logits[:, :-1], teacher_logits[:, :-1], labels[:, 1:]
     kl = F.kl_div((s / temperature).log_softmax(-1), (t / temperature).softmax(-1), reduction="none").sum(-1)
-    return kd_weight * temperature**2 * kl[y != -100].mean() + clm_weight * F.cross_entropy(s.mT, y)
+    clm = F.cross_entropy(s.flatten(0, 1), y.flatten())
+    return kd_weight * temperature**2 * kl[y != -100].mean() + clm_weight * clm
+
+def forgets_to(student_logits, teacher_logits, labels, **weights):
+    s, t = (F.pad(x, (0, 0, 0, 1)) for x in (student_logits, teacher_logits))
+    return shifts(s, t, F.pad(labels, (1, 0)), **weights)
+
+def outputs(outputs, teacher_outputs, labels, temperature, kd_weight, clm_weight):
+    return shifts(outputs.logits, teacher_outputs.logits, labels, temperature, kd_weight, clm_weight)
 
 def fixed(s, t, y):
     kl = F.kl_div((s / T).log_softmax(-1), (t / T).softmax(-1), reduction="none").sum(-1)
@@ -150,6 +172,10 @@ def nan(s, t, y):
 def of_the_teacher(s, t, y):
     return fixed(t, t, y)
 
+def per_sequence(s, t, y):
+    B, L, V = s.shape
+    return fixed(s, t, y)
+
 def two_numbers(s, t, y):
     return s.sum(-1)
 '''
@@ -159,6 +185,7 @@ FIXED = ("--temperature", "3", "--kd-weight", "1", "--clm-weight", "0")
 @pytest.fixture
 def examine(tmp_path, monkeypatch, capsys):
     """examine("file.py:loss", ...) -> (exit code, what was printed on either stream), in this process."""
+    check_loss.load_module.cache_clear()
     (tmp_path / "mine.py").write_text(FILE)
     (tmp_path / "neighbour.py").write_text("T = 3.0")
     (tmp_path / "broken.py").write_text("import no_such_module")
@@ -173,32 +200,43 @@ def examine(tmp_path, monkeypatch, capsys):
     return examine
 
 
-def test_the_command(examine):
-    sequences = ("mine.py:sequences", "--form", "sequences")
-    batchmean = (f"{ROOT}/extras/wrong_losses.py:batchmean", "--form", "sequences")
-    for expected, start, argv in (
-            (0, "right: ", sequences),
-            (0, "right: ", ("mine.py:fixed", *FIXED)),
-            (0, "right: ", (f"{ROOT}/distill.py:plain_loss",)),
-            (1, "wrong: batchmean: ", batchmean),
-            (1, "wrong: mean of means: ", (*sequences, "--accumulate")),
-            (1, "wrong: the loss has a gradient that no", ("mine.py:nan", *FIXED)),
-            (1, "wrong: teacher against itself: ", ("mine.py:of_the_teacher", *FIXED))):
+def test_forms(examine):
+    for argv in (("mine.py:shifts", "--form", "shifts"), ("mine.py:outputs", "--form", "outputs"),
+                 ("mine.py:fixed", *FIXED), (f"{ROOT}/distill.py:plain_loss",)):
         code, printed = examine(*argv)
-        assert code == expected and printed.startswith(start), printed
-        assert ("docs/wrong-losses.md#divisors" in printed) == ("mean" in start), printed
+        assert code == 0 and printed.startswith("right: "), printed
+    for argv, *parts in (
+            (("mine.py:forgets_to", "--form", "shifts"), UNSHIFTED, "#columns-and-positions"),
+            ((f"{ROOT}/extras/wrong_losses.py:batchmean", "--form", "sequences"), "batchmean", "#divisors"),
+            (("mine.py:shifts", "--form", "shifts", "--accumulate"), "mean of means", "#divisors")):
+        code, printed = examine(*argv)
+        assert code == 1 and printed.startswith(f"wrong: {parts[0]}: ") and parts[1] in printed, printed
+    assert examine("mine.py:forgets_to", "--form", "shifts")[1].count("wrong: ") == 1
 
 
 def test_errors_are_one_clear_line(examine):
     for argv, part in (
             (("broken.py:loss",), "broken.py cannot be imported: ModuleNotFoundError"),
-            (("mines.py:fixed",), "mines.py cannot be imported: FileNotFoundError"),
+            (("mines.py:fixed",), "did you mean mine.py?"),
             (("mine.py",), "expected path/to/file.py:function"),
-            (("mine.py:gone",), "has no function 'gone'"),
-            (("mine.py:sequences",), "logits (N, V) and targets (N,); see --form"),
-            (("mine.py:fixed",), "add --temperature"),
-            (("mine.py:positional", *FIXED), "raised TypeError"),
-            (("mine.py:two_numbers", *FIXED), "one number")):
+            (("mine.py:gone",), "has no function 'gone'; it has shifts, forgets_to, outputs, fixed"),
+            ((f"{ROOT}/distill.py:plain_los",), "has no function 'plain_los'; did you mean plain_loss?"),
+            ((f"{ROOT}/extras/lab.py:gone",), "it has kl_of_tokens, mixture, distillation_loss, step"),
+            (("mine.py:per_sequence", *FIXED), "; is it --form sequences?"),
+            (("mine.py:fixed",), "say which value it uses, with --temperature"),
+            (("mine.py:positional", *FIXED), "missing a required argument: 'alpha'"),
+            (("mine.py:nan", *FIXED), "NaN"),
+            (("mine.py:of_the_teacher", *FIXED), "does not depend on the student"),
+            (("mine.py:two_numbers", *FIXED), "one number"),
+            (("mine.py:fixed", "--form", "outputs", *FIXED), "raised TypeError")):
         code, printed = examine(*argv)
         assert code == 2 and printed.startswith("error: ") and printed.count("\n") == 1, printed
         assert part in printed, printed
+
+
+def test_the_command(tmp_path):
+    (tmp_path / "mine.py").write_text("def loss(s, t, y, settings):\n    raise NotImplementedError\n")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", "extras.check_loss", "mine.py:loss"], cwd=tmp_path, env=env,
+                          text=True, capture_output=True)
+    assert done.returncode == 2 and "raised NotImplementedError" in done.stderr and not done.stdout
