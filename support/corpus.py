@@ -137,7 +137,7 @@ class Build:
 
     def __exit__(self, kind, error, trace):
         for file in self.files.values():
-            with contextlib.suppress(OSError):  # what is not noted is not missed
+            with contextlib.suppress(OSError):  # a later start cuts off what is not noted
                 file.close()
         if kind and not self.progress.exists():  # a start that failed leaves nothing behind
             shutil.rmtree(self.part, ignore_errors=True)

@@ -32,9 +32,10 @@ def score_tokens(models, ids, targets, vocab_size, chunk_size=512):
     """SCORES (M, 6, B, L) of the `targets` (B, L) that follow `ids` (B, L); 0 for those that are -100.
 
     Two models are compared over the first `vocab_size` logits: those beyond are padding, and models differ in
-    how much of it they have. Logits exist for `chunk_size` tokens at a time.
+    how much of it they have.
     """
     scores = torch.zeros(len(models), len(SCORES), targets.numel(), device=ids.device)  # (M, 6, N)
+    # Hidden states of all tokens are small. Logits are V / C times as large, so they come in chunks.
     hidden = [model.hidden(ids).flatten(0, 1) for model in models]  # each (N, C)
     flat = targets.flatten()
     counted = (flat != -100).nonzero().flatten()
@@ -46,6 +47,7 @@ def score_tokens(models, ids, targets, vocab_size, chunk_size=512):
             nll = F.cross_entropy(logits, target, reduction="none")
             top = logits.argmax(-1)
 
+            # The first model is compared with itself: KL 0, and each of its drafts would be accepted.
             kl = torch.zeros_like(nll)
             accepted = torch.ones_like(nll)
             if i == 0:
@@ -86,6 +88,7 @@ PIECE = 64  # tokens
 def score_held_out(networks, corpus, vocab_size, args, autocast, bar=None):
     """Sums of SCORES over each piece of the first --eval-tokens of the held-out text: (M, 6, W)."""
     device = networks[0].head_weight.device
+    # A student in the middle of its training goes back to that at the end.
     in_training = [network for network in networks if network.training]
     for network in in_training:
         network.eval()
@@ -158,6 +161,7 @@ def difference(scores, a, b=None):
         nll = nll - scores[b, SCORES.index("nll")]
     tokens = scores[a, SCORES.index("tokens")]
 
+    # Pieces are joined to fewer, longer parts, which depend less on each other.
     n = min(PARTS, len(tokens))
     totals, counts = (torch.stack([part.sum() for part in x.tensor_split(n)]) for x in (nll, tokens))
     mean, error = ratio(totals, counts)

@@ -7,17 +7,20 @@ def wikitext_articles(rows):
     article = []
     for row in rows:
         line = row.rstrip("\n") or " "  # the Hub's copy has emptied the blank lines
-        if re.fullmatch(r" = (?!= ).*(?<! =) = ", line):  # " = Title = ", not " = = Section = = "
-            if "".join(article).strip():
+        # An article begins with " = Title = "; " = = Section = = " is a heading within one.
+        if re.fullmatch(r" = (?!= ).*(?<! =) = ", line):
+            if "".join(article).strip():  # before the first title there are only blank lines
                 yield "\n".join(article)
             article = []
         article.append(line)
     yield "\n".join([*article, ""])  # the file ends with a line break
 
 
-RULES = [  # pattern, what it becomes: the harness's rules, in its order
+# Pattern, what it becomes. These are the harness's rules in its order: figures can be compared only if the
+# text is the same, so its slips stay, too.
+RULES = [
     ("s '", "s'"),
-    ("/' [0-9]/", "/'[0-9]/"),  # a slip of the harness's: it matches a pattern's own slashes
+    ("/' [0-9]/", "/'[0-9]/"),  # a slip: the slashes of a JavaScript pattern are part of it
     *((f" @[{c}]@ ", c) for c in "-,."),  # 2 @.@ 5 -> 2.5
     *((f" [{c}] ", f"{c} ") for c in ":;.!?,"),  # "so , then" -> "so, then"
     (r"\(\s*([^\)]*?)\s*\)", r"(\1)"),  # ( so ) -> (so)
