@@ -4,12 +4,13 @@
     python -m extras.figures --run out    also loss and distribution.png
 
 Read in this order:
-  draw_layers    which of the teacher's layers a student is made of
-  draw_token     one prediction with three tokens, worked out: logits, softmax, KL, gradient
-  draw_gradient  why the loss has T²: the size of the gradient at T = 0.5 to 16, with it and without
+  draw_layers        which of the teacher's layers a student is made of
+  draw_token         one prediction with three tokens, worked out: logits, softmax, KL, gradient
+  draw_gradient      why the loss has T²: the size of the gradient at T = 0.5 to 16, with it and without
+  draw_distribution  one next token out of 4,096: the teacher at T = 1, 2, 4; the student before and after
 
-The gradient is measured, with the shipped teacher and the demo's student before its first step, on 1,024
-tokens of held-out modules; the other pictures are drawn from numbers in this file.
+Layers and token are drawn from numbers in this file. The other two are measured, with the shipped teacher and
+the demo's student; the gradient on 1,024 tokens of held-out modules.
 """
 if not __package__:  # started as a file, from which Python does not find the rest of the project
     raise SystemExit("error: run this from the project's folder, as `python -m extras.figures`")
@@ -25,8 +26,9 @@ from extras import plot
 from extras.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, new_figure
 from model import load, spread_layers, student_from
 from support import ROOT
-from support.cli import new_parser, run_cli, user_path
+from support.cli import InputError, new_parser, run_cli, user_path
 from support.flags import DEMO_TEACHER, RECIPES
+from support.run import read_settings
 from support.text import stdlib_split
 
 DEMO_LAYERS = [int(number) for number in RECIPES["demo"]["student_layers"].split(",")]
@@ -43,7 +45,8 @@ def draw_layers():
 
 def draw_copies(axes, teacher, layers, student, kept):
     """A teacher's layers above, the student's below, an arrow for each copy; what is left out is grey."""
-    every, copied = ["embed", *layers, "head"], ["embed", *kept, "head"]
+    every = ["embed", *layers, "head"]
+    copied = ["embed", *kept, "head"]
     places = []  # of teacher and student, {box: its x}
     for y, name, boxes, colour in ((1, teacher, every, BLUE), (0, student, copied, GREEN)):
         places.append({box: i - (len(boxes) - 1) / 2 for i, box in enumerate(boxes)})
@@ -117,6 +120,12 @@ def draw_bars(axes, title, colours, series, form):
 TEMPERATURES = [2 ** (i / 4) for i in range(-4, 17)]  # 0.5 to 16
 
 
+def demo_models():
+    """The demo's teacher, and its student before the first step."""
+    teacher = load(DEMO_TEACHER)
+    return teacher, student_from(teacher, DEMO_LAYERS).eval()
+
+
 def demo_logits(n_tokens=1024, length=256):
     """Logits of the demo's teacher and first student, each (N, V), and the targets (N,), on held-out text."""
     tokenizer = load_tokenizer(DEMO_TEACHER)
@@ -127,10 +136,8 @@ def demo_logits(n_tokens=1024, length=256):
             break
     ids = torch.tensor(ids[:n_tokens + 1])
 
-    teacher = load(DEMO_TEACHER)
-    student = student_from(teacher, DEMO_LAYERS).eval()
     with torch.no_grad():
-        t, s = (network(ids[:-1].view(-1, length)).flatten(0, 1) for network in (teacher, student))
+        t, s = (network(ids[:-1].view(-1, length)).flatten(0, 1) for network in demo_models())
     return t, s, ids[1:]
 
 
@@ -183,11 +190,66 @@ def draw_gradient(sizes):
     return axes
 
 
+# ------------------------------------------------------------------------------------ one real next token
+PROMPT = "    if not isinstance(value,"  # a type follows, and there are many
+RANKS = [*range(1, 11), 100, 1000]  # tokens shown: the teacher's ten likeliest, and two unlikely ones
+PANELS = {  # {title: {series: its colour}}
+    "what temperature does": {"teacher, T = 1": BLUE, "T = 2": PURPLE, "T = 4": ORANGE},
+    "what distillation does": {"teacher, T = 1": BLUE, "student before": GREY, "after": GREEN},
+}
+
+
+@torch.no_grad()
+def distributions(student):
+    """(tokens, {series: their probabilities after PROMPT}); the last is that of all others."""
+    tokenizer = load_tokenizer(DEMO_TEACHER)
+    ids = torch.tensor([tokenizer.encode(PROMPT)])  # (1, L)
+    t, before, after = (network(ids)[0, -1, :tokenizer.vocab_size].double()
+                        for network in (*demo_models(), student))  # each (V,)
+    logits = {"teacher, T = 1": t, "T = 2": t / 2, "T = 4": t / 4, "student before": before, "after": after}
+
+    shown = t.argsort(descending=True)[torch.tensor(RANKS) - 1]
+    tokens = [(f"{rank:,}th: " if rank > 10 else "") + ascii(tokenizer.decode([token]))
+              for rank, token in zip(RANKS, shown, strict=True)]
+    tokens.append(f"all {len(t) - len(RANKS):,} others")
+
+    series = {}
+    for name, z in logits.items():
+        p = z.softmax(-1)[shown]
+        series[name] = [*p.tolist(), 1 - p.sum().item()]
+    return tokens, series
+
+
+def draw_distribution(student):
+    """Two Axes, a row for each token: the teacher at three temperatures; the student before and after."""
+    figure = new_figure()
+    figure.suptitle(f"next token after  {ascii(PROMPT)}", fontsize=10)
+    both = figure.subplots(1, 2, sharex=True, sharey=True)
+    tokens, series = distributions(student)
+
+    # Points alone: between two tokens there is nothing, so no line leads from one to the next.
+    markers = (("o", 8, "none"), ("s", 5, "full"), ("D", 5, "full"))
+    for axes, (title, colours) in zip(both, PANELS.items(), strict=True):
+        for (name, colour), (marker, size, fill) in zip(colours.items(), markers, strict=True):
+            axes.plot(series[name], range(len(tokens)), marker, color=colour, markersize=size, fillstyle=fill,
+                      label=name)
+        axes.legend(title=title, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), handletextpad=0.1,
+                    columnspacing=0.8)
+        axes.set(xscale="log", xlabel="probability, log scale")
+        axes.xaxis.set_major_formatter(lambda p, _: f"{100 * p:g}%")
+        axes.axhline(len(tokens) - 1.5, color=GREY, linewidth=0.8)
+        axes.grid()
+
+    both[0].set_yticks(range(len(tokens)), tokens, family="monospace")
+    both[0].invert_yaxis()
+    return both
+
+
 # ------------------------------------------------------------------------------------ the command
 def parse_args(argv=None):
     parser = new_parser(__doc__, "python -m extras.figures [options]")
     parser.add_argument("--run", type=user_path, metavar="DIR",
-                        help="also loss.png and distribution.png of this run of distill.py")
+                        help="also loss.png and distribution.png of this run of the demo")
     parser.add_argument("--folder", type=user_path, default=str(ROOT / "assets"), metavar="DIR",
                         help="where pictures go")
     return parser.parse_args(argv)
@@ -198,8 +260,10 @@ def main():
     pictures = {"layers": draw_layers()[0], "token": draw_token()[0],
                 "gradient": draw_gradient(gradient_sizes())}
     if args.run:
+        if not read_settings(args.run).get("is_demo"):
+            raise InputError(f"--run {args.run} is not a run of the demo: run `python distill.py` first")
         pictures["loss"] = plot.draw_loss(args.run)
-        pictures["distribution"] = plot.draw_distribution(args.run, plot.DEFAULT_PROMPT)[0]
+        pictures["distribution"] = draw_distribution(load(args.run))[0]
     for name, axes in pictures.items():
         plot.save(axes.figure, Path(args.folder, f"{name}.png"))
 

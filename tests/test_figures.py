@@ -5,8 +5,11 @@ import pytest
 import torch
 from conftest import README
 
+from data import load_tokenizer
 from extras import bench, figures, play, plot
+from model import load, student_from
 from support import ROOT
+from support.cli import InputError
 
 
 def test_one_token_on_paper():
@@ -49,6 +52,34 @@ def test_t_squared_is_why_the_gradient_stays(monkeypatch):
     assert 0.1 < plain[0] < sizes["CLM"] < 1.5  # of q - p and of q - onehot: lengths of at most sqrt(2)
 
 
+@torch.no_grad()
+def test_probabilities_are_the_models():
+    tokenizer = load_tokenizer(figures.DEMO_TEACHER)
+    ids = torch.tensor([tokenizer.encode("    if not isinstance(value,")])
+    teacher = load(figures.DEMO_TEACHER)
+    before = student_from(teacher, [0, 4, 5])
+    after = student_from(teacher, [0, 1, 5])
+    V = tokenizer.vocab_size
+    p = {name: (model(ids)[0, -1, :V].double() / T).softmax(-1)
+         for name, model, T in (("teacher, T = 1", teacher, 1), ("T = 2", teacher, 2), ("T = 4", teacher, 4),
+                                ("student before", before, 1), ("after", after, 1))}
+    order = p["teacher, T = 1"].argsort(descending=True)
+    shown = order[[*range(10), 99, 999]]
+    expected = {name: [*values[shown].tolist(), 1 - values[shown].sum().item()] for name, values in p.items()}
+
+    both = figures.draw_distribution(after)
+    rows = [label.get_text() for label in both[0].get_yticklabels()]
+    assert rows[:10] == [ascii(tokenizer.decode([token])) for token in shown[:10]]
+    assert rows[11] == f"1,000th: {ascii(tokenizer.decode([shown[11]]))}"
+    assert rows[12] == f"all {V - 12:,} others"
+    drawn = [{line.get_label(): line for line in axes.lines if line.get_label() in p} for axes in both]
+    assert [*drawn[0]] == ["teacher, T = 1", "T = 2", "T = 4"]
+    assert [*drawn[1]] == ["teacher, T = 1", "student before", "after"]
+    for name, line in (*drawn[0].items(), *drawn[1].items()):
+        assert [*line.get_xdata()] == pytest.approx(expected[name], rel=1e-6), name
+        assert [*line.get_ydata()] == [*range(13)]
+
+
 def test_pictures_are_small_and_transparent(tmp_path, monkeypatch):
     import matplotlib.image
     monkeypatch.setattr(figures, "demo_logits", lambda: (
@@ -58,6 +89,9 @@ def test_pictures_are_small_and_transparent(tmp_path, monkeypatch):
     for name in ("gradient", "layers", "token"):
         path = tmp_path / "pictures" / f"{name}.png"
         assert path.stat().st_size < 100_000 and matplotlib.image.imread(path)[0, 0, 3] == 0
+    monkeypatch.setattr(sys, "argv", ["figures", "--run", str(tmp_path)])
+    with pytest.raises(InputError, match="not a run of the demo"):
+        figures.main()
 
 
 def test_texts_of_the_readme():
