@@ -5,7 +5,7 @@
   sync          flush an open file to the disk
   read_object   a small JSON file; {} if it is missing or broken
 
-All temporary names start with ".distil-" and end in random digits or "lock", so they belong to no other program.
+All temporary names start with ".distil-" and end in random digits or "lock": no other program uses them.
 """
 import contextlib
 import errno
