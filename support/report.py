@@ -8,13 +8,17 @@
                         results.json for other programs, and the model card (README.md)
   show_again            the same without the texts, for a run that was finished earlier
 """
+import argparse
+import copy
 import json
 import math
 import platform
 import shlex
+import sys
 import textwrap
+import time
 from functools import partial
-from itertools import combinations, groupby, takewhile
+from itertools import combinations, groupby
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,11 +108,40 @@ def warn_of_unknown_text(args, teacher, corpus, tokenizer):
     few = SimpleNamespace(**vars(args) | {"eval_tokens": ENOUGH_TOKENS, "batch_size": 1})
     row, = validate([teacher], corpus, tokenizer.vocab_size, few, autocast(args, teacher.head_weight.device))
     bits = row["bits per byte"]
-    advice = "it knows such text"
-    if bits > ENOUGH_BITS:
-        advice = ("it may have little to teach. Unless you have done so, train it on this text first "
-                  "(README.md, \"Your own text\")")
-    say(filled(f"teacher    needs about {bits:.2f} bits per byte of this text: {advice}", indent=" " * 11))
+    knows = "it knows such text" if bits < ENOUGH_BITS else "tune it first"
+    say(f"teacher    needs about {bits:.2f} bits per byte of this text: {knows}")
+    if bits < ENOUGH_BITS or not args.kd_weight or args.resume or has_been_tuned(args):
+        return
+
+    tuned = "tuned-teacher"
+    tune = [sys.argv[0], "--teacher", "none", "--student", args.teacher, "--data", args.data,
+            "--data-folder", args.data_folder, "--out", tuned]
+    for name in ("text_column", "packing", "seq_len", "batch_size", "grad_accum"):
+        tune += ["--" + name.replace("_", "-"), str(getattr(args, name))]
+    few_passes = min(1, 2 / passes_over_text(args, corpus))  # after many it would know the text by heart
+    tune += ["--lr", "3e-4", "--steps", str(max(1, round(args.steps * few_passes)))]
+    say("\n" + filled(
+        f"warning    The teacher needs {bits:.2f} bits for each byte of this text. It would need about 1 for "
+        "a text that it knows, so it may have little to teach. This trains it on the text first, and then "
+        "repeats your command with it:"))
+    say(command(*tune, here=True))
+    again = this_command(teacher=tuned, recipe=args.recipe, out=f"{Path(args.out)}-2")
+    say(command(*again, here=True) + "\n")
+
+
+def has_been_tuned(args):
+    """Whether the teacher comes from a run on this text."""
+    its_text = read_settings(args.teacher).get("data")
+    return its_text is not None and Path(its_text).resolve() == Path(args.data).resolve()
+
+
+def this_command(**changes):
+    """The words of the command that runs, with some flags changed."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in changes:
+        parser.add_argument(f"--{name}")
+    _, others = parser.parse_known_args(sys.argv[1:])
+    return [sys.argv[0], *others, *(word for name in changes for word in (f"--{name}", changes[name]))]
 
 
 # ------------------------------------------------------------------------------------ during the training
@@ -140,25 +173,26 @@ def close(args, networks, corpus, tokenizer, ranks, draw, bar):
     bar.close()
 
     rows = dict(zip(networks, table_rows(models, scores, corpus), strict=True))
-    # The student's own loss, and each difference of two models, with their noise.
+    if not args.compile:  # which would compile each length of a text anew
+        add_speed(rows, networks, corpus.eot)
     gaps = {"student": difference(scores, [*networks].index("student"))}
     gaps |= {f"{b} - {a}": difference(scores, j, i)
              for (i, a), (j, b) in combinations(enumerate(networks), 2)}
-    if "teacher" in rows:
-        said = verdict(args, gaps, got_worse(args, rows, gaps))
-    else:
-        said = before_and_after(args, rows["student"]["loss"])
-    settings = {name: value for name, value in vars(args).items() if name not in CHANGES_NOTHING}
-    results = {"objective": args.objective, "settings": settings, "rows": rows, "differences": gaps,
-               "verdict": said}
+    results = {
+        "objective": args.objective,
+        "settings": {name: value for name, value in vars(args).items() if name not in CHANGES_NOTHING},
+        "rows": rows,
+        "differences": gaps,
+        "verdict": verdict(args, gaps, got_worse(args, rows, gaps)) if "teacher" in rows else
+                   before_and_after(args, rows["student"]["loss"]),
+    }
     write_card(args, ranks, results)
-    # JSON has no infinity, which the perplexity of a diverged model can be: null takes its place.
     without_infinity = json.loads(json.dumps(results), parse_constant=lambda name: None)
     with replaced(Path(args.out, RESULTS)) as file:  # last: a run that has it is finished
         file.write_text(json.dumps(without_infinity, indent=2) + "\n", encoding="utf-8")
 
     parts = [summary(results), next_steps(args, results)]
-    if not args.compile:  # which would compile each length of a text anew
+    if not args.compile:
         parts.insert(1, texts(networks, corpus, tokenizer, draw))
     say("\n" + "\n\n".join(parts))
 
@@ -173,13 +207,13 @@ def show_again(args):
 
 
 QUALITY = ("loss", "perplexity", "bits per byte", "KL to teacher", "same top-1")
-SIZE = ("parameters", "acceptance")
+SIZE = ("parameters", "MB as float32", "tokens per second", "acceptance")
 ABOUT_ACCEPTANCE = ("Acceptance is the share of tokens that the teacher would keep if this model drafted "
                     "them (speculative decoding).")
 
 
 def summary(results):
-    """How good the models are, what that means, how large they are."""
+    """How good the models are, what that means, how large and fast they are."""
     quality, size = (
         format_table([{"model": name} | {column: row[column] for column in columns if column in row}
                       for name, row in results["rows"].items()])
@@ -197,10 +231,11 @@ WORTH = {  # by the sign of control - student
     0: "On this text no gain from the teacher shows.",
     -1: "Text alone was worth more than this teacher.",
 }
+PASSED = "The {} has trained on this text and the teacher has not, so it can be better here."
 NO_CONTROL = ("Whether the teacher helped, only a control can tell: repeat the command with --resume "
               "--control.")
 NOISE = ("± is two standard errors on this held-out text. Other held-out text would move every loss by up to "
-         "{:.3f}, but all of them together. A different seed adds its own noise: about 0.004 in the demo.")
+         "{:.3f}, but all of them together. A different seed adds noise of its own{}.")
 TOO_SHORT = "The held-out text is too short to know its noise, so everything counts as a tie: take more text."
 
 
@@ -210,48 +245,72 @@ def verdict(args, gaps, worse):
     gaps: {"control - student": (nats, two standard errors), ...}; "student" is the student's own loss.
     worse: the sentences of got_worse.
     """
+    signs = {name: sign(gap) for name, gap in gaps.items()}
     said = []
     caveat = NO_CONTROL
-    if gain := gaps.get("control - student"):
+    if "control - student" in gaps:
         said = [compared(gaps, "student", "control")]
-        if not worse or sign(gain) != 1:
-            said.append(WORTH[sign(gain)])
+        if not worse or signs["control - student"] != 1:
+            said.append(WORTH[signs["control - student"]])
         caveat = effort(args)
-    said += [*worse, compared(gaps, "teacher", "student")]
+    said += worse
 
-    # A share of the gap to the teacher makes sense only for a student between a fair control and its teacher.
-    if gain and not worse and sign(gain) == sign(gaps["student - teacher"]) == 1:
-        closed = gain[0] / gaps["control - teacher"][0]
-        said.append(f"The student closes {closed:.0%} of the gap between control and teacher.")
+    # Where the student is between control and teacher, or which of the two has passed the teacher.
+    is_between = all(signs.get(name) == 1 for name in ("control - student", "student - teacher"))
+    if is_between and not worse:
+        whole = gaps["control - teacher"]
+        closed = gaps["control - student"][0] / whole[0]
+        said.append(f"The student closes {closed:.0%} of the gap between control and teacher, which is "
+                    f"{amount(whole)}.")
+    else:
+        said.append(compared(gaps, "teacher", "student"))
+        if signs.get("control - teacher") == -1:
+            said.append(compared(gaps, "teacher", "control"))
+        passed = [name for name in ("student", "control") if signs.get(f"{name} - teacher") == -1]
+        if passed and not has_been_tuned(args):
+            said.append(PASSED.format(passed[0]))
 
     noise = gaps["student"][1]
-    about_noise = NOISE.format(noise) if math.isfinite(noise) else TOO_SHORT
+    seeds = ", about 0.004 in the demo" if args.is_demo else ""
+    about_noise = NOISE.format(noise, seeds) if math.isfinite(noise) else TOO_SHORT
     return filled(" ".join(said)) + "\n" + filled(f"{caveat} {about_noise}")
 
 
 def got_worse(args, rows, gaps):
     """Sentences on the runs whose held-out loss was better on the way, beyond the noise."""
-    _, noise = gaps["control - student" if "control" in rows else "student - teacher"]
+    name = "control - student" if "control" in rows else "student - teacher"
+    gain, noise = gaps[name]
+    best = {}
     said = []
     for run in runs_of(args):
         end = rows[run.role]["loss"]
-        best = min(on_the_way(run), key=lambda row: row["loss"], default={"loss": end})
-        if end - best["loss"] > noise:
-            said.append(f"The {run.role} got worse after step {best['step']:,.0f}, where it had "
-                        f"{best['loss']:.3f}: it has read the text too often. Compare it at its best.")
+        step, best[run.role] = min(((row["step"], row["loss"]) for row in on_the_way(run)),
+                                   key=lambda point: point[1], default=(0, end))
+        best[run.role] = min(best[run.role], end)
+        if end - best[run.role] > noise:
+            said.append(f"The {run.role} got worse after step {step:,.0f}, where it had "
+                        f"{best[run.role]:.3f}: it has read the text too often.")
+    if said and "control" in rows and gain > noise:
+        said.append("So compare the two at their best: the student had "
+                    f"{best['student']:.3f}, the control {best['control']:.3f}.")
     return said
+
+
+CLEARLY = 0.01  # nats
 
 
 def before_and_after(args, end):
     """Whether a training without a teacher helped. end: its loss."""
     rows = on_the_way(args)
-    if not rows or rows[0]["step"]:  # the log is damaged
+    if not rows or rows[0]["step"]:  # an older version has begun the run
         return ""
-    said = f"Held-out loss: before {rows[0]['loss']:.3f}, after {end:.3f}."
     best = min(rows, key=lambda row: row["loss"])
-    if end - best["loss"] > 0.01:
-        said += f" It was best after step {best['step']:,.0f}, {best['loss']:.3f}: take fewer --steps."
-    return said
+    said = f"Held-out loss: before {rows[0]['loss']:.3f}, after {end:.3f}"
+    if end - best["loss"] < CLEARLY:
+        return said + "."
+    why = f"it was {best['loss']:.3f} after step {best['step']:,.0f}" if best["step"] else (
+        "training made it worse")
+    return f"{said}: {why}; take fewer --steps."
 
 
 def on_the_way(args):
@@ -288,7 +347,41 @@ def effort(args):
         how = f", the best of {CONTROLS_TRIED} settings that were tried (docs/atlas.md)"
     elif args.control_lr is None:
         how = ", like the student; --control-lr gives it a rate of its own"
-    return f"The control had rate {alone.lr:g}{how}."
+    sequences = alone.batch_size * alone.grad_accum
+    return f"The control had rate {alone.lr:g} and {sequences} sequences a step{how}."
+
+
+# ------------------------------------------------------------------------------------ size and speed
+def add_speed(rows, networks, eot):
+    """Add megabytes and tokens per second to the rows. Speeds are those in the precision of the first model's
+    weights, so that they compare."""
+    dtype = next(iter(networks.values())).head_weight.dtype
+    for name, network in networks.items():
+        rows[name]["MB as float32"] = round(4 * network.num_parameters() / 1e6)
+        if name == "control":  # the student's shape, so the student's speed
+            rows[name]["tokens per second"] = rows["student"]["tokens per second"]
+            continue
+        if network.head_weight.dtype != dtype:
+            network = copy.deepcopy(network).to(dtype)
+        rows[name]["tokens per second"] = round(writing_speed(network, eot))
+
+
+SPEED_SECONDS = 1.0  # of writing, for each model
+
+
+def writing_speed(network, eot):
+    """Tokens per second when one text is written, the likeliest token each time."""
+    ids = torch.tensor([[eot]], device=network.head_weight.device)
+
+    def seconds_for(n_tokens):
+        started = time.perf_counter()
+        network.generate(ids, n_tokens)[0, -1].item()  # waits for the device
+        return time.perf_counter() - started
+
+    seconds_for(1)  # the first one also sets things up
+    enough = int(SPEED_SECONDS / seconds_for(2) * 2)
+    n_tokens = max(2, min(enough, network.context - 1))
+    return n_tokens / seconds_for(n_tokens)
 
 
 # ------------------------------------------------------------------------------------ the model card
@@ -353,22 +446,28 @@ def texts(networks, corpus, tokenizer, draw):
         generator = torch.Generator(device).manual_seed(0)
         choose = partial(draw, temperature=0.7, top_k=50, generator=generator)
         written = network.generate(torch.tensor([opening], device=device), len(rest), choose)
-        text = [*takewhile(corpus.eot.__ne__, written[0, len(opening):].tolist())]
-        lines.append(titled(f"the {name}", tokenizer.decode(text)))
+        written = written[0, len(opening):].tolist()
+        if corpus.eot in written:
+            written = written[:written.index(corpus.eot)]
+        lines.append(titled(f"the {name}", tokenizer.decode(written)))
     return "\n".join(lines)
 
 
 def passage(corpus, tokenizer, before=128, after=60):
-    """Ids from the middle of the longest held-out document, and the next ones. The first part ends with a
-    colon at the end of a line if it can: in code that opens a block, so there is something to write."""
+    """Ids from the middle of a held-out document, where there is something to go on from, and the next ones.
+
+    The first part ends with a line where it can; best one with a colon, which in code opens a block.
+    """
     start = corpus.val[:100_000].tolist()
     documents = [[*ids] for is_eot, ids in groupby(start, corpus.eot.__eq__) if not is_eot]
-    ids = max(documents, key=len)
+    enough = 2 * (before + after)
+    ids = max(documents, key=lambda ids: min(len(ids), enough))
+
     middle = (len(ids) + 1) // 2
-    words = [tokenizer.decode([token]) for token in ids[:middle + 1]]
-    opens = [i for i in range(max(1, middle - before), len(words))
-             if words[i - 1].endswith(":") and words[i].startswith("\n")]
-    cut = opens[-1] if opens else middle
+    words = {i: tokenizer.decode(ids[i:i + 1]) for i in range(max(0, middle - before), middle + 1)}
+    ends = [i for i in words if i - 1 in words and words[i].startswith("\n")]
+    blocks = [i for i in ends if words[i - 1].endswith(":")]
+    cut = (blocks or ends or [middle])[-1]
     return ids[max(0, cut - before):cut], ids[cut:cut + after]
 
 
@@ -388,10 +487,15 @@ def next_steps(args, results):
         others.append(full_path(Path(args.out, "control")))
 
     compare = ["--compare", *others] if others else []
-    steps = {"see what they write": ["sample.py", "--model", out, *compare, "--num", "3"],
-             "draw the losses": ["-m", "extras.plot", out]}
-    if others:
+    steps = {"see what they write": ["sample.py", "--model", out, *compare, "--num", "3"]}
+    if not Path(args.out, "loss.png").exists():
+        steps["draw the losses"] = ["-m", "extras.plot", out]
+    if "teacher" in results["rows"]:
         steps["compare them token by token, on a page"] = ["-m", "extras.play", out]
+    if args.recipe == "demo" and args.data == "stdlib":
+        steps["do the same with your own text"] = ["distill.py", "--data", "my_texts/", "--out", "mine"]
+    elif args.recipe != "demo" and args.data != "stdlib":
+        steps["measure perplexity on WikiText-2"] = ["eval_ppl.py", *others[:1], out, "--data", "wikitext-2"]
 
     lines = [f"The student is in the folder {out}/, and transformers opens it:",
              f"  AutoModelForCausalLM.from_pretrained({out!r})",
@@ -410,7 +514,14 @@ def full_path(name):
     return str(name) if is_at_home() or not Path(name).exists() else str(Path(name).resolve())
 
 
-def command(*words):
-    """A Python command to paste into a shell; it works from any folder."""
-    start = "" if is_at_home() else f"cd {shlex.quote(str(ROOT))} && "
-    return f"  {start}{shlex.join(['python', *words])}"
+def command(*words, here=False):
+    """A Python command to paste into a shell, which starts in the project's folder; broken at 80 columns.
+    here: it starts where this one did."""
+    start = [] if here or is_at_home() else ["cd", shlex.quote(str(ROOT)), "&&"]
+    lines = [" "]
+    for word in [*start, "python", *map(shlex.quote, words)]:
+        if len(f"{lines[-1]} {word} \\") > WIDTH:
+            lines[-1] += " \\"
+            lines.append("     ")
+        lines[-1] += f" {word}"
+    return "\n".join(lines)

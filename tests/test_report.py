@@ -3,16 +3,18 @@ import itertools
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from workshop import ROOT, flags
+from workshop import ROOT, call, flags
 
 import distill
 from data import load_tokenizer
@@ -48,6 +50,7 @@ def test_a_run_tells_its_story(distil, refused, tmp_path, monkeypatch):
     for name, row in rows.items():
         assert f"| {name} | {row['loss']:.4f} |" in printed
     assert rows["teacher"]["acceptance"] == pytest.approx(1) and 0 < rows["student"]["acceptance"] < 1
+    assert rows["student"]["tokens per second"] > 1
     assert results["differences"]["control - student"][0] == pytest.approx(
         rows["control"]["loss"] - rows["student"]["loss"])
     card = (out / "README.md").read_text()
@@ -73,7 +76,7 @@ def test_text_alone_says_whether_it_helped(workshop, distil, tmp_path, monkeypat
     assert "# A trained GPT" in (tmp_path / "out" / "README.md").read_text()
 
     worse = distil(tmp_path / "worse", **argv, lr=1, grad_clip=0)
-    assert f"It was best after step 0, {before}: take fewer --steps.\n" in worse
+    assert re.search(rf"before {before}, after .*: training made it worse; take fewer --steps\.\n", worse)
     text = (tmp_path / "out" / "results.json").read_text()
     rows = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["rows"]
     assert rows["student"]["perplexity"] is None
@@ -105,8 +108,7 @@ def test_the_bar_covers_all_the_work(distil, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "open_bar", lambda open_bar=report.open_bar, **settings:
                         bars.append(open_bar(**settings)) or bars[-1])
     for resume, tokens in ((None, 500), (True, 400)):  # what was done before counts, too
-        distil(tmp_path / "out", control=True, resume=resume, grad_accum=2,
-               eval_tokens=tokens)
+        distil(tmp_path / "out", control=True, resume=resume, grad_accum=2, eval_tokens=tokens)
         assert bars[-1].n == bars[-1].total == 3 * 2 + 3 * 2 + math.ceil(tokens / 16 / 2)
         assert bars[-1].desc == "scoring: "
 
@@ -122,23 +124,43 @@ def test_peak_memory_is_measured():
 
 
 # ------------------------------------------------------------------------------------ an unknown text
-def test_how_well_the_teacher_knows_the_text(monkeypatch):
+def test_a_teacher_that_does_not_know_the_text(workshop, distil, tmp_path, monkeypatch, capsys):
+    """Random weights do not. It is asked before the first step, and the advice is not refused."""
+    monkeypatch.chdir(tmp_path)
+    printed = distil("out")
+    assert "trains it on the text first" in " ".join(printed.split("memory")[0].split())
+    assert "bits for each byte" not in printed.split("memory")[1]
+    tune, again = (shlex.split(words.replace("\\\n", ""))
+                   for words in re.findall(r"^  python distill\.py ((?:.*\\\n)*.*)", printed, re.M))
+    assert call(monkeypatch, capsys, tune).code == 0
+    assert again[:2] == ["--student-layers", "2"] and again[-2:] == ["--out", "out-2"]
+    code, printed, _ = call(monkeypatch, capsys, again)
+    assert code == 0 and "teacher    tuned-teacher: " in printed and Path("out-2", "results.json").exists()
+    assert "teacher    needs" in printed
+    assert "bits for each byte" not in printed, "it has been tuned on this text already"
+
+
+def test_a_teacher_that_knows_the_text_is_not_accused(tmp_path, monkeypatch):
     """The demo's teacher knows modules of Python, and not this; the length of the text does not matter."""
     tokenizer = load_tokenizer(ROOT / "demo" / "teacher")
     teacher = distill.load(ROOT / "demo" / "teacher")
     said = []
     monkeypatch.setattr(report, "say", said.append)
-    args = distill.parse_args(["--precision", "fp32"])
+    args = distill.parse_args(["--precision", "fp32", "--out", str(tmp_path / "out")])
     shouted = (ROOT / "LICENSE").read_text().upper() * 9
-    for text, is_known in ((Path(textwrap.__file__).read_text(), True), (shouted, False)):
+    texts = {"module": Path(textwrap.__file__).read_text(), "prose": shouted}
+    for name, text in texts.items():
         for n_tokens in (300, 2000):
             ids = tokenizer.encode(text)[:n_tokens]
             n_bytes = len(tokenizer.decode(ids).encode())
-            corpus = SimpleNamespace(val=np.array(ids), eot=tokenizer.eot,
+            corpus = SimpleNamespace(train=np.zeros(102_401), val=np.array(ids), eot=tokenizer.eot,
                                      meta={"val": {"bytes": n_bytes, "tokens": len(ids)}})
+            said.clear()
             report.warn_of_unknown_text(args, teacher, corpus, tokenizer)
-            assert re.match(r"teacher    needs about \d\.\d\d bits per byte of this text:", said[-1])
-            assert ("it knows such text" in said[-1]) == is_known == ("Your own text" not in said[-1])
+            assert re.fullmatch(r"teacher    needs about \d\.\d\d bits per byte of this text: .*", said[0])
+            assert bool(said[1:]) == (name == "prose"), (name, n_tokens)
+            if said[1:]:  # the run reads this text six times; the teacher is tuned on a third of that
+                assert "--steps 400" in said[2]
 
 
 # ------------------------------------------------------------------------------------ what the table means
@@ -153,17 +175,21 @@ def verdict(*losses, noise=0.01):
 
 def test_each_order_of_the_three_has_its_own_true_sentences():
     """Nats come first; a share only of a gap that is there; what lies within the noise is a tie."""
+    passed = "has trained on this text and the teacher has not, so it can be better here"
     cases = [  # losses of teacher, student and control; what is said, and what is not
         ((3.0, 3.2, 3.5), ["student is 0.300 nats (± 0.010) better than the control", "closes 60% of the gap",
-                           "teacher is 0.200 nats", "what the teacher was worth"], ["tied"]),
-        ((3.0, 2.8, 2.9), ["student is 0.100 nats", "student is 0.200 nats (± 0.010) better than the teach"],
-         ["closes"]),
+                           "0.500 nats"], [passed, "tied"]),
+        ((3.0, 2.8, 2.9), ["student is 0.100 nats", "student is 0.200 nats (± 0.010) better than the teacher",
+                           "control is 0.100 nats (± 0.010) better than the teacher",
+                           f"The student {passed}"], ["closes"]),
         ((3.0, 3.2, 2.9), ["control is 0.300 nats (± 0.010) better than the student", "teacher is 0.200 nats",
-                           "Text alone was worth more"], ["closes"]),
-        ((3.0, 3.005, 3.3), ["student is 0.295 nats", "The teacher and the student are tied, 0.005 nats"],
+                           "Text alone was worth more", "control is 0.100 nats", f"The control {passed}"],
          ["closes"]),
+        ((3.0, 3.6, 3.5), ["control is 0.100 nats", "teacher is 0.600 nats"], ["closes", passed]),
+        ((3.0, 3.005, 3.3), ["student is 0.295 nats", "The teacher and the student are tied, 0.005 nats"],
+         ["closes", passed]),
         ((3.0, 3.2, 3.205), ["The student and the control are tied", "no gain from the teacher shows",
-                             "teacher is 0.200 nats"], ["closes"]),
+                             "teacher is 0.200 nats"], ["closes", passed]),
         ((3.0, 3.2), ["teacher is 0.200 nats", "the command with --resume --control."], ["closes"]),
     ]
     for losses, said, unsaid in cases:
@@ -193,10 +219,12 @@ def test_a_model_that_got_worse_is_said(tmp_path):
     control = "The control got worse after step 600, where it had 3.695: it has read the text too often"
     student = "The student got worse after step 600, where it had 3.300: it has read the text too often."
     worth = "what the teacher was worth"
-    assert f"{control}. Compare it at its best." in said(3.32, 3.932) and worth not in said(3.32, 3.932)
+    fair = "compare the two at their best: the student had 3.300, the control 3.695."
+    assert f"{control}. So {fair}" in said(3.32, 3.932) and worth not in said(3.32, 3.932)
     assert "closes" not in said(3.45, 3.932), "a share of a gap that is too large"
     assert student in said(3.4, 3.7) and worth not in said(3.4, 3.7) and "control got" not in said(3.4, 3.7)
     assert f"{control}. " in said(3.9, 3.932) and "no gain from the teacher" in said(3.9, 3.932)
+    assert "at their best" not in said(3.9, 3.932)
     assert worth in said(3.32, 3.73) and "got worse" not in said(3.32, 3.73)
     assert "got worse" not in said(3.4, 3.932, noise=math.inf)
     args.eval_tokens = 99
@@ -206,10 +234,11 @@ def test_a_model_that_got_worse_is_said(tmp_path):
 def test_how_the_control_was_chosen_is_said():
     own = "--teacher gpt2 --student-layers 2 --control"
     for argv, said in (
-            ("--seed 3", "rate 0.0005, the best of 31 settings that were tried (docs/atlas.md)."),
-            ("--steps 60", "rate 0.0005."),  # not tuned for these
-            ("--control-lr 3e-4", "rate 0.0003."),
-            (own, "rate 0.0005, like the student; --control-lr gives it a rate of its own.")):
+            ("--seed 3", "rate 0.0005 and 2 sequences a step, the best of 31 settings that were tried (docs/"
+                         "atlas.md)."),
+            ("--steps 60", "rate 0.0005 and 2 sequences a step."),  # not tuned for these
+            ("--control-lr 3e-4", "rate 0.0003 and 2 sequences a step."),
+            (own, "128 sequences a step, like the student; --control-lr gives it a rate of its own.")):
         assert report.effort(distill.parse_args(argv.split())).endswith(said), argv
 
 
@@ -248,14 +277,30 @@ def test_what_is_scored_does_not_depend_on_pieces(workshop):
     assert scoring.difference(scores, 1, 0)[0] == 0
 
 
+def test_writing_speed_is_measured_and_does_not_take_long(monkeypatch):
+    class Writer:
+        head_weight = torch.zeros(1)
+        context = 10**6
+
+        def generate(self, ids, n_tokens):
+            time.sleep(0.002 * n_tokens)
+            return ids
+
+    monkeypatch.setattr(report, "SPEED_SECONDS", 0.2)
+    started = time.perf_counter()
+    assert 300 < report.writing_speed(Writer(), 0) < 520
+    assert time.perf_counter() - started < 0.5
+
+
 # ------------------------------------------------------------------------------------ texts and commands
-def test_the_passage_ends_with_a_line_that_opens_a_block():
-    """Whichever line is in the middle; prose is cut anywhere. The models go on from it."""
+def test_the_passage_ends_with_a_line_where_it_can():
+    """Best with one that opens a block, whichever line is in the middle. The models go on from it."""
     tokenizer = load_tokenizer(ROOT / "demo" / "teacher")
     code = "".join(f"def name_{i}(self):\n    a = {i}\n    return a\n\n" for i in range(99))
     for documents, end, start in (
             (["import os", code, "import sys"], "(self):", "\n    a = "),
             (["import os", "x = 1\n" * 9 + code, "import sys"], "(self):", "\n    a = "),
+            (["one line of prose\n" * 300], "prose", "\none line"),
             (["one two three " * 300], "", " "),
             (["x"], "", "")):
         ids = [token for text in documents for token in (tokenizer.eot, *tokenizer.encode(text))]
@@ -275,9 +320,29 @@ def test_three_lines_of_a_text():
 
 
 def test_commands_can_be_pasted(tmp_path, monkeypatch):
-    words = ["sample.py", "--model", "it's a folder; rm -rf $HOME"]
+    words = ["sample.py", "--model", "it's a folder; rm -rf $HOME", *["word" * 9] * 6]
     monkeypatch.chdir(ROOT)
-    printed = subprocess.check_output(["sh", "-c", "printf '%s|' " + report.command(*words)], text=True)
+    lines = report.command(*words).split("\n")
+    assert len(lines) > 3 and max(map(len, lines)) <= 80
+    printed = subprocess.check_output(["sh", "-c", "printf '%s|' " + "\n".join(lines)], text=True)
     assert printed.split("|")[:-1] == ["python", *words]
     monkeypatch.chdir(tmp_path)
     assert report.command("x.py").strip() == f"cd {ROOT} && python x.py"
+
+
+def test_next_steps_suggest_nothing_that_has_been_done(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    results = {"rows": {"teacher": {}, "student": {}}}
+    demo = report.next_steps(distill.parse_args([]), results)
+    assert "my_texts/" in demo and "extras.plot" in demo
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "loss.png").touch()
+    own = distill.parse_args(["--data", str(tmp_path)])
+    assert "my_texts/" not in report.next_steps(own, results)
+    assert "extras.plot" not in report.next_steps(own, results)
+    assert "extras.play" not in report.next_steps(own, {"rows": {"student": {}}})
+    assert "eval_ppl.py" not in demo + report.next_steps(own, results)
+    for data in ("stdlib", str(tmp_path)):
+        plain = distill.parse_args(["--teacher", "gpt2", "--student-layers", "6", "--data", data])
+        hint = re.search(r"--data\s(\\\s+)?wikitext-2", report.next_steps(plain, results))
+        assert bool(hint) == (data != "stdlib"), "a text in English"
