@@ -116,14 +116,17 @@ def run_script(hub, **settings):
     return result.stdout.splitlines(), result.stderr
 
 
-def test_without_network_models_come_from_the_cache(hub):
-    """Nobody waits, the user is told once, and a model that is not in the cache is refused."""
+def test_without_network_models_come_from_the_cache(hub, monkeypatch):
+    """Without waiting; the user is told once, and a model that is not in the cache is refused."""
     used = hub.root / "models/someone/used"
     put(used, config={"a": 1})
     put(used.with_name("used@step3"), config={"a": 3})
     fetch("someone/used", "config.json")
     fetch("someone/used@step3", "config.json")
     put(used, config={"a": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(hub_module, "why_the_hub_is_silent", lambda: "a slow network")
+        assert read_json(need("someone/used", "config.json")) == {"a": 1}  # it was not asked
 
     said, notes = run_script(hub, HF_ENDPOINT="http://127.0.0.1:9")
     assert said[0] == "someone/used {'a': 1} [None]", notes

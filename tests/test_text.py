@@ -167,9 +167,11 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path):
 
 def test_memory_stays_bounded(tmp_path):
     """A small file can stand for a text of any size."""
-    (tmp_path / "x.jsonl").write_text(json.dumps({"text": "a word " * 1_000_000}))
-    lengths = [len(text_) for _, text_ in open_data(str(tmp_path / "x.jsonl")).documents]
-    assert max(lengths) <= text.LONGEST and sum(lengths) == 7_000_000
+    (tmp_path / "named").mkdir()
+    for name in ("train.jsonl", "valid.jsonl"):
+        (tmp_path / "named" / name).write_text(json.dumps({"text": "a word " * 1_000_000}))
+    lengths = [len(text_) for _, text_ in open_data(str(tmp_path / "named")).documents]
+    assert max(lengths) <= text.LONGEST and sum(lengths) == 14_000_000
 
     rows = pa.array(["x" * 2**22]).dictionary_encode().take(pa.array([0] * 300))
     pq.write_table(pa.table({"text": rows}), tmp_path / "x.parquet", compression="zstd",
