@@ -12,9 +12,9 @@ Read in this order:
   exactness  the loss and the gradient of a peer against the definition in float64
   measure    the peers in turns (A B C A B C ...), so that a busy minute does not hit one of them alone
 
-The models have true shapes and random weights, the same for all peers, and losses and gradients are compared
-with float64: nobody wins by computing something else. Run it on a machine that does nothing else; the load
-before each process is printed beside its time.
+The models have true shapes and random weights, the same for all peers. Losses and gradients are compared with
+float64, so no peer can win by computing something else. Run it on a machine that does nothing else: beside
+each time you see the load before it, the processes that wanted a core in the last minute (this bench, too).
 
 Shapes: B sequences, L tokens of each, V vocabulary. T is the temperature.
 """
@@ -76,21 +76,21 @@ TUNED = {
 
 
 # ------------------------------------------------------------------------------------ who is compared
-def our_models(folder, args):
+def our_models(folder, peer, args):
     """Student and teacher as distill.py loads them: the teacher in the precision in which it computes."""
     if args.device == "cpu":
         keep_memory()
     student = load(folder / "student", args.device).train()
-    if args.peer == "ours-cache":
+    if peer == "ours-cache":
         return student, None
     teacher = load(folder / "teacher", args.device, DTYPES[args.precision]).requires_grad_(False)
-    if args.peer == "ours-compile":
+    if peer == "ours-compile":
         for block in [*student.blocks, *teacher.blocks]:
             block.compile()
     return student, teacher
 
 
-def hf_models(folder, args):
+def hf_models(folder, peer, args):
     """Student and teacher in transformers, both in float32 as from_pretrained gives them."""
     from transformers import AutoModelForCausalLM
     models = []
@@ -98,7 +98,7 @@ def hf_models(folder, args):
         model = AutoModelForCausalLM.from_pretrained(
             folder / role, dtype=torch.float32, attn_implementation="sdpa")
         model.to(args.device).eval()  # eval: without dropout, as ours
-        if args.peer == "hf-compile":
+        if peer == "hf-compile":
             model.compile()
         models.append(model)
     student, teacher = models
@@ -160,7 +160,7 @@ def script_loss(student, teacher, ids, targets, settings):
 
 class Peer(NamedTuple):
     """One way to compute the loss of a step."""
-    models: Callable  # folder, args -> student, teacher
+    models: Callable  # folder, peer, args -> student, teacher
     loss: Callable  # student, teacher, ids, targets, settings -> what backward() starts from
     is_sum: bool = False  # over tokens, so that gradients have to be divided; otherwise it is a mean
     skips_last_clm: bool = False  # of each sequence
@@ -184,26 +184,24 @@ def batch(args, vocab_size):
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def prepare(folder, args):
+def prepare(folder, peer, args):
     """The student of a peer, and its loss as a function without arguments, which gives a mean or a sum."""
-    peer = PEERS[args.peer]
-    student, teacher = peer.models(folder, args)
+    student, teacher = PEERS[peer].models(folder, peer, args)
     ids, targets = (x.to(args.device) for x in batch(args, student.config.vocab_size))
-    settings = LossSettings(temperature=T, kd_weight=KD, clm_weight=CLM, chunk_size=args.chunk_size,
-                            compile=args.peer == "ours-compile")
+    settings = LossSettings(temperature=T, kd_weight=KD, clm_weight=CLM, compile=peer == "ours-compile")
 
     def loss():
         with autocast(args, torch.device(args.device)):
-            return peer.loss(student, teacher, ids, targets, settings)
+            return PEERS[peer].loss(student, teacher, ids, targets, settings)
     return student, loss
 
 
-def step(folder, args):
+def step(folder, peer, args):
     """Forward, backward, clip, AdamW, as in distill.train. The first step warms up, and gives the loss."""
-    student, loss_of_peer = prepare(folder, args)
+    student, loss_of_peer = prepare(folder, peer, args)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
     ranks = Ranks(args.device)
-    is_sum = PEERS[args.peer].is_sum
+    is_sum = PEERS[peer].is_sum
     tokens = torch.tensor(args.batch_size * args.seq_len, device=args.device)
 
     def one_step():
@@ -227,24 +225,23 @@ def step(folder, args):
 
 
 # ------------------------------------------------------------------------------------ exactness
-def exactness(folder, args):
+def exactness(folder, peer, args):
     """How far the loss and the gradient of a peer are from float64, on a text of 64 tokens:
-    {"loss": |loss - loss64|, "gradient": |g - g64| / |g64| over all parameters of the student}."""
-    args.batch_size, args.seq_len = 1, min(64, args.seq_len)  # float64 takes its time
-    peer = PEERS[args.peer]
-    student, loss_of_peer = prepare(folder, args)
+    |loss - loss64|, and |g - g64| / |g64| over all parameters of the student."""
+    args = argparse.Namespace(**{**vars(args), "batch_size": 1, "seq_len": min(64, args.seq_len)})
+    student, loss_of_peer = prepare(folder, peer, args)
     exact_student = copy.deepcopy(student).cpu().double()  # the same class, so its gradients pair up
-    loss = loss_of_peer() / (args.seq_len if peer.is_sum else 1)
+    loss = loss_of_peer() / (args.seq_len if PEERS[peer].is_sum else 1)
     loss.backward()
 
     ids, targets = batch(args, student.config.vocab_size)
     teacher = load(folder / "teacher", "cpu", torch.float64)
-    exact = exact_loss(exact_student(ids), teacher(ids), targets[0], peer.skips_last_clm)
+    exact = exact_loss(exact_student(ids), teacher(ids), targets[0], PEERS[peer].skips_last_clm)
     exact.backward()
 
     g, g64 = (parameters_to_vector(p.grad.cpu() for p in network.parameters())
               for network in (student, exact_student))
-    return {"loss": abs(loss.item() - exact.item()), "gradient": ((g - g64).norm() / g64.norm()).item()}
+    return abs(loss.item() - exact.item()), ((g - g64).norm() / g64.norm()).item()
 
 
 def exact_loss(s, t, targets, skips_last_clm):
@@ -258,40 +255,38 @@ def exact_loss(s, t, targets, skips_last_clm):
 
 
 # ------------------------------------------------------------------------------------ processes
-class Contender(NamedTuple):
-    """A row of the table."""
-    peer: str  # a key of PEERS
-    tuned: bool = False  # in the environment TUNED
-
-    @property
-    def name(self):
-        return f"{self.peer}, tuned" if self.tuned else self.peer
+NEW_PROCESS = """
+import argparse, json, pathlib, sys
+from extras.bench import step
+folder, peer, args = json.loads(sys.argv[1])
+print(json.dumps(step(pathlib.Path(folder), peer, argparse.Namespace(**args))))
+"""
 
 
-TASKS = {"step": step, "exactness": exactness}
+def in_new_process(folder, contender, args):
+    """What `step` returns in a fresh process, which has memory and threads of its own.
 
-
-def child(folder, args, task, contender):
-    """What the function `task` returns in a fresh process, which has memory and threads of its own."""
-    settings = {**vars(args), "task": task, "peer": contender.peer, "folder": str(folder)}
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1", **(TUNED if contender.tuned else {})}
-    command = [sys.executable, "-m", "extras.bench", "--child", json.dumps(settings, default=str)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    contender: "ours" (a key of PEERS), or "ours, tuned": in the environment TUNED.
+    """
+    peer, _, tuned = contender.partition(", ")
+    given = json.dumps([str(folder), peer, vars(args)])
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **(TUNED if tuned else {})}
+    done = subprocess.run([sys.executable, "-c", NEW_PROCESS, given], env=env, capture_output=True, text=True)
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["killed"]
-        raise InputError(f"{task} of {contender.name} failed: {said[-1]}")
+        raise InputError(f"a step of {contender} failed: {said[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(folder, args, contenders):
+def measure(folder, contenders, args):
     """{contender: what `step` returned in each round, with the load before}, in turns; prints each one."""
     runs = {contender: [] for contender in contenders}
     for number in range(1, args.rounds + 1):
         for contender, rounds in runs.items():
             load_before = os.getloadavg()[0]  # processes that wanted a core, on average over a minute
-            found = child(folder, args, "step", contender)
+            found = in_new_process(folder, contender, args)
             rounds.append({**found, "median": statistics.median(found["seconds"]), "load": load_before})
-            print(f"round {number}  {contender.name:22} {rounds[-1]['median']:8.3g} s a step, "
+            print(f"round {number}  {contender:22} {rounds[-1]['median']:8.3g} s a step, "
                   f"load before {load_before:.2f}", flush=True)
     return runs
 
@@ -314,38 +309,34 @@ def cost_rows(runs, args):
         # Ratios within a round, in which both were measured within minutes: a slow hour hits both.
         ratios = [mine["median"] / other["median"] for mine, other in zip(rounds, first, strict=True)]
         rows.append({
-            "": contender.name,
+            "": contender,
             "median, s": f"{median:.3g}",
             "range, s": spread(seconds, ".3g"),
             "time": f"{statistics.median(ratios):.2f}x",
             "by round": spread(ratios),
             "tokens/s": f"{args.batch_size * args.seq_len / median:,.0f}",
             "peak, GB": f"{max(run['peak'] for run in rounds) / 1e9:.2f}",
-            "loss": "-" if contender.peer == "ours-cache" else f"{rounds[0]['loss']:.6f}",
-            "load before": spread([run["load"] for run in rounds]),
+            "loss": "-" if "cache" in contender else f"{rounds[0]['loss']:.6f}",
         })
     return rows
 
 
-def print_tables(folder, args, contenders):
-    runs = measure(folder, args, contenders)
+def print_tables(folder, contenders, args):
+    runs = measure(folder, contenders, args)
     print(f"\nA step of {args.batch_size} x {args.seq_len} tokens, {args.shape}, {args.precision}: "
           f"{args.rounds} rounds of {args.steps} steps.\n")
     print(format_table(cost_rows(runs, args)), flush=True)
 
-    cores = os.cpu_count() or 1
-    print("\nTime: the median of the rounds' ratios to the first row. Load: processes that wanted a core in\n"
-          f"the minute before, the last one of this bench included; there are {cores} cores.")
-    if max(run["load"] for rounds in runs.values() for run in rounds) > 1.25 * cores:
+    print("\nTime: the median of the rounds' ratios to the first row.")
+    if max(run["load"] for rounds in runs.values() for run in rounds) > 1.25 * (os.cpu_count() or 1):
         print("The machine was busy with something else: measure again when it is quiet.")
 
     # The environment changes no number, and random draws have no loss to compare.
     rows = []
-    for contender in contenders if args.exact else ():
-        if contender == Contender(contender.peer) and contender.peer != "ours-cache":
-            off = child(folder, args, "exactness", contender)
-            rows.append({"": contender.name, "loss off by": f"{off['loss']:.1e}",
-                         "gradient off by": f"{off['gradient']:.1e}"})
+    for peer in contenders if args.exact else ():
+        if peer in PEERS and peer != "ours-cache":
+            loss, gradient = exactness(folder, peer, args)
+            rows.append({"": peer, "loss off by": f"{loss:.1e}", "gradient off by": f"{gradient:.1e}"})
     if rows:
         print("\nAgainst the definition in float64, on one text of 64 tokens:\n\n" + format_table(rows))
 
@@ -353,17 +344,14 @@ def print_tables(folder, args, contenders):
 # ------------------------------------------------------------------------------------ the command
 def parse_args(argv=None):
     parser = new_parser(__doc__, "python -m extras.bench [options]")
-    add = parser.add_argument_group("what is measured").add_argument
+    add = parser.add_argument
     add("--peers", default="ours,hf,script", metavar="NAMES",
         help=f"who makes the steps, of {', '.join(PEERS)}; the first is the measure of the others")
     add("--exact", action=argparse.BooleanOptionalAction, default=True,
-        help="also hold losses and gradients against float64, which takes minutes and memory for large "
-             "models")
+        help="also hold losses and gradients against float64: minutes and memory for large models")
     add("--tuned", action="store_true",
         help="each peer once more, in an environment in which large tensors keep their memory: what the "
              "usual code could gain without a change")
-
-    add = parser.add_argument_group("the step").add_argument
     add("--shape", choices=SHAPES, default="gpt2",
         help="gpt2: 12 layers teach 6; gpt2-medium: 24 teach 12; pythia: 160m teaches 70m; pythia-410m: "
              "it teaches 160m; tiny: to try this command")
@@ -373,27 +361,19 @@ def parse_args(argv=None):
         help="bf16 is autocast, with weights in float32")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
         help="where all of them compute")
-    add("--chunk-size", type=count, metavar="N",
-        help="tokens whose logits exist at a time, in ours; lower needs less memory (default: as distill.py)")
-
-    add = parser.add_argument_group("how often").add_argument
     add("--rounds", type=count, default=5, metavar="N",
         help="fresh processes of each peer, in turns; with fewer the range says little")
     add("--steps", type=count, default=3, metavar="N",
         help="measured steps in a process, after one that warms up")
-
-    add("--child", type=json.loads, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def find_contenders(args):
     """The rows of the table: the peers, and with --tuned each of them once more."""
-    contenders = [Contender(peer) for peer in args.peers.split(",")]
-    if unknown := [contender.peer for contender in contenders if contender.peer not in PEERS]:
+    peers = args.peers.split(",")
+    if unknown := [peer for peer in peers if peer not in PEERS]:
         raise InputError(f"--peers {unknown[0]}: choose from {', '.join(PEERS)}")
-    if args.tuned:
-        contenders += [contender._replace(tuned=True) for contender in contenders]
-    return contenders
+    return peers + [f"{peer}, tuned" for peer in peers if args.tuned]
 
 
 def describe_machine(device):
@@ -408,11 +388,6 @@ def describe_machine(device):
 
 def main():
     args = parse_args()
-    if args.child:
-        settings = argparse.Namespace(**args.child)
-        print(json.dumps(TASKS[settings.task](Path(settings.folder), settings)))
-        return
-
     contenders = find_contenders(args)
     args.device = pick_device(args.device)
     print(describe_machine(args.device) + "\n", flush=True)
@@ -422,7 +397,7 @@ def main():
         for role, config in (("teacher", teacher), ("student", student)):
             torch.manual_seed(len(role))
             model_class(config).save(Path(folder, role))
-        print_tables(Path(folder), args, contenders)
+        print_tables(Path(folder), contenders, args)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Pictures of runs: how they learned.
 
-    python -m extras.plot out                    its losses: out/loss.png
-    python -m extras.plot out-a out-b out-c      compared: tables, out-a/runs.png
+    python -m extras.plot out                  its losses: out/loss.png
+    python -m extras.plot out-a out-b out-c    compared: tables, out-a/runs.png
 
 Read in this order:
   draw_loss           one run: losses of student, teacher (the bar to reach) and control

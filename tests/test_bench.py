@@ -26,8 +26,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def settings(peer="ours", **changes):
-    return Namespace(**{**vars(bench.parse_args(SMALL)), "peer": peer, **changes})
+def settings(**changes):
+    return Namespace(**{**vars(bench.parse_args(SMALL)), **changes})
 
 
 def cells(printed):
@@ -38,10 +38,10 @@ def cells(printed):
 
 def test_all_peers_compute_the_loss_and_gradient_of_float64(folder):
     for peer in ("ours", "hf", "script"):
-        found = bench.exactness(folder, settings(peer))
-        assert found["loss"] < 1e-5 and 0 < found["gradient"] < 2e-6, peer
-    rough = bench.exactness(folder, settings("ours", precision="bf16"))
-    assert rough["loss"] > 1e-5 and rough["gradient"] > 1e-4  # so the measure can tell
+        loss, gradient = bench.exactness(folder, peer, settings())
+        assert loss < 1e-5 and 0 < gradient < 2e-6, peer
+    loss, gradient = bench.exactness(folder, "ours", settings(precision="bf16"))
+    assert loss > 1e-5 and gradient > 1e-4  # so the measure can tell
 
 
 def test_all_peers_make_the_same_step(folder, monkeypatch):
@@ -50,16 +50,16 @@ def test_all_peers_make_the_same_step(folder, monkeypatch):
     clip = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
                         lambda *args: lengths.append(clip(*args).item()) or torch.tensor(lengths[-1]))
-    ours, hf = (bench.step(folder, settings(peer)) for peer in ("ours", "hf"))
+    ours, hf = (bench.step(folder, peer, settings()) for peer in ("ours", "hf"))
     assert len(lengths) == 4 and lengths[:2] == pytest.approx(lengths[2:], rel=1e-5)
     assert ours["loss"] == pytest.approx(hf["loss"], rel=1e-6)
     assert len(ours["seconds"]) == 1 and ours["peak"] > 1e7
 
     # The peer without a teacher: its draws are random tokens, which count unless they are turned off.
-    with_draws = bench.step(folder, settings("ours-cache"))["loss"]
+    with_draws = bench.step(folder, "ours-cache", settings())["loss"]
     monkeypatch.setattr(bench, "KD", 0.0)
-    without = bench.step(folder, settings("ours-cache"))["loss"]
-    assert without == pytest.approx(bench.step(folder, settings("hf"))["loss"], rel=1e-6)
+    without = bench.step(folder, "ours-cache", settings())["loss"]
+    assert without == pytest.approx(bench.step(folder, "hf", settings())["loss"], rel=1e-6)
     assert with_draws > 2 * without
 
 
@@ -77,25 +77,27 @@ def test_peers_take_turns_and_the_load_is_noted_before_each(folder, monkeypatch,
     order = []
     loads = iter([0.1, 0.2, 99, 0.4, 0, 0])
 
-    def child(folder, args, task, contender):
-        order.append(f"{task} {contender.name}")
-        return {"seconds": [len(order)] * 3, "loss": 1.0, "peak": 1e9, "gradient": 0.5}
+    def in_new_process(folder, contender, args):
+        order.append(contender)
+        return {"seconds": [len(order)] * 3, "loss": 1.0, "peak": 1e9}
 
-    monkeypatch.setattr(bench, "child", child)
+    monkeypatch.setattr(bench, "in_new_process", in_new_process)
+    monkeypatch.setattr(bench, "exactness",
+                        lambda folder, peer, args: order.append(f"exact {peer}") or (0, 0))
     monkeypatch.setattr(os, "getloadavg", lambda: (next(loads), 0, 0))
-    peers = bench.Contender("ours"), bench.Contender("ours-cache")
-    bench.print_tables(folder, settings(rounds=2), peers)
-    assert order == ["step ours", "step ours-cache"] * 2 + ["exactness ours"]
+    bench.print_tables(folder, ["ours", "ours-cache"], settings(rounds=2))
+    assert order == ["ours", "ours-cache"] * 2 + ["exact ours"]
     out = capsys.readouterr().out
     assert re.findall(r"s a step, load before (\S+)", out) == ["0.10", "0.20", "99.00", "0.40"]
     assert "busy with something else" in out
 
     # ours took 1 and 3 seconds, ours-cache 2 and 4: medians, ranges, and the ratios within rounds.
     ours, cache = cells(out)[:2]
-    assert ours[1:5] == ["2", "1 to 3", "1.00x", "1.00"] and ours[-1] == "0.10 to 99.00"
+    assert ours[1:5] == ["2", "1 to 3", "1.00x", "1.00"]
     assert cache[1:5] == ["3", "2 to 4", "1.67x", "1.33 to 2.00"] and cache[7] == "-", "it has no loss"
-    bench.print_tables(folder, settings(rounds=1, exact=False), [peers[0], peers[0]._replace(tuned=True)])
-    assert order[5:] == ["step ours", "step ours, tuned"]
+    tuned = bench.find_contenders(settings(peers="ours", tuned=True))
+    bench.print_tables(folder, tuned, settings(rounds=1, exact=False))
+    assert order[5:] == ["ours", "ours, tuned"]
 
 
 def test_the_tables_from_any_folder(tmp_path):
@@ -116,4 +118,4 @@ def test_what_fails_is_one_line(folder, monkeypatch, capsys):
     assert end.value.code == 2 and "--peers theirs: choose from ours" in error and error.count("\n") == 1
     assert out == "", "refused before anything is measured"
     with pytest.raises(InputError, match="step of ours failed: .*1024 positions"):
-        bench.child(folder, settings(seq_len=2000), "step", bench.Contender("ours"))
+        bench.in_new_process(folder, "ours", settings(seq_len=2000))
