@@ -40,12 +40,12 @@ from support.ranks import autocast, to_device
 
 VERSIONS = {"constant": 1, "padded": 2}  # since 2 the end of a padded document is a target, too
 CHUNK_TOKENS = 2**13  # whose answers are computed at a time
-HEAD_TOKENS = 2**24  # compare only these first tokens of a corpus, and how many there are
+HEAD_TOKENS = 2**24  # compare only these first tokens of a corpus
 AGAIN = "Delete the folder, and the same command makes it again"
 
 # The entries of header.json that must be equal for a cache to fit a run.
 COMPARED = ("version", "weights", "corpus", "packing", "seq_len", "temperature", "draws", "vocab_size",
-            "precision", "tokens")
+            "precision")
 
 
 # ------------------------------------------------------------------------------------ the loss from draws
@@ -140,11 +140,14 @@ def read_header(path):
         raise InputError(f"{path.parent} is not a teacher's cache, as it has no header.json: choose a "
                          "different --teacher-cache")
     with reading(path, "the header of a teacher's cache"):
-        return dict(json.loads(path.read_bytes()))
+        header = json.loads(path.read_bytes())
+        header["tokens"] = int(header["tokens"])
+        header["bytes"] = header["tokens"] * row_type(header).itemsize  # of answers.bin
+        return header
 
 
 def check_fit(path, wanted):
-    """InputError if the cache at `path` is not the one that a run needs."""
+    """The header of the cache at `path`. InputError if it is not the one that a run needs."""
     header = read_header(path)
     different = [f"{name} {header.get(name)!s:.99} there, {wanted[name]!s:.99} here"
                  for name in COMPARED if header.get(name) != wanted[name]]
@@ -152,6 +155,10 @@ def check_fit(path, wanted):
         raise InputError(f"{path} is another cache, of {header.get('teacher')!s:.99} on "
                          f"{header.get('data')!s:.99}: {'; '.join(different)}. Choose a different "
                          "--teacher-cache")
+    if header["tokens"] < wanted["tokens"]:
+        raise InputError(f"{path} has answers for {header['tokens']:,} tokens of this text, and this run "
+                         f"reads {wanted['tokens']:,}: choose a different --teacher-cache, or fewer --steps")
+    return header
 
 
 # ------------------------------------------------------------------------------------ making one
@@ -162,9 +169,9 @@ def make(path, wanted, answers_of, offsets, ranks, reads):
     tokens this run is going to read.
     """
     path = Path(path)
-    size = wanted["tokens"] * row_type(wanted).itemsize
     is_missing = ranks.any(not is_there(path))
     if ranks.is_first:
+        size = wanted["tokens"] * row_type(wanted).itemsize
         say(f"cache      {path}/: {wanted['draws']} draws for each of {wanted['tokens']:,} tokens (this run "
             f"reads {reads:,}), {size / 1e6:,.0f} MB" + ("; the teacher answers first" if is_missing else ""))
 
@@ -177,10 +184,11 @@ def make(path, wanted, answers_of, offsets, ranks, reads):
             raise InputError(f"{error.filename or path}: {error.strerror or error}. The answers so far are "
                              "kept, and the same command goes on") from error
 
-    check_fit(path, wanted)
+    header = check_fit(path, wanted)
     found = (path / "answers.bin").stat().st_size
-    if found != size:
-        raise InputError(f"{path} is damaged: answers.bin has {found:,} bytes instead of {size:,}. {AGAIN}")
+    if found != header["bytes"]:
+        raise InputError(f"{path} is damaged: answers.bin has {found:,} bytes instead of "
+                         f"{header['bytes']:,}. {AGAIN}")
 
 
 def is_there(path):
@@ -202,14 +210,17 @@ def make_missing(path, wanted, answers_of, offsets, ranks):
     ranks.wait()  # all are done
     if ranks.is_first:
         (part / "done.bin").unlink()
+        with contextlib.suppress(FileNotFoundError):
+            path.rmdir()  # an empty folder
         part.rename(path)
     ranks.wait()
 
 
 def begin(part, wanted):
     """Prepare the folder in which the cache grows: a new one, or one that a killed build has left."""
-    if is_there(part):
-        check_fit(part, wanted)
+    if is_there(part) and check_fit(part, wanted)["tokens"] != wanted["tokens"]:
+        raise InputError(f"{part} is an unfinished cache of more text: delete it, or choose a different "
+                         "--teacher-cache")
     with replaced(part / "header.json") as file:  # first, as it tells that the folder is ours
         file.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
 

@@ -78,14 +78,14 @@ class Tokenizer:
         import tiktoken
         self.source = source
         self.settings = settings or {}
-        spec = json.loads(source.decode("utf-8"))
-        vocab = spec["model"]["vocab"]
-        self.nfc = check_form(spec)
-        added, self.special = added_tokens(vocab, spec["added_tokens"])
+        self.spec = json.loads(source.decode("utf-8"))
+        vocab = self.spec["model"]["vocab"]
+        self.nfc = check_form(self.spec)
+        added, self.special = added_tokens(vocab, self.spec["added_tokens"])
         self.eot = self.special[EOT]
 
         # The tokens that text is made of. Other entries of the vocabulary have ids that no text gets.
-        made = ordinary_tokens(spec["model"])
+        made = ordinary_tokens(self.spec["model"])
         if both := made & added.keys():
             raise ValueError(f"added token {min(both)!r:.60} is also an ordinary token")
         words = {entry_bytes(text): vocab[text] for text in made}
@@ -155,10 +155,13 @@ class Tokenizer:
         if max_length:
             config["model_max_length"] = max_length
 
-        with replaced(Path(folder, "tokenizer.json")) as file:
-            file.write_bytes(self.source)
-        with replaced(Path(folder, "tokenizer_config.json")) as file:
-            file.write_text(json.dumps(config, indent=2) + "\n")
+        files = {"tokenizer.json": self.source.decode(),
+                 "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
+        if not self.nfc and not self.n_spaces:  # of GPT-2's form
+            files |= old_files(self.spec["model"], self.special)
+        for filename, content in files.items():
+            with replaced(Path(folder, filename)) as file:
+                file.write_bytes(content.encode())
 
 
 # ------------------------------------------------------------------------------------ BPE
@@ -208,15 +211,14 @@ def ordinary_tokens(model):
 
 
 # ------------------------------------------------------------------------------------ tokenizer.json
-PARTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers"}
+PARTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "post_processor": "processors"}
 OFF = [None, False]
-# Settings of a tokenizer.json that decide ids, and their values in GPT-2's and GPT-NeoX's form. A
-# post_processor is not among them, because it only puts special tokens around a text.
-SUPPORTED = {
+SUPPORTED = {  # settings of a tokenizer.json that decide ids, and their values in GPT-2's and GPT-NeoX's form
     "model": {"type": [None, "BPE"], "dropout": OFF, "ignore_merges": OFF, "byte_fallback": OFF,
               "continuing_subword_prefix": [None, ""], "end_of_word_suffix": [None, ""]},
     "normalizer": {"type": ["NFC"]},
     "pre_tokenizer": {"type": ["ByteLevel"], "add_prefix_space": [False], "use_regex": [None, True]},
+    "post_processor": {"type": ["ByteLevel", "TemplateProcessing"]},
     "added token": {"lstrip": OFF, "rstrip": OFF, "single_word": OFF},
 }
 
@@ -249,6 +251,12 @@ def check_form(spec):
                 raise ValueError(f"{section} with {key} {value!r:.60} is not supported, only {values}")
     if len(found["pre_tokenizer"]) != 1:
         raise ValueError(f"a pre_tokenizer of {len(found['pre_tokenizer'])} steps is not supported")
+
+    # A template puts special tokens around a text, which has to come through once and unchanged.
+    for step in found["post_processor"]:
+        texts = [piece for piece in step.get("single", []) if "SpecialToken" not in piece]
+        if step["type"] == "TemplateProcessing" and [text["Sequence"]["id"] for text in texts] != ["A"]:
+            raise ValueError("a TemplateProcessing that changes plain text is not supported")
     return bool(found["normalizer"])
 
 
@@ -277,13 +285,11 @@ def added_tokens(vocab, added):
 # ------------------------------------------------------------------------------------ tokenizers of models
 def load_tokenizer(name_or_dir):
     """Tokenizer of a model, given its folder or its name on the Hub."""
-    path, vocab, merges, added, config, template = fetch(
-        name_or_dir, "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json",
-        "tokenizer_config.json", "chat_template.jinja")
-    config = read_json(config) if config else {}
-    settings = {name: config[name] for name in KEPT if name in config}
-    if isinstance(settings.get("extra_special_tokens"), list):  # transformers 5's name, on which 4 fails
-        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    path, vocab, merges, template, *others = fetch(
+        name_or_dir, "tokenizer.json", "vocab.json", "merges.txt", "chat_template.jinja",
+        "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
+    added, named, config = [read_json(other) if other else {} for other in others]
+    settings = kept_settings(named | config)
     if template:
         with reading(template, "a chat template"):
             settings["chat_template"] = template.read_text(encoding="utf-8")
@@ -293,21 +299,40 @@ def load_tokenizer(name_or_dir):
         with reading(path, "a tokenizer of the form of GPT-2 or GPT-NeoX"):
             return Tokenizer(path.read_bytes(), settings)
     with reading(vocab, "a vocabulary with merges.txt beside it"):
-        spec = spec_of_old_files(
-            read_json(vocab), merges.read_text(encoding="utf-8").split("\n"),
-            read_json(added) if added else {}, config.get("add_prefix_space", False))
+        lines = merges.read_text(encoding="utf-8").split("\n")
+        spec = spec_of_old_files(read_json(vocab), lines, added, settings,
+                                 config.get("add_prefix_space", False))
         return Tokenizer(json.dumps(spec).encode(), settings)
 
 
-def spec_of_old_files(vocab, lines, added, add_prefix_space):
+def kept_settings(config):
+    """What `save` passes on, as strings and lists of strings.
+
+    {"pad_token": {"content": "[PAD]", "lstrip": false}, "auto_map": ...} -> {"pad_token": "[PAD]"}
+    """
+    settings = {}
+    for name in KEPT:
+        value = config.get(name)
+        tokens = value if isinstance(value, list) else [value]
+        texts = [token.get("content") if isinstance(token, dict) else token for token in tokens]
+        if all(isinstance(text, str) for text in texts):
+            name = name.replace("extra_", "additional_")  # transformers 5's name, on which 4 fails
+            settings[name] = texts if isinstance(value, list) else texts[0]
+    return settings
+
+
+def spec_of_old_files(vocab, lines, added, settings, add_prefix_space):
     """The content of tokenizer.json that means the same as GPT-2's first files.
 
-    vocab, lines   {"!": 0, ...} of vocab.json; ["#version: 0.2", "Ġ t", ...] of merges.txt
-    added          {"[PAD]": 50257} of added_tokens.json, which are taken for special tokens
+    vocab, lines      {"!": 0, ...} of vocab.json; ["#version: 0.2", "Ġ t", ...] of merges.txt
+    added, settings   {"[PAD]": 50257} of added_tokens.json; {"pad_token": "[PAD]"}
     """
+    named = [value if isinstance(value, list) else [value] for value in settings.values()]
+    special = {EOT}.union(*named)
     ids = {EOT: vocab[EOT], **added} if EOT in vocab else added
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    tokens = [{"id": ids[text], "content": text, **flags} for text in sorted(ids, key=ids.get)]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    tokens = [{"id": ids[text], "content": text, "special": text in special, **flags}
+              for text in sorted(ids, key=ids.get)]
 
     byte_level = {"type": "ByteLevel", "add_prefix_space": add_prefix_space, "trim_offsets": True}
     merges = [line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#version")]
@@ -316,6 +341,16 @@ def spec_of_old_files(vocab, lines, added, add_prefix_space):
         "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level,
         "model": {"type": "BPE", "vocab": vocab, "merges": merges},
     }
+
+
+def old_files(model, special):
+    """The inverse of spec_of_old_files, for the slow tokenizers of transformers 4: {name: content}."""
+    vocab = model["vocab"] | {EOT: special[EOT]}
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    files = {"vocab.json": json.dumps(vocab), "merges.txt": "\n".join(["#version: 0.2", *merges, ""])}
+    if more := {text: i for text, i in special.items() if text not in vocab}:
+        files["added_tokens.json"] = json.dumps(more)
+    return files
 
 
 def shared_vocabulary(a, b):

@@ -102,19 +102,21 @@ def test_the_loss_is_its_formula():
     counted = targets != -100
     s = (student_hidden.double() @ student_head.double().T)[counted]
     clm = F.cross_entropy(s, targets[counted], reduction="sum")
-    for T, chunk_size in ((0.1, 7), (1.0, 50), (4.0, 7)):
+    for T in (0.1, 1.0, 2.0, 4.0):
         draws = random_draws(inputs, T, 5, 0)
-        draws = draws._replace(weights=torch.rand(draws.ids.shape, generator=torch.manual_seed(1)))
-        log_q = (s / T).log_softmax(-1).gather(1, draws.ids)
-        kl = -draws.entropy.double().sum() - (draws.weights.double() * log_q).sum()
-        loss = 5 * T**2 * kl + 2 * clm
-        expected = torch.autograd.grad(loss, inputs[:2], retain_graph=True)
-        losses, gradients = loss_and_gradients(
-            inputs, draws, temperature=T, kd_weight=5.0, clm_weight=2.0, chunk_size=chunk_size)
-        for ours, theirs in ((losses.loss, loss), (losses.kl, kl), (losses.clm, clm)):
-            assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
-        for ours, theirs in zip(gradients, expected, strict=True):
-            assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+        any_weights = torch.rand(draws.ids.shape, generator=torch.manual_seed(1))
+        for answers in (draws, draws._replace(weights=any_weights)):
+            log_q = (s / T).log_softmax(-1).gather(1, answers.ids)
+            kl = -answers.entropy.double().sum() - (answers.weights.double() * log_q).sum()
+            loss = 5 * T**2 * kl + 2 * clm
+            expected = torch.autograd.grad(loss, inputs[:2], retain_graph=True)
+            for chunk_size in (7, 50):
+                losses, gradients = loss_and_gradients(
+                    inputs, answers, temperature=T, kd_weight=5.0, clm_weight=2.0, chunk_size=chunk_size)
+                for ours, theirs in ((losses.loss, loss), (losses.kl, kl), (losses.clm, clm)):
+                    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+                for ours, theirs in zip(gradients, expected, strict=True):
+                    assert (ours - theirs).norm() < 1e-5 * theirs.norm()
 
 
 def test_draws():
@@ -138,6 +140,9 @@ def test_draws_must_fit_the_targets():
     draws = random_draws(inputs, 2.0, 4, 0)
     with pytest.raises(ValueError, match="40 tokens, but 42 have a target"):
         loss_and_gradients(inputs, Draws(*(x[:40] for x in draws)))
+    inputs[-1][:] = -100
+    losses, gradients = loss_and_gradients(inputs, Draws(*(x[:0] for x in draws)))
+    assert losses.loss == 0 and all((gradient == 0).all() for gradient in gradients)
 
 
 # ------------------------------------------------------------------------------------ a cache on disk
@@ -268,7 +273,9 @@ def test_two_at_once_wait_for_each_other(teacher, tmp_path):
 
 
 def test_names_of_the_user_are_left_alone(teacher, tmp_path):
-    (tmp_path / "cache.lock").write_text("a week's notes")
+    (tmp_path / "mine.txt").write_text("a week's notes")
+    (tmp_path / "cache.lock").symlink_to("mine.txt")
+    (tmp_path / "cache.tmp").write_text("mine, too")
     (tmp_path / "cache4").write_text("a file")
     for name in ("cache2.part", "cache3"):
         (tmp_path / name).mkdir()
@@ -284,31 +291,33 @@ def test_names_of_the_user_are_left_alone(teacher, tmp_path):
 
 
 def test_a_cache_that_does_not_fit_is_refused_and_kept(teacher, tmp_path):
-    """A finished one, and one whose making was stopped."""
-    def stopped(numbers):
-        raise KeyboardInterrupt
-
     make(tmp_path / "cache", teacher)
-    with pytest.raises(KeyboardInterrupt):
-        make(tmp_path / "half", teacher, before=stopped)
     before = content(tmp_path)
     other_text = TOKENS.copy()
     other_text[1] += 1
+    other_teacher = GPT2(teacher.config)
     for changes, message in (
         ({"temperature": 4.0}, "temperature 2.0 there, 4.0 here"),
         ({"cache_draws": 5}, "draws 4 there, 5 here"),
         ({"packing": "padded"}, "version 1 there, 2 here; packing constant there, padded here"),
         ({"seq_len": 8}, "seq_len 16 there, 8 here"),
         ({"precision": "bf16"}, "precision fp32 there, bf16 here"),
-        ({"teacher": GPT2(teacher.config)}, "on d: weights "),
+        ({"teacher": other_teacher}, "on d: weights "),
         ({"tokens": other_text}, "corpus "),
-        ({"tokens": TOKENS[:1000]}, "tokens 4992 there, 992 here"),
     ):
-        for name in ("cache is", "half.part is"):
-            with pytest.raises(InputError, match=f"{name} another cache, .*{message}"):
-                make(tmp_path / name.removesuffix(" is").removesuffix(".part"), before=refuse,
-                     **{"teacher": teacher, **changes})
+        with pytest.raises(InputError, match=message):
+            make(tmp_path / "cache", before=refuse, **{"teacher": teacher, **changes})
     assert content(tmp_path) == before
+
+
+def test_a_run_that_needs_less_text_uses_the_beginning(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher_cache, "HEAD_TOKENS", 64)
+    large = make(tmp_path / "cache", teacher).draws([7], CPU)
+    small = make(tmp_path / "cache", teacher, TOKENS[:1000], before=refuse).draws([7], CPU)
+    assert all(torch.equal(a, b) for a, b in zip(large, small, strict=True))
+    make(tmp_path / "small", teacher, TOKENS[:1000])
+    with pytest.raises(InputError, match="answers for 992 tokens of this text, and this run reads 4,992"):
+        make(tmp_path / "small", teacher)
 
 
 def test_damage_is_one_line_and_nothing_is_lost(teacher, tmp_path):
@@ -317,7 +326,8 @@ def test_damage_is_one_line_and_nothing_is_lost(teacher, tmp_path):
         ("answers.bin", lambda old: old[:-1], "instead of 79,872. Delete the folder"),
         ("answers.bin", lambda old: b"\x64\x00" + old[2:], "values that no teacher gives. Delete the folder"),
         ("answers.bin", lambda old: old[:8] + b"\xff" * 8 + old[16:], "values that no teacher gives."),
-        ("header.json", lambda old: b"3", "is not the header of a teacher's cache"),
+        ("header.json", lambda old: b"[]", "is not the header of a teacher's cache"),
+        ("header.json", lambda old: old.replace(b"4992", b'"many"'), "is not the header"),
         ("header.json", lambda old: old.replace(b"packing", b"unpacking"), "packing None there, constant"),
     ):
         path = tmp_path / "cache" / file
@@ -342,6 +352,20 @@ def test_a_full_disk(teacher, tmp_path, monkeypatch):
     answered = []
     make(tmp_path / "cache", teacher, before=lambda numbers: answered.append(numbers.start))
     assert answered[0] == 96
+
+
+def test_an_unfinished_cache_of_other_settings_is_kept(teacher, tmp_path):
+    def killed(numbers):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "cache", teacher, before=killed)
+    before = content(tmp_path)
+    for changes, message in (({"temperature": 3.0}, "cache.part .*temperature 2.0 there"),
+                             ({"tokens": TOKENS[:-32]}, "cache.part .*corpus")):
+        with pytest.raises(InputError, match=message):
+            make(tmp_path / "cache", teacher, **changes)
+    assert content(tmp_path) == before
 
 
 def test_a_teacher_that_answers_with_nan_makes_no_cache(teacher, tmp_path):

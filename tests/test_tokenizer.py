@@ -114,24 +114,25 @@ def test_ids_and_bytes(tokenizers_dir, form):
 
 @FORMS
 def test_the_export_opens_in_transformers_and_keeps_what_the_tokenizer_knew(tokenizers_dir, form, tmp_path):
-    """The same ids, pad token, other special tokens, chat template."""
-    from transformers import AutoTokenizer
-    load_tokenizer(tokenizers_dir / form).save(tmp_path / "plain")
+    """The same ids, pad token, other special tokens, chat template; of GPT-2's form also in older files."""
+    from transformers import AutoTokenizer, GPT2Tokenizer
+    plain = load_tokenizer(tokenizers_dir / form)
+    plain.save(tmp_path / "plain")
     (tmp_path / "plain" / "config.json").write_text('{"model_type": "gpt2"}')
     theirs = AutoTokenizer.from_pretrained(tmp_path / "plain")
+    for text in TEXTS.values():
+        assert theirs(text)["input_ids"] == plain.encode(text, allow_special=True)
+    assert theirs.decode(plain.encode(TEXTS["code"])) == TEXTS["code"]
+    assert list(theirs("a")) == ["input_ids", "attention_mask"]
+
     names = ["<|user|>", "<|bot|>"]
     theirs.add_special_tokens({"pad_token": "[PAD]", "additional_special_tokens": names})
     theirs.chat_template = "{{ messages[0]['content'] }}"
     theirs.save_pretrained(tmp_path / "teacher")
-
     ours = load_tokenizer(tmp_path / "teacher")
     ours.save(tmp_path / "out", max_length=64)
     (tmp_path / "out" / "config.json").write_text('{"model_type": "gpt2"}')
     again = AutoTokenizer.from_pretrained(tmp_path / "out")
-    for text in (*TEXTS.values(), "It's<|user|> a [PAD]<|endoftext|>  test"):
-        assert again(text)["input_ids"] == theirs(text)["input_ids"] == ours.encode(text, allow_special=True)
-    assert again.decode(ours.encode(TEXTS["code"])) == TEXTS["code"]
-    assert list(again("a")) == ["input_ids", "attention_mask"]
     assert (again.pad_token, again.pad_token_id) == ("[PAD]", theirs.pad_token_id)
     assert again.chat_template == theirs.chat_template and set(names) <= set(again.all_special_tokens)
     assert again.model_max_length == 64 and again.eos_token_id == ours.eot
@@ -139,6 +140,16 @@ def test_the_export_opens_in_transformers_and_keeps_what_the_tokenizer_knew(toke
     assert config["additional_special_tokens"] == names  # transformers 4 fails on transformers 5's name
     # transformers 4 reads this setting only from the file; without it, it adds token_type_ids
     assert config["model_input_names"] == ["input_ids", "attention_mask"]
+
+    text = "It's<|user|> a [PAD]<|endoftext|>  test"
+    assert again(text)["input_ids"] == theirs(text)["input_ids"] == ours.encode(text, allow_special=True)
+    for file in ("vocab.json", "merges.txt", "added_tokens.json"):
+        assert (tmp_path / "out" / file).exists() == (form == "gpt2")
+    if form == "gpt2":
+        (tmp_path / "out" / "tokenizer.json").unlink()
+        assert load_tokenizer(tmp_path / "out").fingerprint == ours.fingerprint
+        slow = GPT2Tokenizer.from_pretrained(tmp_path / "out")
+        assert slow(text)["input_ids"] == theirs(text)["input_ids"]
 
 
 # ------------------------------------------------------------------------------------ fingerprints
@@ -239,22 +250,27 @@ def sequence(key, *steps):
     return {"type": "Sequence", key: [*steps]}
 
 
+def template(*pieces):
+    return {"type": "TemplateProcessing", "single": [*pieces], "pair": [TEXT, TEXT], "special_tokens": {
+        "<|endoftext|>": {"id": "<|endoftext|>", "ids": [599], "tokens": ["<|endoftext|>"]}}}
+
+
 TEXT = {"Sequence": {"id": "A", "type_id": 0}}
 BOS = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
-TEMPLATE = {
-    "type": "TemplateProcessing", "single": [BOS, TEXT, BOS], "pair": [TEXT, TEXT],
-    "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [599], "tokens": ["<|endoftext|>"]}}}
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
-def test_what_changes_no_id_of_a_text_is_read(spec, tok):
+def test_what_changes_no_id_of_a_text_is_read(spec, tok, tmp_path):
     for section, value in [
-            ("post_processor", sequence("processors", BYTE_LEVEL, TEMPLATE)),
+            ("post_processor", sequence("processors", BYTE_LEVEL, template(BOS, TEXT, BOS))),
             ("pre_tokenizer", sequence("pretokenizers", sequence("pretokenizers", BYTE_LEVEL))),
             ("normalizer", sequence("normalizers"))]:
         assert check_same({**spec, section: value}, TEXTS.values()).fingerprint == tok.fingerprint
+
     wrapped = made({**spec, "normalizer": sequence("normalizers", {"type": "NFC"})})
     assert wrapped.nfc and wrapped.fingerprint == made({**spec, "normalizer": {"type": "NFC"}}).fingerprint
+    wrapped.save(tmp_path)
+    assert not (tmp_path / "vocab.json").exists()  # it would mean the same without NFC
 
 
 def test_longer_special_tokens_come_first(spec):
@@ -268,6 +284,7 @@ REFUSED = [  # what is said; where in a tokenizer.json something else stands; wh
     ("pre_tokenizer of 0 steps", ["pre_tokenizer"], None),
     ("add_prefix_space True", ["pre_tokenizer", "add_prefix_space"], True),
     ("dropout 0.1", ["model", "dropout"], 0.1),
+    ("TemplateProcessing", ["post_processor"], template(TEXT, TEXT)),
     ("no token for the byte 33", ["model", "vocab", "!"], None),
     ("each of them once", ["model", "vocab", "!"], 2),
     ("not whole numbers", ["model", "vocab", "!"], 0.0),
@@ -283,22 +300,22 @@ REFUSED = [  # what is said; where in a tokenizer.json something else stands; wh
 ]
 
 
-def test_what_would_give_other_ids_is_refused(spec, tmp_path):
-    for said, (*path, last), value in REFUSED:
-        changed = copy.deepcopy(spec)
-        node = changed
-        for key in path:
-            node = node[key]
-        if value is None:
-            del node[last]
-        elif last == 1:
-            node.append(value)
-        else:
-            node[last] = value
-        (tmp_path / "tokenizer.json").write_text(json.dumps(changed))
-        with pytest.raises(InputError) as error:
-            load_tokenizer(tmp_path)
-        assert said in str(error.value) and f"{tmp_path}/tokenizer.json" in str(error.value)
+@pytest.mark.parametrize("said, place, value", REFUSED)
+def test_what_would_give_other_ids_is_refused(spec, tmp_path, said, place, value):
+    *path, last = place
+    node = spec
+    for key in path:
+        node = node[key]
+    if value is None:
+        del node[last]
+    elif last == 1:
+        node.append(value)
+    else:
+        node[last] = value
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(InputError) as error:
+        load_tokenizer(tmp_path)
+    assert said in str(error.value) and f"{tmp_path}/tokenizer.json" in str(error.value)
 
 
 def test_ids_and_merges_in_another_order(spec):
@@ -316,24 +333,37 @@ def test_ids_and_merges_in_another_order(spec):
 
 
 # ------------------------------------------------------------------------------------ old files
-def test_vocab_json_and_merges_txt(spec, tok, hub, tmp_path):
+@pytest.fixture
+def old_files(spec, tmp_path):
     """A folder as GPT-2's first fine-tunes have it."""
     merges = [" ".join(pair) for pair in spec["model"]["merges"]]
     (tmp_path / "vocab.json").write_text(json.dumps(spec["model"]["vocab"]))
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-    assert load_tokenizer(tmp_path).fingerprint == tok.fingerprint
-    (tmp_path / "added_tokens.json").write_text('{"<|user|>": 601, "[PAD]": 600}')
-    shutil.copytree(tmp_path, hub.root / "models" / "someone" / "old")
-    for name in (tmp_path, "someone/old"):
+    return tmp_path
+
+
+def test_vocab_json_and_merges_txt(old_files, tok, hub):
+    assert load_tokenizer(old_files).fingerprint == tok.fingerprint
+    (old_files / "added_tokens.json").write_text('{"<|user|>": 601, "[PAD]": 600}')
+    named = {"pad_token": "[PAD]", "additional_special_tokens": [{"content": "<|user|>", "lstrip": False}]}
+    (old_files / "special_tokens_map.json").write_text(json.dumps(named))
+    (hub.root / "models" / "someone").mkdir(parents=True, exist_ok=True)
+    shutil.copytree(old_files, hub.root / "models" / "someone" / "old")
+    for name in (old_files, "someone/old"):
         assert load_tokenizer(name).special == {"<|endoftext|>": 599, "[PAD]": 600, "<|user|>": 601}
         assert shared_vocabulary(load_tokenizer(name), tok) == 600
 
-    (tmp_path / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
-    with pytest.raises(InputError, match="add_prefix_space True"):
-        load_tokenizer(tmp_path)
-    (tmp_path / "merges.txt").unlink()
+    for name, content, said in (
+            ("special_tokens_map.json", "{}", "ordinary added token with content .* is not supported"),
+            ("tokenizer_config.json", '{"add_prefix_space": true}', "add_prefix_space True"),
+            ("special_tokens_map.json", '{"pad_token": ' + "[" * 9999, "special_tokens_map.json is not")):
+        (old_files / name).write_text(content)
+        with pytest.raises(InputError, match=said):
+            load_tokenizer(old_files)
+    (old_files / "special_tokens_map.json").unlink()
+    (old_files / "merges.txt").unlink()
     with pytest.raises(InputError, match="has no tokenizer.json"):
-        load_tokenizer(tmp_path)
+        load_tokenizer(old_files)
 
 
 # ------------------------------------------------------------------------------------ the real Hub
