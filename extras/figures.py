@@ -1,13 +1,15 @@
-"""The README's pictures.
+"""The README's pictures, and the texts that it prints.
 
     python -m extras.figures              assets/layers, token, gradient.png
     python -m extras.figures --run out    also loss and distribution.png
+    python -m extras.figures --texts      trains the demo, minutes long: texts
 
 Read in this order:
   draw_layers        which of the teacher's layers a student is made of
   draw_token         one prediction with three tokens, worked out: logits, softmax, KL, gradient
   draw_gradient      why the loss has T²: the size of the gradient at T = 0.5 to 16, with it and without
   draw_distribution  one next token out of 4,096: the teacher at T = 1, 2, 4; the student before and after
+  make_texts         what the README prints, all from one run of the demo
 
 Layers and token are drawn from numbers in this file. The other two are measured, with the shipped teacher and
 the demo's student; the gradient on 1,024 tokens of held-out modules.
@@ -15,11 +17,20 @@ the demo's student; the gradient on 1,024 tokens of held-out modules.
 if not __package__:  # started as a file, from which Python does not find the rest of the project
     raise SystemExit("error: run this from the project's folder, as `python -m extras.figures`")
 
+import copy
+import io
+import re
+import sys
+import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.nn import functional as F
 
+import distill
+import sample
 from data import load_tokenizer
 from distill import LossSettings, plain_loss
 from extras import plot
@@ -27,8 +38,9 @@ from extras.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, new_figure
 from model import load, spread_layers, student_from
 from support import ROOT
 from support.cli import InputError, new_parser, run_cli, user_path
+from support.files import replaced
 from support.flags import DEMO_TEACHER, RECIPES
-from support.run import read_settings
+from support.run import Run, read_settings
 from support.text import stdlib_split
 
 DEMO_LAYERS = [int(number) for number in RECIPES["demo"]["student_layers"].split(",")]
@@ -245,11 +257,89 @@ def draw_distribution(student):
     return both
 
 
+# ------------------------------------------------------------------------------------ printed texts
+TEXTS = ROOT / "docs" / "texts.txt"
+SHOWN_STEPS = (0, 200, 1200)
+
+
+def make_texts(folder):
+    """Train the demo in `folder` -> {command: what it prints, or the part of it that the README shows}."""
+    students = {}
+    save = Run.save
+
+    def save_and_keep(run, step):
+        """Like Run.save, which is called every 100 steps."""
+        save(run, step)
+        if run.args.role == "student" and step in SHOWN_STEPS:
+            students[step] = copy.deepcopy(run.student).eval()
+
+    out = Path(folder, "out")
+    with mock.patch.object(Run, "save", save_and_keep):
+        report = printed(distill.main, "--out", out)
+    teacher, students[0] = demo_models()
+    samples = printed(sample.main, "--model", out, "--compare", DEMO_TEACHER, "--tokens", 60, "--device",
+                      "cpu")
+    return {
+        "python distill.py": re.search(r"\| model (.*\n\|)+.*", report)[0],
+        "python sample.py --compare demo/teacher --tokens 60":
+            samples.replace(str(out), "out").replace(DEMO_TEACHER, "demo/teacher"),
+        "python -m extras.figures --texts": likeliest_texts(students, teacher),
+    }
+
+
+def printed(main, *flags):
+    """What a command prints."""
+    argv = ["", *map(str, flags)]
+    with redirect_stdout(io.StringIO()) as output, mock.patch.object(sys, "argv", argv):
+        main()
+    return output.getvalue()
+
+
+@torch.no_grad()
+def likeliest_texts(students, teacher, tokens=40, lines=4):
+    """How each student, {steps: model}, and the teacher go on, always with the likeliest token; the first few
+    lines, as the texts go round in circles."""
+    tokenizer = load_tokenizer(DEMO_TEACHER)
+    ids = torch.tensor([tokenizer.encode(sample.DEFAULT_PROMPT)])  # (1, L)
+    models = {f"after {steps} steps": students[steps] for steps in SHOWN_STEPS} | {"the teacher": teacher}
+
+    parts = []
+    for name, model in models.items():
+        text = tokenizer.decode(model.generate(ids, tokens)[0].tolist())
+        parts += [f"--- {name}", *text.splitlines()[:lines]]
+    return "\n".join(parts)
+
+
+def read_texts(path=TEXTS):
+    """{command: text} of the file that write_texts makes."""
+    blocks = path.read_text(encoding="utf-8").split("\n$ ")[1:]
+    return {command: text.rstrip() for command, _, text in (block.partition("\n") for block in blocks)}
+
+
+def write_texts(texts, path=TEXTS, readme=ROOT / "README.md"):
+    """Write the file anew, and put each text where the README has the one before."""
+    page = readme.read_text(encoding="utf-8")
+    before = read_texts(path)
+    content = "Texts of the README, made by `python -m extras.figures --texts`.\n"
+    for command, text in texts.items():
+        text = "\n".join(line.rstrip() for line in text.rstrip().splitlines())
+        content += f"\n$ {command}\n{text}\n"
+        page = page.replace(before[command], text)
+
+    for place, new in ((path, content), (readme, page)):
+        with replaced(place) as temporary:
+            Path(temporary).write_text(new, encoding="utf-8")
+
+
 # ------------------------------------------------------------------------------------ the command
 def parse_args(argv=None):
     parser = new_parser(__doc__, "python -m extras.figures [options]")
-    parser.add_argument("--run", type=user_path, metavar="DIR",
-                        help="also loss.png and distribution.png of this run of the demo")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--run", type=user_path, metavar="DIR",
+        help="also loss.png and distribution.png of this run of the demo")
+    add("--texts", action="store_true",
+        help="instead of pictures, train the demo and its control once more, which takes minutes, and write "
+             "what models print into docs/texts.txt and README.md")
     parser.add_argument("--folder", type=user_path, default=str(ROOT / "assets"), metavar="DIR",
                         help="where pictures go")
     return parser.parse_args(argv)
@@ -257,6 +347,12 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
+    if args.texts:
+        print("This trains the demo and its control, which takes about three minutes.", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            write_texts(make_texts(folder))
+        return
+
     pictures = {"layers": draw_layers()[0], "token": draw_token()[0],
                 "gradient": draw_gradient(gradient_sizes())}
     if args.run:

@@ -1,14 +1,16 @@
-"""extras/figures.py: the README's pictures show what they say they show."""
+"""extras/figures.py: the README's pictures and texts show what they say they show."""
+import json
 import sys
 
 import pytest
 import torch
 from conftest import README
+from workshop import flags
 
+import distill
 from data import load_tokenizer
 from extras import bench, figures, play, plot
 from model import load, student_from
-from support import ROOT
 from support.cli import InputError
 
 
@@ -94,12 +96,48 @@ def test_pictures_are_small_and_transparent(tmp_path, monkeypatch):
         figures.main()
 
 
-def test_texts_of_the_readme():
-    """docs/texts.txt has what the commands printed; the README shows the same."""
-    blocks = (ROOT / "docs" / "texts.txt").read_text(encoding="utf-8").split("\n$ ")[1:]
-    assert len(blocks) == 3
-    for command, _, text in (block.partition("\n") for block in blocks):
-        assert text.rstrip() in README, f"the text of `{command}` differs"
+# ------------------------------------------------------------------------------------ texts
+def test_texts_are_those_of_the_run(workshop, tmp_path, monkeypatch):
+    """Students on the way to what the run ends with; table and samples are those of the commands."""
+    honest = distill.main
+    students = {}
+
+    def small():
+        sys.argv += flags(workshop, tmp_path / "out", steps=3, **{"save-interval": 1})
+        honest()
+
+    monkeypatch.setattr(distill, "main", small)
+    monkeypatch.setattr(figures, "DEMO_TEACHER", str(workshop / "teacher"))
+    monkeypatch.setattr(figures, "DEMO_LAYERS", [0, 3])
+    monkeypatch.setattr(figures, "SHOWN_STEPS", (0, 1, 3))
+    with monkeypatch.context() as patch:
+        patch.setattr(figures, "likeliest_texts", lambda found, teacher: students.update(found) or "texts")
+        texts = figures.make_texts(tmp_path)
+    teacher = load(workshop / "teacher")
+    first, last = student_from(teacher, [0, 3]), load(tmp_path / "out")
+    for steps, expected in ((0, first), (3, last)):
+        for name, tensor in students[steps].state_dict().items():
+            assert torch.equal(tensor, expected.state_dict()[name]), (steps, name)
+    assert not any(torch.equal(students[1].head_weight, other.head_weight) for other in (first, last))
+
+    table, sampled, _ = texts.values()
+    loss = json.loads((tmp_path / "out" / "results.json").read_bytes())["rows"]["student"]["loss"]
+    assert f"{loss:.4f}" in table and "--- demo/teacher\n" in sampled and sampled.startswith("--- out\n")
+    said = figures.likeliest_texts(students, teacher)
+    assert said.count("def read_config(path):") == 4 and "--- after 1 steps" in said
+
+
+def test_texts_of_the_readme(tmp_path):
+    """docs/texts.txt was written by `python -m extras.figures --texts`; new ones take the places of old."""
+    assert len(figures.read_texts()) == 3
+    for command, text in figures.read_texts().items():
+        assert command in README and text in README, f"the text of `{command}` differs"
+    path, readme = tmp_path / "texts.txt", tmp_path / "README.md"
+    path.write_text("Made by\n\n$ a\none\n  two\n\n$ b\nsame\n")
+    readme.write_text("# Title\none\n  two\nsame\nthe end\n")
+    figures.write_texts({"a": "1\n  2  \n\n", "b": "same"}, path, readme)
+    assert figures.read_texts(path) == {"a": "1\n  2", "b": "same"}
+    assert readme.read_text() == "# Title\n1\n  2\nsame\nthe end\n"
 
 
 def test_help_fits_into_80_columns(monkeypatch, capsys):
