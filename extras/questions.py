@@ -24,6 +24,7 @@ import subprocess
 import sys
 import sysconfig
 import textwrap
+import warnings
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -125,7 +126,8 @@ ARMS = [
     Arm("unseen 2.5M", "student", f"{DEMO} {LONG_UNSEEN}", "1e-3 2e-3", "2e-3"),
     Arm("unseen 2.5M", "control", f"{CONTROL} {LONG_UNSEEN}", "5e-4 1e-3", "1e-3"),
     Arm("unseen 2.5M", "tuned teacher", f"{DEMO} {LONG_UNSEEN} {TUNED}-2.5M", "5e-4 1e-3", "1e-3"),
-    *arms_of_length(300, "154k", ("7e-4 1.4e-3 2e-3", "1e-3"), ("3.5e-4 7e-4 1e-3", "5e-4")),
+    *arms_of_length(300, "154k", ("5e-4 7e-4 1.4e-3 2e-3", "7e-4"),
+                    ("2.5e-4 3.5e-4 7e-4 1e-3", "3.5e-4")),
     *arms_of_length(4800, "2.5M", ("5e-4 1.4e-3", "1e-3"), ("3.5e-4 7e-4 1e-3", "7e-4")),
     Arm("length", "control of small steps, 614k", f"{SMALL_STEPS} --steps 2400", "2.5e-4 3.5e-4", "3.5e-4"),
     Arm("length", "control of small steps, 2.5M", f"{SMALL_STEPS} --steps 9600", "2.5e-4 3.5e-4", "3.5e-4",
@@ -327,7 +329,9 @@ def is_python(header, body):
     end = [*inside, False].index(False)
     function = header + "\n".join(complete[:end])
     try:
-        compile(textwrap.dedent(function), "completion", "exec")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about code such as "1 is 1", which compiles
+            compile(textwrap.dedent(function), "completion", "exec")
         return True
     except (SyntaxError, ValueError):
         return False
