@@ -48,7 +48,6 @@ PAGE = Path(__file__).with_name("play.html")
 N_SHOWN = 15  # the teacher's likeliest tokens that a position shows
 TEMPERATURES = [0.5 + 0.25 * i for i in range(31)]  # of the slider: 0.5 to 8
 
-PORT = 8000
 MAX_BYTES = 256 * 1024  # of a request: a text far longer than any context
 POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
           "connect-src 'self'; base-uri 'none'; form-action 'none'")  # load nothing, ask only this server
@@ -56,6 +55,11 @@ SAFETY = {"Content-Security-Policy": f"{POLICY}; frame-ancestors 'none'", "Cache
           "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
 WRITING = ("temperature", "top_k", "top_p", "seed", "tokens")  # settings of sample.py that the page has
+QUESTIONS = {  # that the page asks: {path: {field of the JSON object that it sends: what makes its value}}
+    "/score": {"text": str},
+    "/position": {"text": str, "index": int},
+    "/write": dict.fromkeys(["prompt", *WRITING], str),
+}
 
 TEXTS = {  # to begin with: short, as a saved page holds all that can be asked about them
     "reading settings": '''def read_config(path):
@@ -232,7 +236,6 @@ def rounded(values):
 
 # ----------------------------------------------------------------------------------------- one file
 SAVED_TOKENS = 200  # of each text; a position takes about 2.5 kB
-MAX_PAGE = 2_000_000  # bytes
 
 
 def saved_page(classroom, texts):
@@ -270,24 +273,12 @@ def save_page(classroom, path, files):
     for name in files or ():
         with reading(name, "a text in UTF-8"):
             texts[Path(name).name] = Path(name).read_text(encoding="utf-8")
-    page = saved_page(classroom, texts or TEXTS).encode()
-    if len(page) > MAX_PAGE:
-        raise InputError(f"the page would have {len(page) / 1e6:.1f} MB, more than {MAX_PAGE / 1e6:.0f}: "
-                         "name fewer --texts")
     with replaced(path) as temporary:
-        Path(temporary).write_bytes(page)
-    print(f"{path}: {len(page) / 1e6:.1f} MB; open it in a browser")
+        temporary.write_text(saved_page(classroom, texts or TEXTS), encoding="utf-8")
+    print(f"{path}: open it in a browser")
 
 
 # ----------------------------------------------------------------------------------------- HTTP
-class Refused(InputError):
-    """A request that gets no answer: why, in one line, and the status of HTTP that says so."""
-
-    def __init__(self, status, reason):
-        super().__init__(reason)
-        self.status = status
-
-
 class Page(BaseHTTPRequestHandler):
     """One request. In HTTP/1.0 the end of the connection is the end of an answer, also of a stream."""
     timeout = 60  # seconds that a browser may neither send nor receive
@@ -297,9 +288,9 @@ class Page(BaseHTTPRequestHandler):
         """Answer, or say in one line of JSON why not."""
         try:
             self.check_sender()
-            self.answer(f"{self.command} {self.path.partition('?')[0]}")
+            self.answer(self.path.partition("?")[0])
         except InputError as error:
-            self.send_json({"error": str(error)}, getattr(error, "status", 400))
+            self.send_json({"error": str(error)}, 400)
 
     do_POST = do_GET
 
@@ -313,48 +304,45 @@ class Page(BaseHTTPRequestHandler):
         hosts = {f"{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]")}
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
         if host.lower() not in hosts or origin and origin not in {f"http://{name}" for name in hosts}:
-            raise Refused(403, f"only http://127.0.0.1:{port} is answered, not {(origin or host)[:99]!r}")
+            raise InputError(f"only http://127.0.0.1:{port} is answered, not {(origin or host)[:99]!r}")
         # A form on a foreign page can post without asking first, but not as JSON.
         if self.command == "POST" and self.headers.get_content_type() != "application/json":
-            raise Refused(415, "a request has to be application/json")
+            raise InputError("a request has to be application/json")
 
-    def answer(self, wanted):
+    def answer(self, path):
         classroom = self.server.classroom
-        questions = {"POST /score": (classroom.score, {"text": str}),
-                     "POST /position": (classroom.position, {"text": str, "index": int})}
-        if wanted == "GET /":
+        if self.command == "POST" and path in QUESTIONS:
+            request = self.read_request(QUESTIONS[path])
+            if path == "/write":
+                self.send_text(request)
+            else:
+                ask = {"/score": classroom.score, "/position": classroom.position}[path]
+                with classroom.lock:
+                    answer = ask(**request)
+                self.send_json(answer)
+        elif self.command == "GET" and path == "/about":
+            self.send_json(classroom.about())
+        elif self.command == "GET" and path == "/":
             self.send_head(200, "text/html; charset=utf-8")
             self.wfile.write(PAGE.read_bytes())  # read again, in case you edit it
-        elif wanted == "GET /about":
-            self.send_json(classroom.about())
-        elif wanted in questions:
-            question, kinds = questions[wanted]
-            request = self.read_request(kinds)
-            with classroom.lock:
-                answer = question(**{name: request[name] for name in kinds})
-            self.send_json(answer)
-        elif wanted == "POST /write":
-            self.send_text(self.read_request({"prompt": str}))
         else:
-            raise Refused(404, f"there is no {wanted[:99]} here")
+            raise InputError(f"there is no {self.command} {path[:99]} here")
 
-    def read_request(self, kinds):
-        """The JSON object that was sent. `kinds`: {name of a field that it needs: its type}."""
+    def read_request(self, fields):
+        """What was sent, a JSON object with these `fields`."""
         length = self.headers.get("Content-Length", "none")
         if not length.isdecimal() or len(length) > 15 or int(length) > MAX_BYTES:
-            raise Refused(413, f"the text is too long: at most {MAX_BYTES:,} bytes are read, and its "
-                               f"Content-Length is {length[:15]}; send the part that matters")
+            raise InputError(f"the text is too long: at most {MAX_BYTES:,} bytes are read")
         body = self.rfile.read(int(length))
         with reading("the request", "a JSON object with what is needed"):
             request = json.loads(body)
-            for name, kind in kinds.items():
-                if type(request[name]) is not kind:  # True is not an integer
-                    raise TypeError(f"{name} must be {kind.__name__}")
-        return request
+            return {name: kind(request[name]) for name, kind in fields.items()}
 
     def send_text(self, request):
         """A line of JSON for each token. If the browser has gone, sending fails, which ends the text."""
-        pieces = self.server.classroom.write(request["prompt"], writing_settings(request))
+        # The settings are checked as if they were flags of sample.py.
+        flags = [f"--{name.replace('_', '-')}={request[name]}" for name in WRITING]
+        pieces = self.server.classroom.write(request["prompt"], vars(sample.parse_args(flags)))
         self.send_head(200, "application/x-ndjson")
         try:
             for piece in pieces:
@@ -376,15 +364,6 @@ class Page(BaseHTTPRequestHandler):
         """Print nothing for a request."""
 
 
-def writing_settings(request):
-    """The settings of a text that is to be written, checked as if they were flags of sample.py."""
-    flags = [f"--{name.replace('_', '-')}={request.get(name)}" for name in WRITING]
-    try:
-        return vars(sample.parse_args(flags))
-    except InputError as error:
-        raise InputError(str(error).removeprefix("--").removesuffix("; see --help")) from error
-
-
 class Server(ThreadingTCPServer):
     """A thread for each request; `classroom` answers them all. HTTPServer would ask the DNS for a name."""
     daemon_threads = True
@@ -396,13 +375,12 @@ class Server(ThreadingTCPServer):
 
 
 def listen(port):
-    """A server on this port; if it is None, on PORT, or on any other one if that is taken."""
-    for number in [PORT, 0] if port is None else [port]:
-        try:
-            return Server(("127.0.0.1", number), Page)
-        except OSError as error:
-            reason = error.strerror or error
-    raise InputError(f"port {number} is not free ({reason}): name another one with --port")
+    """A server that only this machine can reach; port 0: any free one."""
+    try:
+        return Server(("127.0.0.1", port), Page)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"port {port} is not free ({reason}): name another one with --port, or 0") from error
 
 
 # ----------------------------------------------------------------------------------------- the command
@@ -434,13 +412,12 @@ def parse_args(argv=None):
     add("--device", default="auto", help="cuda, mps or cpu; auto takes the first of them that works here")
 
     add = parser.add_argument_group("page").add_argument
-    add("--port", type=checked(int, "0 to 65535", lambda n: 0 <= n < 2**16), metavar="N",
-        help=f"where the page is served; 0: any free port; without it {PORT}, or any if that is taken")
+    add("--port", type=checked(int, "0 to 65535", lambda n: 0 <= n < 2**16), default=8000, metavar="N",
+        help="where the page is served; 0: any free port")
     add("--save", type=user_path, metavar="FILE",
         help="instead of serving the page, write it into one .html file that works without a server")
     add("--texts", nargs="+", type=user_path, metavar="FILE",
-        help=f"texts for the saved page, the first {SAVED_TOKENS} tokens of each; without them, three "
-             "short ones")
+        help=f"texts for the saved page, the first {SAVED_TOKENS} tokens of each (default: three short ones)")
     args = parser.parse_args(argv)
     if args.texts and not args.save:
         raise InputError("--texts is for a saved page: add --save FILE")
